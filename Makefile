@@ -1,0 +1,36 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+help:  ## list the targets
+	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_]+):.*## /\1\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+install: $(INSTALLED)  ## make .venv and install the project into it
+
+quickstart: $(INSTALLED)  ## distil a student on the icons and evaluate it
+	$(BIN)/accelerate launch train.py --config recipes/icons.yaml
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+quality: $(INSTALLED)  ## check style and lint (make style mends what it can)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)  ## format and mend lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its features (over half an hour)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
+	$(BIN)/python -m teachers.icons_towers --image_size 64 --output runs/icons_towers
+	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml
+	$(BIN)/python -m datasets_scripts.icons_teacher --model runs/icons_teacher --output runs/icons_teacher.safetensors
+
+.PHONY: help install quickstart test quality style icons_teacher
