@@ -1,0 +1,488 @@
+"""The losses against loops over single queries in float64, written from the definition of a pair set."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from trainers.losses import (
+    PAIRS,
+    OtherStudents,
+    contrastive_distillation,
+    feature_distillation,
+    hard_negative_distillation,
+    similarity_distillation,
+)
+
+
+WIDTH = 6
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+class Batch:
+    """Random rows: several images a group, 1 to 7 captions an image, captions not in the order of their images."""
+
+    def __init__(self, seed, num_images=7, num_groups=4, same_group=False):
+        rng = np.random.default_rng(seed)
+        group_ids = np.array([-(2**62), 17, 3, 2**61 + 1, 99, 5, 6, 7, 8])[:num_groups]
+        self.image_groups = np.full(num_images, 17) if same_group else rng.choice(group_ids, num_images)
+        self.caption_to_image = rng.permutation(np.repeat(np.arange(num_images), rng.integers(1, 8, num_images)))
+        num_captions = len(self.caption_to_image)
+        self.student_image = unit(rng.normal(size=(num_images, WIDTH)))
+        self.student_text = unit(rng.normal(size=(num_captions, WIDTH)))
+        self.teacher_image = unit(rng.normal(size=(num_images, WIDTH)) + 0.5 * self.student_image)
+        self.teacher_text = unit(rng.normal(size=(num_captions, WIDTH)) + 0.5 * self.student_text)
+
+    @property
+    def text_groups(self):
+        return self.image_groups[self.caption_to_image]
+
+    def copy(self, **changes):
+        other = object.__new__(Batch)
+        other.__dict__ = {**self.__dict__, **changes}
+        return other
+
+    def select(self, images):
+        """The sub-batch of some images with all their captions."""
+        captions = np.flatnonzero(np.isin(self.caption_to_image, images))
+        place = {image: i for i, image in enumerate(images)}
+        return self.copy(
+            student_image=self.student_image[images],
+            teacher_image=self.teacher_image[images],
+            image_groups=self.image_groups[images],
+            student_text=self.student_text[captions],
+            teacher_text=self.teacher_text[captions],
+            caption_to_image=np.array([place[i] for i in self.caption_to_image[captions]], dtype=np.int64),
+        )
+
+    def tensors(self, with_ids=True):
+        def rows(array):
+            return torch.tensor(array, dtype=torch.float32)
+
+        student = [rows(self.student_image).requires_grad_(), rows(self.student_text).requires_grad_()]
+        teacher = [rows(self.teacher_image), rows(self.teacher_text)]
+        ids = [torch.tensor(self.image_groups), torch.tensor(self.caption_to_image)]
+        return student + teacher + (ids if with_ids else [])
+
+
+def step_rows(batch):
+    return {
+        "step_teacher_image": torch.tensor(batch.teacher_image, dtype=torch.float32),
+        "step_image_groups": torch.tensor(batch.image_groups),
+        "step_teacher_text": torch.tensor(batch.teacher_text, dtype=torch.float32),
+        "step_text_groups": torch.tensor(batch.text_groups),
+    }
+
+
+def dictionary(batch):
+    names = ("dictionary_image", "dictionary_image_groups", "dictionary_text", "dictionary_text_groups")
+    return dict(zip(names, step_rows(batch).values(), strict=True))
+
+
+def contrast(batch, columns, **settings):
+    return contrastive_distillation(*batch.tensors(), **dictionary(columns), **settings)
+
+
+def hinge(batch, columns=None, **settings):
+    return hard_negative_distillation(*batch.tensors(), **step_rows(columns or batch), **settings)
+
+
+def queries_of(batch, pair):
+    """One (group, student row, its teacher row, teacher's own row of the query) per query."""
+    if pair == "II":
+        for i in range(len(batch.student_image)):
+            yield batch.image_groups[i], batch.student_image[i], batch.teacher_image[i], batch.teacher_image[i]
+        return
+    for c, i in enumerate(batch.caption_to_image):
+        query = (batch.student_image[i], batch.teacher_image[i]) if pair[0] == "I" else None
+        query = query or (batch.student_text[c], batch.teacher_text[c])
+        positive = batch.teacher_image[i] if pair[1] == "I" else batch.teacher_text[c]
+        yield batch.image_groups[i], query[0], positive, query[1]
+
+
+def columns_of(batch, side):
+    if side == "I":
+        return list(zip(batch.image_groups, batch.teacher_image, batch.student_image, strict=True))
+    return list(zip(batch.text_groups, batch.teacher_text, batch.student_text, strict=True))
+
+
+def reference_contrast(batch, columns, pair, temperature):
+    losses = []
+    for group, query, positive, _ in queries_of(batch, pair):
+        negatives = [row for other, row, _ in columns_of(columns, pair[1]) if other != group]
+        scores = [query @ positive / temperature] + [query @ row / temperature for row in negatives]
+        losses.append(math.log(sum(math.exp(score - scores[0]) for score in scores)))
+    return sum(losses) / len(losses)
+
+
+def reference_hinge(batch, columns, pair, margin, kind, hardest):
+    total, count = 0.0, 0
+    for group, query, positive, teacher_query in queries_of(batch, pair):
+        count += 1
+        s_ii, t_ii = query @ positive, teacher_query @ positive
+        violations = ([], [])
+        for other, row, _ in columns_of(columns, pair[1]):
+            if other != group:
+                gap = query @ row - s_ii
+                violations[0].append(margin + gap if kind == "fixed" else gap - (teacher_query @ row - t_ii))
+        for other, teacher_row, student_row in columns_of(batch, pair[0]):
+            if other != group:
+                gap = student_row @ positive - s_ii
+                violations[1].append(margin + gap if kind == "fixed" else gap - (teacher_row @ positive - t_ii))
+        for direction in violations:
+            direction = [max(v, 0.0) for v in direction]
+            total += (max(direction) if hardest else sum(direction)) if direction else 0.0
+    return total / count
+
+
+def gradients(losses, student):
+    return torch.autograd.grad(sum(losses.values()), student, allow_unused=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_feature_and_similarity(seed):
+    batch = Batch(seed)
+    inputs = batch.tensors(with_ids=False)
+    features, similarities = feature_distillation(*inputs), similarity_distillation(*inputs)
+    for pair, student, teacher in (
+        ("II", batch.student_image, batch.teacher_image),
+        ("TT", batch.student_text, batch.teacher_text),
+    ):
+        by_hand = np.mean([np.abs(student[i] - teacher[i]).sum() / WIDTH for i in range(len(student))])
+        assert features[pair].item() == pytest.approx(by_hand, abs=1e-6)
+        by_hand = np.mean([(1 - student[i] @ teacher[i]) / 2 for i in range(len(student))])
+        assert similarities[pair].item() == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_contrastive_against_loops(seed, temperature):
+    batch, queue = Batch(seed), Batch(seed + 100, num_images=12)
+    for columns in (queue, batch):
+        losses = contrast(batch, columns, pairs=PAIRS, temperature=temperature)
+        assert tuple(losses) == PAIRS
+        for pair in PAIRS:
+            assert losses[pair].item() == pytest.approx(
+                reference_contrast(batch, columns, pair, temperature), abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("kind", ["fixed", "teacher"])
+@pytest.mark.parametrize("seed", range(3))
+def test_hinge_against_loops(seed, kind, hardest):
+    batch, step = Batch(seed), Batch(seed + 100, num_images=12)
+    losses = hinge(batch, step, margin=0.3, margin_kind=kind, hardest=hardest)
+    assert tuple(losses) == PAIRS
+    for pair in PAIRS:
+        by_hand = reference_hinge(batch, step, pair, 0.3, kind, hardest)
+        assert losses[pair].item() == pytest.approx(by_hand, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "fixed", "teacher"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_gradients_against_differences_of_the_loops(name, pair):
+    batch, step = Batch(11, num_images=4), Batch(111, num_images=6)
+
+    def value(changed):
+        if name == "contrastive":
+            return reference_contrast(changed, step, pair, 0.2)
+        return reference_hinge(changed, step, pair, 0.2, name, True)
+
+    inputs = batch.tensors()
+    if name == "contrastive":
+        losses = contrastive_distillation(*inputs, **dictionary(step), pairs=[pair], temperature=0.2)
+    else:
+        losses = hard_negative_distillation(*inputs, **step_rows(step), pairs=[pair], margin_kind=name)
+    found = gradients(losses, inputs[:2])
+    for side, gradient in zip(("student_image", "student_text"), found, strict=True):
+        if gradient is None:
+            assert side[8] != pair[0].lower()
+            continue
+        rows = getattr(batch, side)
+        expected = np.zeros_like(rows)
+        for place in np.ndindex(*rows.shape):
+            moved = np.zeros_like(rows)
+            moved[place] = 1e-6
+            up, down = value(batch.copy(**{side: rows + moved})), value(batch.copy(**{side: rows - moved}))
+            expected[place] = (up - down) / 2e-6
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-5)
+
+
+def test_two_images_by_hand():
+    """Width 2, one caption each: student images lie on the axes, the teacher's at 0 and 60 degrees."""
+    half, root = 0.5, math.sqrt(3) / 2
+    axes, teacher = torch.eye(2), torch.tensor([[1.0, 0.0], [half, root]])
+    ids = [torch.tensor([5, 9]), torch.tensor([0, 1])]
+    inputs = [axes, axes, teacher, teacher, *ids]
+
+    features = feature_distillation(*inputs[:4])["II"]
+    assert features.item() == pytest.approx((0 + (half + 1 - root) / 2) / 2)
+    assert similarity_distillation(*inputs[:4])["TT"].item() == pytest.approx((0 + (1 - root) / 2) / 2)
+
+    columns = dict(zip(("i", "ig", "t", "tg"), (teacher, ids[0], teacher, ids[0]), strict=True))
+    contrastive = contrastive_distillation(
+        *inputs,
+        dictionary_image=columns["i"],
+        dictionary_image_groups=columns["ig"],
+        dictionary_text=columns["t"],
+        dictionary_text_groups=columns["tg"],
+        pairs=PAIRS,
+        temperature=1.0,
+    )
+    # query 0: positive 1, negative 1/2; query 1: positive sqrt(3)/2, negative 0
+    by_hand = (math.log(1 + math.exp(half - 1)) + math.log(1 + math.exp(-root))) / 2
+    assert all(loss.item() == pytest.approx(by_hand) for loss in contrastive.values())
+
+    step = dict(
+        step_teacher_image=teacher, step_image_groups=ids[0], step_teacher_text=teacher, step_text_groups=ids[0]
+    )
+    fixed = hard_negative_distillation(*inputs, **step, margin=0.6)
+    # student to teacher: 0.6 + 0.5 - 1 and 0; teacher to student: 0.6 + 0 - 1 and 0.6 + 0.5 - 0.866
+    assert all(loss.item() == pytest.approx((0.1 + 0 + 0 + 1.1 - root) / 2, abs=1e-6) for loss in fixed.values())
+    follow = hard_negative_distillation(*inputs, **step, margin_kind="teacher")
+    # the teacher's own gaps are -1/2 everywhere; the student's -1/2, -0.866; -1, 0.5 - 0.866
+    assert all(loss.item() == pytest.approx((0 + 0 + 0 + 1 - root) / 2, abs=1e-6) for loss in follow.values())
+
+
+def test_order_and_names_of_rows_do_not_matter():
+    batch, queue = Batch(3), Batch(103, num_images=12)
+    rng = np.random.default_rng(0)
+    images, captions = rng.permutation(len(batch.student_image)), rng.permutation(len(batch.student_text))
+    place = np.argsort(images)
+    shuffled = batch.copy(
+        student_image=batch.student_image[images],
+        teacher_image=batch.teacher_image[images],
+        image_groups=batch.image_groups[images],
+        student_text=batch.student_text[captions],
+        teacher_text=batch.teacher_text[captions],
+        caption_to_image=place[batch.caption_to_image[captions]],
+    )
+    new_names = {old: i * 1000 - 7 for i, old in enumerate(np.unique([*batch.image_groups, *queue.image_groups]))}
+
+    def rename(b):
+        return b.copy(image_groups=np.array([new_names[group] for group in b.image_groups]))
+
+    for function, settings in ((contrast, {"pairs": PAIRS}), (hinge, {}), (hinge, {"margin_kind": "teacher"})):
+        expected = function(batch, queue, **settings)
+        for changed in (function(shuffled, queue, **settings), function(rename(batch), rename(queue), **settings)):
+            for pair in PAIRS:
+                assert changed[pair].item() == pytest.approx(expected[pair].item(), rel=1e-5)
+
+
+def test_parts_add_up_to_the_whole():
+    batch, queue = Batch(4, num_images=9), Batch(104, num_images=12)
+    counts = {"num_images": len(batch.student_image), "num_captions": len(batch.student_text)}
+    parts = [batch.select([0, 3, 4]), batch.select([1, 2, 5, 6, 7, 8])]
+
+    def check(function):
+        whole, shares = function(batch, {}), [function(part, counts) for part in parts]
+        for pair in whole:
+            assert sum(share[pair].item() for share in shares) == pytest.approx(whole[pair].item(), rel=1e-5)
+
+    check(lambda b, settings: contrast(b, queue, pairs=PAIRS, **settings))
+    check(lambda b, settings: feature_distillation(*b.tensors(with_ids=False), **settings))
+    check(lambda b, settings: similarity_distillation(*b.tensors(with_ids=False), **settings))
+
+
+@pytest.mark.parametrize("given_counts", [True, False])
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("kind", ["fixed", "teacher"])
+def test_hinge_on_two_ranks_is_that_of_one_process(kind, hardest, given_counts):
+    batch = Batch(5, num_images=9)
+    settings = {"margin_kind": kind, "hardest": hardest}
+    parts = [[0, 1, 2], [3, 4, 5, 6, 7, 8]]
+    # the order in which the ranks' rows are gathered
+    captions = np.concatenate([np.flatnonzero(np.isin(batch.caption_to_image, part)) for part in parts])
+    batch = batch.copy(
+        student_text=batch.student_text[captions],
+        teacher_text=batch.teacher_text[captions],
+        caption_to_image=batch.caption_to_image[captions],
+    )
+    inputs = batch.tensors()
+    whole = hard_negative_distillation(*inputs, **step_rows(batch), **settings)
+    expected = gradients(whole, inputs[:2])
+    counts = {"num_images": 9, "num_captions": len(captions)} if given_counts else {}
+
+    values, found, first_text = dict.fromkeys(PAIRS, 0.0), [[], []], 0
+    for images in parts:
+        local = batch.select(images).tensors()
+        student_image, student_text = inputs[0].detach().clone(), inputs[1].detach().clone()
+        student_image[images[0] : images[-1] + 1] = local[0]
+        student_text[first_text : first_text + len(local[1])] = local[1]
+        first_text += len(local[1])
+        others = OtherStudents(student_image, student_text, *inputs[2:], world_size=2)
+        losses = hard_negative_distillation(*local, **step_rows(batch), others=others, **settings, **counts)
+        for pair in PAIRS:
+            values[pair] += losses[pair].item()
+        for rows, gradient in zip(found, gradients(losses, local[:2]), strict=True):
+            rows.append(gradient)
+
+    for pair in PAIRS:
+        assert values[pair] == pytest.approx(whole[pair].item(), rel=1e-5)
+    for rows, gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.cat(rows), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_images_encoded_once_are_images_encoded_per_caption():
+    """IT with its shared product equals IT where each caption brings its own copy of the image."""
+    batch, queue = Batch(6), Batch(106, num_images=12)
+    per_caption = batch.copy(
+        student_image=batch.student_image[batch.caption_to_image],
+        teacher_image=batch.teacher_image[batch.caption_to_image],
+        image_groups=batch.text_groups,
+        caption_to_image=np.arange(len(batch.student_text)),
+    )
+    once, copies = contrast(batch, queue, pairs=["IT"]), contrast(per_caption, queue, pairs=["IT"])
+    assert once["IT"].item() == pytest.approx(copies["IT"].item(), rel=1e-6)
+    once, copies = hinge(batch, queue, pairs=["IT"]), hinge(per_caption, queue, pairs=["IT"])
+    assert once["IT"].item() == pytest.approx(copies["IT"].item(), rel=1e-6)
+
+
+def test_perfect_student_has_nothing_to_learn():
+    batch = Batch(7, num_images=9)
+    perfect = batch.copy(student_image=batch.teacher_image, student_text=batch.teacher_text)
+    for hardest in (True, False):
+        for loss in hinge(perfect, margin_kind="teacher", hardest=hardest).values():
+            assert loss.item() == 0
+        # a fixed margin asks a perfect student for more
+        assert all(loss.item() > 0 for loss in hinge(perfect, margin=1.5, hardest=hardest).values())
+        assert any(loss.item() > 0.01 for loss in hinge(batch, margin_kind="teacher", hardest=hardest).values())
+    for function in (feature_distillation, similarity_distillation):
+        assert all(abs(loss.item()) < 1e-6 for loss in function(*perfect.tensors(with_ids=False)).values())
+
+
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_without_negatives_losses_and_gradients_are_zero(num_images):
+    batch = Batch(8, num_images=num_images, same_group=True)
+    empty = {
+        "dictionary_image": torch.zeros(0, WIDTH),
+        "dictionary_image_groups": torch.zeros(0, dtype=torch.int64),
+        "dictionary_text": torch.zeros(0, WIDTH),
+        "dictionary_text_groups": torch.zeros(0, dtype=torch.int64),
+    }
+    inputs = batch.tensors()
+    for losses in (
+        contrastive_distillation(*inputs, **dictionary(batch), pairs=PAIRS),
+        contrastive_distillation(*inputs, **empty, pairs=PAIRS),
+        hard_negative_distillation(*inputs, **step_rows(batch)),
+        hard_negative_distillation(*inputs, **step_rows(batch), hardest=False, margin_kind="teacher"),
+    ):
+        assert all(loss.item() == 0 for loss in losses.values())
+        for gradient in gradients(losses, inputs[:2]):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_one_row_without_negatives_among_others_keeps_gradients_finite():
+    batch = Batch(9, num_images=4)
+    queue = Batch(109, num_images=6).copy(image_groups=np.full(6, batch.image_groups[0]))
+    inputs = batch.tensors()
+    losses = contrastive_distillation(*inputs, **dictionary(queue), pairs=PAIRS, temperature=0.01)
+    found = gradients(losses, inputs[:2])
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    assert torch.equal(found[0][0], torch.zeros(WIDTH))
+    assert any(gradient.abs().max() > 0 for gradient in found)
+
+
+def test_rows_of_the_own_group_are_ignored_whatever_they_hold():
+    batch, queue = Batch(10), Batch(110, num_images=12)
+    only = batch.select([0])
+    nearest = queue.copy(  # as good a negative as can be, were it one
+        teacher_image=np.vstack([queue.teacher_image, only.student_image]),
+        teacher_text=np.vstack([queue.teacher_text, only.student_image]),
+        student_image=np.vstack([queue.student_image, only.student_image]),
+        image_groups=np.append(queue.image_groups, only.image_groups),
+        caption_to_image=np.append(queue.caption_to_image, 12),
+    )
+    for function, settings in ((contrast, {"pairs": PAIRS}), (hinge, {}), (hinge, {"hardest": False})):
+        plain, with_own = function(only, queue, **settings), function(only, nearest, **settings)
+        for pair in PAIRS:
+            assert with_own[pair].item() == pytest.approx(plain[pair].item(), rel=1e-6)
+    stranger = nearest.copy(image_groups=np.append(queue.image_groups, 123456))
+    assert contrast(only, stranger)["II"].item() > contrast(only, queue)["II"].item() + 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_similarities_are_float32_under_autocast(dtype):
+    batch, queue = Batch(12), Batch(112, num_images=12)
+    inputs = [t.detach().to(dtype) if t.is_floating_point() else t for t in batch.tensors()]
+    widened = [t.float() if t.is_floating_point() else t for t in inputs]
+    for function, columns in (
+        (contrastive_distillation, dictionary(queue)),
+        (hard_negative_distillation, step_rows(queue)),
+    ):
+        expected = function(*widened, **columns)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = function(*inputs, **columns)
+        for pair, loss in found.items():
+            assert loss.dtype == torch.float32
+            assert torch.equal(loss, expected[pair])
+
+
+def test_nothing_waits_for_the_device():
+    """Tensors without values: whatever would read one on the host raises."""
+    batch = Batch(15)
+    mode = FakeTensorMode()
+    inputs = [mode.from_tensor(t) for t in batch.tensors()]
+    step = {name: mode.from_tensor(t) for name, t in step_rows(batch).items()}
+    columns = dict(zip(dictionary(batch), step.values(), strict=True))
+    with mode:
+        others = OtherStudents(*inputs, world_size=2)
+        for losses in (
+            contrastive_distillation(*inputs, **columns, pairs=PAIRS),
+            hard_negative_distillation(*inputs, **step, others=others),
+            hard_negative_distillation(*inputs, **step, margin_kind="teacher", hardest=False),
+        ):
+            assert all(loss.shape == () for loss in losses.values())
+            gradients(losses, inputs[:2])
+        with pytest.raises(RuntimeError):
+            losses["II"].item()
+
+
+def test_pairs_are_a_choice():
+    batch = Batch(13)
+    everything = hinge(batch)
+    assert tuple(contrast(batch, batch)) == ("II", "TT")
+    assert hinge(batch, pairs=["TI"]) == {"TI": everything["TI"]}
+    assert contrast(batch, batch, pairs=()) == {}
+
+
+def test_bad_input_is_refused():
+    batch = Batch(14)
+    inputs, columns, step = batch.tensors(), dictionary(batch), step_rows(batch)
+    num_captions = len(batch.student_text)
+
+    for at, message in ((0, "teacher_image"), (1, "student_text"), (2, "teacher_image"), (3, "teacher_text")):
+        wrong = [t[:, :-1] if i == at else t for i, t in enumerate(inputs)]
+        for call in (
+            lambda w: feature_distillation(*w[:4]),
+            lambda w: similarity_distillation(*w[:4]),
+            lambda w: contrastive_distillation(*w, **columns),
+            lambda w: hard_negative_distillation(*w, **step),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(wrong)
+    for at, message in ((4, "image_groups"), (5, f"caption_to_image.*{num_captions - 1}.*{num_captions}")):
+        wrong = [t[:-1] if i == at else t for i, t in enumerate(inputs)]
+        with pytest.raises(ValueError, match=message):
+            contrastive_distillation(*wrong, **columns)
+        with pytest.raises(ValueError, match=message):
+            hard_negative_distillation(*wrong, **step)
+        with pytest.raises(ValueError, match=message):
+            hard_negative_distillation(*inputs, **step, others=OtherStudents(*wrong, world_size=2))
+    for given, function in ((columns, contrastive_distillation), (step, hard_negative_distillation)):
+        for name, value in given.items():
+            with pytest.raises(ValueError, match="dictionary" if given is columns else "step_teacher"):
+                function(*inputs, **{**given, name: value[:, :-1] if value.ndim == 2 else value[:-1]})
+        for pairs in (["II", "XY"], "II"):
+            with pytest.raises(ValueError, match="pairs"):
+                function(*inputs, **given, pairs=pairs)
+    with pytest.raises(ValueError, match="temperature"):
+        contrastive_distillation(*inputs, **columns, temperature=0.0)
+    with pytest.raises(ValueError, match="margin_kind"):
+        hard_negative_distillation(*inputs, **step, margin_kind="learned")

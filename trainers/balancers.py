@@ -1,0 +1,207 @@
+"""Weights of several losses that set themselves.
+
+A training loop calls `initialise` once with the first step's losses, reads `weights` during a step, and calls `update`
+with the step's raw losses after it. Weights carry no gradient and are finite for any finite losses; everything that
+changes is in buffers and so in the `state_dict`. No call waits for the device.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+# Losses are held between these where it matters: ratios, inverses and sums of them are still float32 numbers.
+SMALLEST, LARGEST = 1e-30, 1e30
+
+
+class LossBalancer(nn.Module):
+    """What every balancer has. `names` gives the order of the losses in every `[n]` tensor."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        if isinstance(names, str) or not names or len(set(names)) != len(names):
+            raise ValueError(f"names is {names!r}; expected one or more different names of losses")
+        self.names = tuple(names)
+
+    def weights(self) -> Tensor:
+        """`[n]` float32, no gradient; constant until the next `update`."""
+        raise NotImplementedError
+
+    def initialise(self, losses: Tensor) -> None:
+        """Forget the past and start from the raw losses `[n]` of the first step."""
+        raise NotImplementedError
+
+    def update(self, losses: Tensor) -> None:
+        """Take in the raw losses `[n]` of a step. A loss that is not finite leaves its own state as it was."""
+        raise NotImplementedError
+
+    def _read(self, losses: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses `[n]` as float32 in [0, LARGEST], 0 where not finite, and where they were finite."""
+        if losses.shape != (len(self.names),):
+            expected = f"[{len(self.names)}], one each for {', '.join(self.names)}"
+            raise ValueError(f"losses has shape {list(losses.shape)}; expected {expected}")
+        losses = losses.to(like.device, torch.float32)
+        finite = torch.isfinite(losses)
+        return torch.where(finite, losses, 0.0).clamp(0.0, LARGEST), finite
+
+
+class FixedBalancer(LossBalancer):
+    """Given weights.
+
+    Args:
+        names: the losses.
+        weights: a weight for each name, 0 or more; None: 1 for each.
+    """
+
+    def __init__(self, names: Sequence[str], weights: dict[str, float] | None = None):
+        super().__init__(names)
+        weights = {name: 1.0 for name in self.names} if weights is None else weights
+        if set(weights) != set(self.names):
+            raise ValueError(f"weights are given for {sorted(weights)}; expected one for each of {sorted(self.names)}")
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"the weight of {name} is {weight}; expected a finite number, 0 or more")
+        # A setting and no state: a resumed run follows its configuration.
+        self.register_buffer("given", torch.tensor([float(weights[n]) for n in self.names]), persistent=False)
+
+    def weights(self) -> Tensor:
+        return self.given.clone()
+
+    def initialise(self, losses: Tensor) -> None:
+        self._read(losses, self.given)
+
+    def update(self, losses: Tensor) -> None:
+        self._read(losses, self.given)
+
+
+class PublishedBalancer(LossBalancer):
+    """The formula of DSMD's published code, made safe: `m_i K softmax(r / T)_i` with `m_i = max_j L_j / L_i`, `A_i =
+    m_i L_i` and `r_i = A_i(t) / A_i(t-1)`.
+
+    It does not adapt to how fast losses fall, though it looks so: `A_i = max_j L_j` for every i, so all rates are
+    equal and the softmax is always 1/n. What is left is `(K / n) max_j L_j sum_i grad L_i / L_i`: the direction of
+    `grad sum_i log L_i`, the geometric mean of the losses.
+
+    Unlike the published code it starts from the first step's magnitudes instead of weights of 1, and a loss of 0
+    (there: weights of NaN) counts as a millionth of the largest.
+
+    Args:
+        names: the losses.
+        scale: K, above 0.
+        temperature: T, above 0; without effect, see above.
+    """
+
+    def __init__(self, names: Sequence[str], scale: float = 10.0, temperature: float = 1.0):
+        super().__init__(names)
+        _check_positive("scale", scale)
+        _check_positive("temperature", temperature)
+        self.scale = scale
+        self.temperature = temperature
+        self.register_buffer("previous", torch.zeros(len(self.names)))  # A_i(t-1); 0 before there is any
+        self.register_buffer("current", torch.ones(len(self.names)))
+
+    def weights(self) -> Tensor:
+        return self.current.clone()
+
+    @torch.no_grad()
+    def initialise(self, losses: Tensor) -> None:
+        self.previous.zero_()
+        self.current.fill_(1.0)
+        self.update(losses)
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> None:
+        losses, finite = self._read(losses, self.previous)
+        largest = losses.max().clamp(min=SMALLEST)
+        losses = losses.maximum(1e-6 * largest)
+        magnification = largest / losses
+        magnified = magnification * losses
+        # The bound keeps an overflowing ratio, and rounding blown up by a large one, out of the softmax.
+        rates = torch.where(self.previous > 0, magnified / self.previous.clamp(min=SMALLEST), 1.0).clamp(max=10.0)
+        weights = magnification * self.scale * torch.softmax(rates / self.temperature, dim=0)
+        self.previous.copy_(torch.where(finite, magnified, self.previous))
+        self.current.copy_(torch.where(finite, weights, self.current))
+
+
+class DynamicBalancer(LossBalancer):
+    """Weights from each raw loss's magnitude and from how fast it falls; the default.
+
+    Two running means of each loss, a fast and a slow one. `rate_i = fast_i / slow_i`: 1 where the loss stands still,
+    below 1 where it falls. Then `weight_i = n softmax(rate / temperature)_i / fast_i`: every weighted loss is its
+    share of n, and the share is larger for a loss that falls more slowly than the others (as in DWA, Liu et al. 2019,
+    per epoch). A loss times c has its weight divided by c and leaves the other weights alone.
+
+    Rates stay within [0.5, 2]. Means count as no less than a thousandth of the largest value the fast one has had, so
+    a loss that touches 0 has a bounded weight. A loss that was never positive has magnitude 1 and rate 1.
+
+    Args:
+        names: the losses.
+        temperature: above 0; the lower, the more the rates matter: between rates of 1 and 0.8 the shares differ by a
+            factor of 1.2 at 1, of 7.4 at 0.1.
+        smoothing: decay per update of the fast mean, in [0, 1); the slow one forgets ten times as slowly (0.9 and
+            0.99). A young mean is the plain mean of what it has seen, so that the first loss does not linger; hence
+            all rates are 1 during the first 1 / (1 - smoothing) updates.
+    """
+
+    def __init__(self, names: Sequence[str], temperature: float = 1.0, smoothing: float = 0.9):
+        super().__init__(names)
+        _check_positive("temperature", temperature)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing is {smoothing}; expected a number in [0, 1)")
+        self.temperature = temperature
+        self.smoothing = smoothing
+        self.register_buffer("seen", torch.zeros(len(self.names), dtype=torch.int64))  # since the first positive loss
+        self.register_buffer("fast", torch.zeros(len(self.names)))
+        self.register_buffer("slow", torch.zeros(len(self.names)))
+        self.register_buffer("largest", torch.zeros(len(self.names)))
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        floor = (1e-3 * self.largest).clamp(min=SMALLEST)
+        magnitudes = torch.where(self.seen > 0, self.fast.maximum(floor), 1.0)
+        rates = torch.where(self.seen > 0, magnitudes / self.slow.maximum(floor), 1.0).clamp(0.5, 2.0)
+        return len(self.names) * torch.softmax(rates / self.temperature, dim=0) / magnitudes
+
+    @torch.no_grad()
+    def initialise(self, losses: Tensor) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.update(losses)
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> None:
+        losses, finite = self._read(losses, self.fast)
+        taken = finite & ((losses > 0) | (self.seen > 0))
+        self.seen.add_(taken)
+        plain = 1 / self.seen.clamp(min=1)
+        for mean, step in ((self.fast, 1 - self.smoothing), (self.slow, (1 - self.smoothing) / 10)):
+            mean.copy_(torch.where(taken, mean + plain.clamp(min=step) * (losses - mean), mean))
+        self.largest.copy_(self.largest.maximum(self.fast))
+
+
+def make_balancer(kind: str, names: Sequence[str], **settings) -> LossBalancer:
+    """The balancer of a kind: "dynamic", "published" or "fixed", with the settings of its class.
+
+    Raises: ValueError for an unknown kind or setting, naming the choices.
+    """
+    if kind == "dynamic":
+        balancer = DynamicBalancer
+    elif kind == "published":
+        balancer = PublishedBalancer
+    elif kind == "fixed":
+        balancer = FixedBalancer
+    else:
+        raise ValueError(f'balancer kind is {kind!r}; expected "dynamic", "published" or "fixed"')
+    choices = [name for name in inspect.signature(balancer).parameters if name != "names"]
+    unknown = sorted(set(settings) - set(choices))
+    if unknown:
+        raise ValueError(f"the {kind} balancer has no setting {', '.join(unknown)}; it has {', '.join(choices)}")
+    return balancer(names, **settings)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; expected a finite number above 0")

@@ -1,0 +1,346 @@
+"""The four distillation losses, as plain functions of named tensors.
+
+Shapes: N local images, C local captions (flattened; the image of caption c is `caption_to_image[c]`), width D. All
+embeddings are L2-normalised rows; similarities are computed in float32 whatever comes in, also under autocast. A group
+says what counts as the same thing: a row of the query's own group is never a negative.
+
+A pair names the query's side, then the target's: "II" and "TT" compare a student row with its teacher row in one
+modality, "IT" and "TI" across modalities, with one query per (image, caption). Every returned scalar is the sum over
+the local queries divided by a count of queries: `num_images` for II, `num_captions` for TT, IT and TI. The counts
+default to the local ones; give those of the whole optimiser step (all ranks, all micro-batches) and the scalars of its
+parts add up to the mean over the whole.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+PAIRS = ("II", "TT", "IT", "TI")
+
+# Stands for "not a negative": finite, so that a row without any negative has finite (zero) gradients.
+MASKED = torch.finfo(torch.float32).min
+
+
+class OtherStudents(NamedTuple):
+    """The micro-batch of all ranks, for the second direction of `hard_negative_distillation`.
+
+    The student rows of the other ranks are detached; in the place of this rank's rows stand the live ones. N and C
+    count the rows of all ranks, and `caption_to_image` points into them.
+    """
+
+    student_image: Tensor  # [N, D]
+    student_text: Tensor  # [C, D]
+    teacher_image: Tensor  # [N, D]
+    teacher_text: Tensor  # [C, D]
+    image_groups: Tensor  # [N]
+    caption_to_image: Tensor  # [C]
+    world_size: int
+
+
+def feature_distillation(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    *,
+    num_images: int | Tensor | None = None,
+    num_captions: int | Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Mean absolute difference between student and teacher rows (DSMD's published code).
+
+    Args:
+        student_image, teacher_image: `[N, D]`.
+        student_text, teacher_text: `[C, D]`.
+        num_images, num_captions: what the sums over queries are divided by (default: N, C).
+
+    Returns: {"II": scalar, "TT": scalar}, each in [0, 2 / sqrt(D)].
+    Raises: ValueError where shapes disagree.
+    """
+    _check_embeddings(student_image, student_text, teacher_image, teacher_text)
+    images = (student_image.float() - teacher_image.float()).abs().mean(dim=-1)
+    captions = (student_text.float() - teacher_text.float()).abs().mean(dim=-1)
+    return {
+        "II": images.sum() / _count(num_images, student_image),
+        "TT": captions.sum() / _count(num_captions, student_text),
+    }
+
+
+def similarity_distillation(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    *,
+    num_images: int | Tensor | None = None,
+    num_captions: int | Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Half of one minus the cosine of student and teacher rows (DSMD's published code).
+
+    Args: as `feature_distillation`.
+    Returns: {"II": scalar, "TT": scalar}, each in [0, 1].
+    Raises: ValueError where shapes disagree.
+    """
+    _check_embeddings(student_image, student_text, teacher_image, teacher_text)
+    images = (1 - (student_image.float() * teacher_image.float()).sum(dim=-1)) / 2
+    captions = (1 - (student_text.float() * teacher_text.float()).sum(dim=-1)) / 2
+    return {
+        "II": images.sum() / _count(num_images, student_image),
+        "TT": captions.sum() / _count(num_captions, student_text),
+    }
+
+
+def contrastive_distillation(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    image_groups: Tensor,
+    caption_to_image: Tensor,
+    *,
+    dictionary_image: Tensor,
+    dictionary_image_groups: Tensor,
+    dictionary_text: Tensor,
+    dictionary_text_groups: Tensor,
+    pairs: Sequence[str] = ("II", "TT"),
+    temperature: float = 0.05,
+    num_images: int | Tensor | None = None,
+    num_captions: int | Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Cross-entropy of a student row's own teacher row against a dictionary of teacher rows.
+
+    Per query `-log(e^{p/tau} / (e^{p/tau} + sum_j e^{n_j/tau}))`, p its positive, n_j the dictionary rows of other
+    groups; 0 without negatives. The dictionaries are `FeatureQueue`s, or the teacher rows of the step. The formula is
+    that of DSMD's published code, which took rows of the query's own image for negatives.
+
+    Args:
+        student_image, teacher_image: `[N, D]`.
+        student_text, teacher_text: `[C, D]`.
+        image_groups: `[N]` int64, the group of each image.
+        caption_to_image: `[C]` int64, the image of each caption.
+        dictionary_image, dictionary_image_groups: `[P, D]`, `[P]`.
+        dictionary_text, dictionary_text_groups: `[Q, D]`, `[Q]`.
+        pairs: which of "II", "TT", "IT", "TI".
+        temperature: tau, above 0.
+        num_images, num_captions: what the sums over queries are divided by (default: N, C).
+
+    Returns: one scalar per pair.
+    Raises: ValueError for an unknown pair, a temperature of 0 or less, or shapes that disagree.
+    """
+    _check_batch(student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image)
+    _check_columns("dictionary_image", dictionary_image, dictionary_image_groups, student_image)
+    _check_columns("dictionary_text", dictionary_text, dictionary_text_groups, student_image)
+    _check_pairs(pairs)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number above 0 (the published one is 0.05)")
+
+    with torch.autocast(student_image.device.type, enabled=False):
+        student = {"I": student_image.float(), "T": student_text.float()}
+        teacher = {"I": teacher_image.float(), "T": teacher_text.float()}
+        groups = {"I": image_groups, "T": image_groups[caption_to_image]}
+        dictionary = {"I": dictionary_image.float(), "T": dictionary_text.float()}
+        dictionary_groups = {"I": dictionary_image_groups, "T": dictionary_text_groups}
+        counts = {"I": _count(num_images, student_image), "T": _count(num_captions, student_text)}
+
+        losses = {}
+        for pair in pairs:
+            query, target = pair
+            logits = (student[query] / temperature) @ dictionary[target].T
+            _mask(logits, groups[query], dictionary_groups[target])
+            # In IT the captions of an image share its negatives: the product is made once per image.
+            negatives = _per_query(torch.logsumexp(logits, dim=1), pair, query, caption_to_image)
+            positives = _positives(student, teacher, pair, caption_to_image) / temperature
+            # softplus(n - p) is log(e^p + e^n) - p without the cancellation
+            losses[pair] = F.softplus(negatives - positives).sum() / counts["I" if pair == "II" else "T"]
+        return losses
+
+
+def hard_negative_distillation(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    image_groups: Tensor,
+    caption_to_image: Tensor,
+    *,
+    step_teacher_image: Tensor,
+    step_image_groups: Tensor,
+    step_teacher_text: Tensor,
+    step_text_groups: Tensor,
+    others: OtherStudents | None = None,
+    pairs: Sequence[str] = PAIRS,
+    margin: float = 0.2,
+    margin_kind: str = "fixed",
+    hardest: bool = True,
+    num_images: int | Tensor | None = None,
+    num_captions: int | Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Hinge over hard negatives (VSE++, Faghri et al. 2018), both directions added up.
+
+    First direction, a student query i against the teacher rows j of the whole step: `max_j [m + S_ij - S_ii]+`. Second
+    direction, the query's positive teacher row against the other students k of the micro-batch: `max_k [m + S_ki -
+    S_ii]+`. Only rows of other groups count; without any the term is 0. The published code sums over queries; this is
+    the mean per query, so that the scale does not depend on the batch size.
+
+    Args:
+        student_image, teacher_image: `[N, D]`.
+        student_text, teacher_text: `[C, D]`.
+        image_groups: `[N]` int64, the group of each image.
+        caption_to_image: `[C]` int64, the image of each caption.
+        step_teacher_image, step_image_groups: `[P, D]`, `[P]`, the teacher's images of the optimiser step, all ranks;
+            P at least 1.
+        step_teacher_text, step_text_groups: `[Q, D]`, `[Q]`, its captions; Q at least 1.
+        others: the micro-batch of all ranks; None on one process, where the other students are the local ones.
+        pairs: which of "II", "TT", "IT", "TI".
+        margin: m, a difference of cosines; not used where the margin follows the teacher.
+        margin_kind: "fixed", or "teacher": `[(S_ij - S_ii) - (T_ij - T_ii)]+` with the teacher's own similarities T,
+            which asks for no gap that the teacher does not have and is 0 for a perfect student.
+        hardest: the largest violation of a query; False: the sum of all its violations (the published default), still
+            averaged over queries.
+        num_images, num_captions: what the sums over queries are divided by (default: N, C; with `others`, those of all
+            ranks).
+
+    Returns: one scalar per pair. With `others`, values and gradients are shares of this rank: their sums over the
+        ranks are the loss of the whole micro-batch and its gradient.
+    Raises: ValueError for an unknown pair or margin kind, or shapes that disagree.
+    """
+    local = OtherStudents(student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image, 1)
+    everyone = local if others is None else others
+    _check_batch(*local[:-1])
+    if others is not None:
+        _check_batch(*others[:-1])
+        _check_columns("others.student_image", others.student_image, others.image_groups, student_image)
+    _check_columns("step_teacher_image", step_teacher_image, step_image_groups, student_image, at_least=1)
+    _check_columns("step_teacher_text", step_teacher_text, step_text_groups, student_image, at_least=1)
+    _check_pairs(pairs)
+    if margin_kind not in ("fixed", "teacher"):
+        raise ValueError(f'margin_kind is {margin_kind!r}; expected "fixed" or "teacher"')
+    follow_teacher = margin_kind == "teacher"
+    margin = 0.0 if follow_teacher else margin
+
+    with torch.autocast(student_image.device.type, enabled=False):
+        step = {"I": step_teacher_image.float(), "T": step_teacher_text.float()}
+        step_groups = {"I": step_image_groups, "T": step_text_groups}
+        student, teacher, groups = _sides(local, follow_teacher)
+        all_student, all_teacher, all_groups = student, teacher, groups
+        if others is not None:
+            all_student, all_teacher, all_groups = _sides(others, follow_teacher)
+        counts = {"I": _count(num_images, everyone.student_image), "T": _count(num_captions, everyone.student_text)}
+
+        losses = {}
+        for pair in pairs:
+            query, target = pair
+            positives = _positives(student, teacher, pair, caption_to_image)
+            rows = student[query] @ step[target].T
+            _mask(rows, groups[query], step_groups[target])
+            first = _hinge(rows, positives, pair, query, caption_to_image, margin, hardest)
+
+            if others is not None:
+                positives = _positives(all_student, all_teacher, pair, everyone.caption_to_image)
+            rows = all_teacher[target] @ all_student[query].T
+            _mask(rows, all_groups[target], all_groups[query])
+            second = _hinge(rows, positives, pair, target, everyone.caption_to_image, margin, hardest)
+            # Every rank computes this term over all ranks' rows, and only its own rows are live. Their gradient must
+            # be that of the full term, so that the ranks' gradients add up to it; the value is cut to 1 / world_size,
+            # so that the values do.
+            second = second - second.detach() * (1 - 1 / everyone.world_size)
+            losses[pair] = (first + second) / counts["I" if pair == "II" else "T"]
+        return losses
+
+
+def _sides(batch: OtherStudents, follow_teacher: bool) -> tuple[dict, dict, dict]:
+    """Student rows, teacher rows and groups by side ("I", "T")."""
+    student = {"I": batch.student_image.float(), "T": batch.student_text.float()}
+    teacher = {"I": batch.teacher_image.float(), "T": batch.teacher_text.float()}
+    if follow_teacher:
+        # S_ij - T_ij = (s_i - t_i) . t_j: the teacher's similarities cost no product of their own and cancel exactly.
+        student = {side: student[side] - teacher[side] for side in student}
+    return student, teacher, {"I": batch.image_groups, "T": batch.image_groups[batch.caption_to_image]}
+
+
+def _per_query(rows: Tensor, pair: str, side: str, caption_to_image: Tensor) -> Tensor:
+    """Rows of one side, one per query: across modalities an image's row stands once for each of its captions."""
+    return rows.index_select(0, caption_to_image) if side == "I" and pair != "II" else rows
+
+
+def _positives(student: dict, teacher: dict, pair: str, caption_to_image: Tensor) -> Tensor:
+    """Similarity of each query with its own teacher row."""
+    query, target = pair
+    queries = _per_query(student[query], pair, query, caption_to_image)
+    return (queries * _per_query(teacher[target], pair, target, caption_to_image)).sum(dim=-1)
+
+
+@torch.no_grad()
+def _mask(similarities: Tensor, row_groups: Tensor, column_groups: Tensor) -> None:
+    """Strike out, in place, the columns of a row's own group.
+
+    Not recorded by autograd: max, hinge and logsumexp give a struck entry no gradient, so another pass over it would
+    be for nothing.
+    """
+    similarities.masked_fill_(row_groups[:, None] == column_groups[None, :], MASKED)
+
+
+def _hinge(
+    similarities: Tensor,
+    positives: Tensor,
+    pair: str,
+    side: str,
+    caption_to_image: Tensor,
+    margin: float,
+    hardest: bool,
+) -> Tensor:
+    """Sum over queries of the violations in the masked similarities, whose rows are those of `side`."""
+    if hardest:
+        similarities = similarities.amax(dim=1, keepdim=True)
+    similarities = _per_query(similarities, pair, side, caption_to_image)
+    return F.relu(margin + similarities - positives[:, None]).sum()
+
+
+def _count(count: int | Tensor | None, rows: Tensor) -> int | Tensor:
+    return rows.shape[0] if count is None else count
+
+
+def _check_pairs(pairs: Sequence[str]) -> None:
+    unknown = [pair for pair in pairs if pair not in PAIRS]
+    if unknown or isinstance(pairs, str):
+        raise ValueError(f"pairs is {pairs!r}; expected a list of some of {PAIRS}")
+
+
+def _check_embeddings(
+    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
+) -> None:
+    for name, student, teacher in (("image", student_image, teacher_image), ("text", student_text, teacher_text)):
+        if student.ndim != 2 or student.shape[1] != student_image.shape[-1]:
+            expected = f"[rows, {student_image.shape[-1]}], the width of student_image"
+            raise ValueError(f"student_{name} has shape {list(student.shape)}; expected {expected}")
+        if teacher.shape != student.shape:
+            got, expected = list(teacher.shape), list(student.shape)
+            raise ValueError(f"teacher_{name} has shape {got}; expected {expected}, that of student_{name}")
+
+
+def _check_batch(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    image_groups: Tensor,
+    caption_to_image: Tensor,
+) -> None:
+    _check_embeddings(student_image, student_text, teacher_image, teacher_text)
+    for name, ids, rows in (
+        ("image_groups", image_groups, student_image),
+        ("caption_to_image", caption_to_image, student_text),
+    ):
+        if ids.shape != rows.shape[:1]:
+            raise ValueError(f"{name} has shape {list(ids.shape)}; expected [{rows.shape[0]}], one per row")
+
+
+def _check_columns(name: str, rows: Tensor, groups: Tensor, like: Tensor, at_least: int = 0) -> None:
+    if rows.ndim != 2 or rows.shape[1] != like.shape[1] or rows.shape[0] < at_least:
+        expected = f"[{at_least} or more, {like.shape[1]}], the width of student_image"
+        raise ValueError(f"{name} has shape {list(rows.shape)}; expected {expected}")
+    if groups.shape != rows.shape[:1]:
+        raise ValueError(f"the groups of {name} have shape {list(groups.shape)}; expected [{rows.shape[0]}]")
