@@ -1,0 +1,1 @@
+"""The student's model card: a template and what fills it."""

@@ -1,0 +1,145 @@
+"""Distils a student, trains one without a teacher, or evaluates a saved one.
+
+accelerate launch train.py --config recipes/icons.yaml [--any_field value]
+accelerate launch train.py --dataset_name icons --do_train False --do_eval --model_name_or_path runs/icons
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import yaml
+from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
+from trainers.data_loading import DataArguments, load_data, teacher_description, teacher_width
+from trainers.distillation_config import settings_that_differ
+from trainers.report import report
+from trainers.retrieval_trainer import RetrievalTrainer
+from trainers.student import StudentArguments, build_student
+
+
+def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, DSMDTrainingArguments]:
+    """A recipe's fields, then the command line's, which win.
+
+    Raises:
+        ValueError: for a key that is no field, naming the nearest one.
+    """
+    config_parser = argparse.ArgumentParser(add_help=False)
+    config_parser.add_argument("--config", type=Path)
+    known, rest = config_parser.parse_known_args(argv)
+    parser = HfArgumentParser(
+        (StudentArguments, DataArguments, DSMDTrainingArguments), description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, help="A recipe: a YAML file whose keys are the fields above.")
+    parser.set_defaults(do_train=True)
+    if known.config is not None:
+        if not known.config.is_file():
+            raise ValueError(f"--config {known.config}: there is no such file.")
+        recipe = yaml.safe_load(known.config.read_text()) or {}
+        fields = {action.dest for action in parser._actions} - {"help", "config"}
+        for key in recipe:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else "`python train.py --help` lists the settings."
+                raise ValueError(f"{known.config}: {key!r} is not a setting. {hint}")
+        parser.set_defaults(**recipe)
+    # An evaluation leaves its results with the student it evaluates, unless told otherwise.
+    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model.add_argument("--model_name_or_path")
+    student_dir = model.parse_known_args(rest)[0].model_name_or_path
+    if student_dir is not None and parser.get_default("output_dir") is None:
+        parser.set_defaults(output_dir=student_dir)
+    student, data, training, _ = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    return student, data, training
+
+
+def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
+    """Refuses to write a run into the folder of another, unless told to replace it."""
+    folder = Path(args.output_dir)
+    if not args.do_train or args.resume_from_checkpoint or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"output_dir {folder} is not empty: it holds another run. Give another --output_dir, go on with that run "
+            "by --resume_from_checkpoint last, or replace it by --overwrite_output_dir."
+        )
+    if args.process_index == 0:
+        shutil.rmtree(folder)
+
+
+def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or the run's last one for 'last' or 'True'."""
+    if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() not in ("last", "true"):
+        return args.resume_from_checkpoint
+    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if checkpoint is None:
+        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {args.output_dir} to go on from.")
+    return checkpoint
+
+
+def prepare(argv: list[str]) -> tuple[RetrievalTrainer, datasets.DatasetDict, str | None, dict]:
+    """Everything before training: arguments, data, student, trainer; the checkpoint to go on from; facts for the card.
+
+    Raises:
+        ValueError: for bad input, saying what to do.
+    """
+    student_args, data_args, args = parse_arguments(argv)
+    prepare_output_dir(args, data_args.overwrite_output_dir)
+    checkpoint = last_checkpoint(args)
+    set_seed(args.seed)
+    with args.main_process_first(desc="data"):
+        rows = load_data(data_args)
+    captions = [caption for texts in rows["train"]["captions"] for caption in texts]
+    model, processor = build_student(student_args, captions, teacher_width(rows))
+    trainer_class = DSMDTrainer if data_args.method == "distillation" else ContrastiveTrainer
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=rows["train"] if args.do_train else None,
+        eval_dataset=rows["validation"],
+        processing_class=processor,
+    )
+    towers = (student_args.vision_model_name_or_path, student_args.text_model_name_or_path)
+    facts = {
+        "dataset_name": Path(data_args.dataset_name).name
+        if Path(data_args.dataset_name).is_dir()
+        else data_args.dataset_name,
+        "method": data_args.method,
+        "towers": [tower for tower in towers if tower is not None and not Path(tower).is_dir()],
+        "teacher": teacher_description(rows) if data_args.method == "distillation" else None,
+        "images": len(rows["train"]),
+        "captions": len(captions),
+        "settings": settings_that_differ(args),
+        "projection_dim": model.config.projection_dim,
+    }
+    return trainer, rows, checkpoint, facts
+
+
+def main(argv: list[str]) -> None:
+    try:
+        trainer, rows, checkpoint, facts = prepare(argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")  # bad input: the message says what to do, a traceback would hide it
+    metrics = {}
+    if trainer.args.do_train:
+        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        trainer.save_model()
+    metrics.update(trainer.evaluate())
+    metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test"))
+    report(trainer, metrics, trained=trainer.args.do_train, facts=facts)
+    if trainer.args.do_train and trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    # Tokenizers must not start threads in a process that forks loader workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(sys.argv[1:])

@@ -1,0 +1,28 @@
+"""How a student learns: losses, their balancer, trainers and the evaluation by recall."""
+
+from .balancers import make_balancer
+from .contrastive_trainer import ContrastiveTrainer
+from .distillation_config import DSMDTrainingArguments
+from .distillation_trainer import DSMDTrainer
+from .feature_queue import FeatureQueue
+from .losses import (
+    contrastive_distillation,
+    feature_distillation,
+    hard_negative_distillation,
+    similarity_distillation,
+)
+from .retrieval import retrieval_metrics
+
+
+__all__ = [
+    "ContrastiveTrainer",
+    "DSMDTrainer",
+    "DSMDTrainingArguments",
+    "FeatureQueue",
+    "contrastive_distillation",
+    "feature_distillation",
+    "hard_negative_distillation",
+    "make_balancer",
+    "retrieval_metrics",
+    "similarity_distillation",
+]

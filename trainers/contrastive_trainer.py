@@ -1,0 +1,66 @@
+"""The same student without a teacher: the baseline, and the way a teacher is made."""
+
+from __future__ import annotations
+
+import torch
+
+from . import distributed
+from .retrieval_trainer import RetrievalTrainer
+
+
+def contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_groups: torch.Tensor,
+    caption_to_image: torch.Tensor,
+    scale: torch.Tensor,
+    num_captions: int | None = None,
+) -> torch.Tensor:
+    """Symmetric InfoNCE over (image, caption) pairs with other items of a pair's own group left out.
+
+    Args:
+        image_embeds: L2-normalised, `[N, D]`.
+        text_embeds: L2-normalised, `[C, D]`.
+        image_groups: `[N]`; items of equal groups are never each other's negatives.
+        caption_to_image: `[C]`, the row of each caption's image.
+        scale: inverse temperature, a scalar.
+        num_captions: what the sum over the C pairs is divided by; default C.
+
+    Returns:
+        Scalar: the mean of both directions (CLIP's loss where every image has one caption and a group of its own).
+    """
+    logits = scale * (text_embeds.float() @ image_embeds.float().T)  # [C, N]
+    text_groups = image_groups[caption_to_image]
+    positive = logits.gather(1, caption_to_image[:, None]).squeeze(1)  # [C]
+    negatives = logits.masked_fill(text_groups[:, None] == image_groups[None, :], float("-inf"))
+    # logaddexp has no gradient at (x, -inf) in some releases; softplus of the difference has.
+    text_to_image = torch.nn.functional.softplus(_logsumexp(negatives, dim=1) - positive)
+    image_to_text = torch.nn.functional.softplus(_logsumexp(negatives, dim=0)[caption_to_image] - positive)
+    return 0.5 * (text_to_image + image_to_text).sum() / (num_captions or len(text_embeds))
+
+
+def _logsumexp(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    """logsumexp with a large negative number, and no NaN gradient, where every entry is -inf."""
+    return logits.clamp(min=-1e4).logsumexp(dim)
+
+
+class ContrastiveTrainer(RetrievalTrainer):
+    """Plain contrastive training of a dual encoder, with the temperature learned as in CLIP."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        image_embeds, text_embeds = self.embed(model, inputs)
+        image_groups, caption_to_image = inputs["image_groups"], inputs["caption_to_image"]
+        if distributed.world_size() > 1:
+            # Every rank computes the loss of all ranks' pairs, so that each gradient is that of the full batch.
+            images = distributed.row_counts(image_embeds)
+            captions = distributed.row_counts(text_embeds)
+            offset = sum(images[: distributed.rank()])
+            image_embeds = distributed.gather_rows(image_embeds, images, differentiable=True)
+            text_embeds = distributed.gather_rows(text_embeds, captions, differentiable=True)
+            image_groups = distributed.gather_rows(image_groups, images)
+            caption_to_image = distributed.gather_rows(caption_to_image + offset, captions)
+        scale = self.accelerator.unwrap_model(model).logit_scale.float().exp().clamp(max=100.0)
+        loss = contrastive_loss(
+            image_embeds, text_embeds, image_groups, caption_to_image, scale, num_captions=self.num_captions
+        )
+        return (loss, None) if return_outputs else loss

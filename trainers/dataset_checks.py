@@ -1,0 +1,104 @@
+"""What must be true of a dataset before training starts."""
+
+from __future__ import annotations
+
+import random
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+from .retrieval_data import TEACHER_COLUMNS, load_rgb, rows_to_numpy
+
+
+IMAGES_DECODED = 1000
+ROWS_AT_ONCE = 5000
+
+
+def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None) -> None:
+    """Refuses rows that break the contract, naming the row, what was expected and what to do.
+
+    Checked over all rows: columns, captions, ids, teacher features (widths, numbers, NaN). Decoded: a seeded sample of
+    1,000 images; one that turns out unreadable later is skipped in training, counted and listed.
+
+    Args:
+        dataset: map-style rows.
+        split: its name, for the message.
+        teacher_dim: the width D that teacher features must have; None where they are not needed.
+
+    Raises:
+        ValueError: at the first thing that is wrong.
+    """
+    needed = ("image", "captions", "image_id", *(TEACHER_COLUMNS if teacher_dim is not None else ()))
+    missing = [column for column in needed if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"The {split} split has no column {', '.join(missing)} (it has {', '.join(dataset.column_names)}). "
+            "Rename the columns you have (`dataset.rename_column`)"
+            + ("; teacher features must be added before distilling." if set(missing) & set(TEACHER_COLUMNS) else ".")
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"The {split} split is empty.")
+    plain = dataset.select_columns([column for column in needed if column in dataset.column_names])
+    plain = plain.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
+    without_images = plain.remove_columns("image")
+    row_of_id: dict[str, int] = {}
+    for start in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc=f"check {split}", leave=False, disable=None):
+        table = without_images[start : start + ROWS_AT_ONCE]
+        captions, ids = table["captions"].to_pylist(), table["image_id"].to_pylist()
+        for i, (image_id, texts) in enumerate(zip(ids, captions)):
+            where = f"Row {start + i} of the {split} split (image_id {image_id!r})"
+            if not isinstance(image_id, str) or not image_id:
+                raise ValueError(f"{where}: image_id must be a string that is not empty.")
+            if not isinstance(texts, list) or not texts:
+                raise ValueError(f"{where} has captions {texts!r}: expected one string or more. Drop the row.")
+            if any(not isinstance(text, str) or not text.strip() for text in texts):
+                raise ValueError(f"{where} has an empty caption in {texts!r}: drop or fill it.")
+            first = row_of_id.setdefault(image_id, start + i)
+            if first != start + i and plain[first].to_pylist() != plain[start + i].to_pylist():
+                raise ValueError(f"{where}: row {first} has this image_id and other content. Make image_id unique.")
+        if teacher_dim is not None:
+            _check_teacher(table, start, split, teacher_dim, ids, captions)
+    sample = random.Random(0).sample(range(len(dataset)), min(IMAGES_DECODED, len(dataset)))
+    for i in tqdm(sorted(sample), desc=f"decode {split}", leave=False, disable=None):
+        row = plain[i]
+        try:
+            load_rgb(row["image"][0].as_py())
+        except ValueError as error:
+            raise ValueError(
+                f"Row {i} of the {split} split (image_id {row['image_id'][0].as_py()!r}): {error}. Drop it."
+            ) from error
+
+
+def _check_teacher(table, start: int, split: str, teacher_dim: int, ids: list[str], captions: list[list[str]]) -> None:
+    image_widths = _list_lengths(table["teacher_image_embeds"])
+    text_counts = _list_lengths(table["teacher_text_embeds"])
+    text_widths = _list_lengths(table["teacher_text_embeds"].combine_chunks().flatten())
+    expected_counts = np.array([len(row) for row in captions])
+
+    def fail(row: int, message: str):
+        raise ValueError(f"Row {start + row} of the {split} split (image_id {ids[row]!r}): {message}")
+
+    for row in np.flatnonzero(image_widths != teacher_dim)[:1]:
+        fail(row, f"teacher_image_embeds has width {image_widths[row]}, expected {teacher_dim} (projection_dim).")
+    for row in np.flatnonzero(text_counts != expected_counts)[:1]:
+        fail(row, f"{text_counts[row]} teacher_text_embeds for {expected_counts[row]} captions.")
+    row_of_caption = np.repeat(np.arange(len(captions)), expected_counts)
+    for caption in np.flatnonzero(text_widths != teacher_dim)[:1]:
+        fail(
+            row_of_caption[caption],
+            f"teacher_text_embeds has width {text_widths[caption]}, expected {teacher_dim} (projection_dim).",
+        )
+    for column, row_of in (
+        ("teacher_image_embeds", np.arange(len(captions))),
+        ("teacher_text_embeds", row_of_caption),
+    ):
+        norms = np.linalg.norm(rows_to_numpy(table[column]).astype(np.float32), axis=1)
+        for i in np.flatnonzero(~np.isfinite(norms) | (norms == 0))[:1]:
+            fail(row_of[i], f"{column} is NaN, infinite or zero: make the teacher's features again.")
+
+
+def _list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy()

@@ -1,0 +1,128 @@
+"""Settings of a run: `TrainingArguments` and what the method adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .losses import PAIRS
+
+
+LOSSES = ("contrastive", "feature", "similarity", "hard_negative")
+
+
+@dataclass
+class DSMDTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the method's own settings.
+
+    Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (a batch is no set of model inputs),
+    `dataloader_drop_last=True` (an uneven last batch would be filled with row 0 again on other ranks),
+    `logging_nan_inf_filter=False` (it syncs every step), `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
+    """
+
+    losses: list[str] = field(
+        default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses to use."}
+    )
+    contrastive_pairs: list[str] = field(
+        default_factory=lambda: ["II", "TT"],
+        metadata={"help": "Pairs of the contrastive loss: II, TT, IT, TI (student row to teacher row)."},
+    )
+    contrastive_temperature: float = field(default=0.05, metadata={"help": "Divides its similarities."})
+    queue_size: int = field(
+        default=8192,
+        metadata={"help": "Teacher rows of earlier steps kept for each modality; 0 contrasts with this step's only."},
+    )
+    hard_negative_pairs: list[str] = field(
+        default_factory=lambda: list(PAIRS), metadata={"help": "Pairs of the hard-negative loss."}
+    )
+    hard_negative_margin: float = field(default=0.2, metadata={"help": "Margin where margin_kind is fixed."})
+    hard_negative_margin_kind: str = field(
+        default="fixed",
+        metadata={
+            "help": "'fixed', or 'teacher': the gap that the teacher itself has.",
+            "choices": ["fixed", "teacher"],
+        },
+    )
+    hardest_negative: bool = field(
+        default=True, metadata={"help": "Only each query's hardest negative; else the sum over all of them."}
+    )
+    balancer: str = field(
+        default="dynamic",
+        metadata={"help": "What sets the losses' weights.", "choices": ["dynamic", "published", "fixed"]},
+    )
+    balancer_temperature: float = field(
+        default=1.0, metadata={"help": "Of the softmax over the losses' rates: smaller lets rates count for more."}
+    )
+    balancer_smoothing: float = field(
+        default=0.9, metadata={"help": "Decay of the dynamic balancer's averages of the losses, in [0, 1)."}
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the fixed balancer, in the order of `losses`; default all 1."}
+    )
+    captions_per_image: int | None = field(
+        default=None, metadata={"help": "Captions drawn for each image in an epoch; all by default."}
+    )
+    max_caption_length: int = field(default=64, metadata={"help": "Captions are cut at this many tokens."})
+    random_shift: float = field(
+        default=0.0, metadata={"help": "Largest shift of an image, as a fraction of its side."}
+    )
+    random_zoom: float = field(default=0.0, metadata={"help": "Largest relative change of an image's scale."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the projections and the temperature; default: learning_rate."}
+    )
+
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Syncs every step where True."})
+    metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Chosen on the validation split."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+
+    def __post_init__(self):
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token is refused: Trainer would write it into files that are pushed. "
+                "Log in with `hf auth login` or set HF_TOKEN instead."
+            )
+        if self.output_dir is None:
+            raise ValueError("output_dir is missing: name the folder that the student is written to.")
+        _check_choice("losses", self.losses, LOSSES)
+        _check_choice("contrastive_pairs", self.contrastive_pairs, PAIRS)
+        _check_choice("hard_negative_pairs", self.hard_negative_pairs, PAIRS)
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses.")
+        for name, low, high in (
+            ("contrastive_temperature", 0, float("inf")),
+            ("balancer_temperature", 0, float("inf")),
+            ("max_caption_length", 2, float("inf")),
+        ):
+            if not low < getattr(self, name) < high:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than {low}.")
+        for name in ("random_shift", "random_zoom", "balancer_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number in [0, 1).")
+        if self.queue_size < 0:
+            raise ValueError(f"queue_size={self.queue_size}: expected 0 or more.")
+        if self.captions_per_image is not None and self.captions_per_image < 1:
+            raise ValueError(f"captions_per_image={self.captions_per_image}: expected 1 or more, or none for all.")
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: the trainer reads more columns than the model.")
+
+    def to_dict(self) -> dict:
+        """The settings as they may be published (TensorBoard, training_args.json): no token, no local path."""
+        local = ("output_dir", "resume_from_checkpoint", "run_name")
+        return {name: value for name, value in super().to_dict().items() if name not in local and "token" not in name}
+
+
+def settings_that_differ(args: DSMDTrainingArguments) -> dict[str, object]:
+    """Settings with another value than their default's, without paths and tokens."""
+    defaults = DSMDTrainingArguments(output_dir=args.output_dir).to_dict()
+    return {name: value for name, value in args.to_dict().items() if value != defaults[name]}
+
+
+def _check_choice(name: str, values: list[str], allowed: tuple[str, ...]) -> None:
+    wrong = [value for value in values if value not in allowed]
+    if wrong or not values or len(set(values)) != len(values):
+        raise ValueError(f"{name}={values}: expected one or more of {', '.join(allowed)}, each once.")

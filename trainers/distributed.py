@@ -1,0 +1,56 @@
+"""Rows of all ranks, in rank order, where every rank may hold another number of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def row_counts(rows: torch.Tensor) -> list[int]:
+    """How many rows each rank holds."""
+    if world_size() == 1:
+        return [len(rows)]
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    return torch.cat(counts).tolist()
+
+
+def gather_rows(rows: torch.Tensor, counts: list[int] | None = None, differentiable: bool = False) -> torch.Tensor:
+    """Rows of all ranks.
+
+    Args:
+        rows: this rank's, `[n, ...]`.
+        counts: [`row_counts`], where the caller has them already.
+        differentiable: let gradients flow back to the rank each row came from; constants otherwise.
+
+    Returns:
+        `[sum of counts, ...]`, the same on every rank; with one process, `rows` themselves.
+    """
+    if world_size() == 1:
+        return rows
+    counts = counts or row_counts(rows)
+    padded = torch.cat([rows, rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))])
+    if differentiable:
+        from torch.distributed.nn.functional import all_gather
+
+        gathered = all_gather(padded.contiguous())
+    else:
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded.detach().contiguous())
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's tensor, a constant."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,300 @@
+"""What every training of a dual encoder shares: batches, optimiser, evaluation by recall, exact checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import speed_metrics
+
+from . import distributed
+from .dataset_checks import check_dataset
+from .distillation_config import DSMDTrainingArguments
+from .retrieval import retrieval_metrics
+from .retrieval_data import TEACHER_COLUMNS, RetrievalCollator, RetrievalDataset, id_hash, load_rgb, rows_to_numpy
+
+
+logger = logging.getLogger(__name__)
+
+
+class RetrievalTrainer(Trainer):
+    """`Trainer` of a dual encoder, evaluated by recall in both directions.
+
+    Subclasses say what the loss of a micro-batch is: `compute_loss` returns this rank's part of the whole optimiser
+    step's mean, so that the micro-batches and ranks of a step add up to its loss.
+
+    Args:
+        model: a [`DSMDModel`], or any whose output has `image_embeds` and `text_embeds`, L2-normalised.
+        args: the run's settings.
+        train_dataset, eval_dataset: rows as the contract has them (`image`, `captions`, `image_id`, ...).
+        processing_class: processor with `image_processor` and `tokenizer`; saved with the model.
+        **kwargs: `callbacks` and `optimizers` as in `Trainer`.
+    """
+
+    # compute_loss divides by the counts of the whole step: nothing is left for Trainer to divide by.
+    loss_is_scaled_for_ga = True
+    needs_teacher = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DSMDTrainingArguments,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        processing_class=None,
+        **kwargs,
+    ):
+        if processing_class is None:
+            raise ValueError("processing_class is missing: give the processor (image_processor and tokenizer).")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, and DataParallel would tear images from their captions. "
+                f"Type `accelerate launch --num_processes {args.n_gpu} train.py ...`, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train", self._teacher_dim(model) if self.needs_teacher else None)
+            step = args.per_device_train_batch_size * args.world_size
+            if len(train_dataset) < step:
+                raise ValueError(
+                    f"The training split has {len(train_dataset)} images, fewer than one step's {step}: "
+                    "lower per_device_train_batch_size."
+                )
+            train_dataset = RetrievalDataset(
+                train_dataset,
+                with_teacher=self.needs_teacher,
+                captions_per_image=args.captions_per_image,
+                random_shift=args.random_shift,
+                random_zoom=args.random_zoom,
+                seed=args.data_seed if args.data_seed is not None else args.seed,
+            )
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "validation", None)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=RetrievalCollator(processing_class, args.max_caption_length),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.unreadable: dict[str, None] = {}
+        self._teacher_metrics: dict[str, dict[str, float]] = {}
+
+    @staticmethod
+    def _teacher_dim(model: PreTrainedModel) -> int:
+        return model.config.projection_dim
+
+    # Optimiser
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Towers and heads with their own learning rates; no decay on biases, norms and the temperature.
+
+        Trainer knows one learning rate, and decays the temperature.
+        """
+        if self.optimizer is None:
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    is_tower = "vision_model." in name or "text_model." in name
+                    groups.setdefault((is_tower, parameter.ndim > 1), []).append(parameter)
+            head_rate = self.args.head_learning_rate
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.args.weight_decay if decayed else 0.0,
+                        "lr": self.args.learning_rate if is_tower or head_rate is None else head_rate,
+                    }
+                    for (is_tower, decayed), parameters in groups.items()
+                ],
+                **kwargs,
+            )
+        return self.optimizer
+
+    # Batches
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimiser step, counted: losses are means over the whole step.
+
+        Trainer counts labels; a batch here has images and captions.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            for line in batch.pop("unreadable"):
+                if line not in self.unreadable:
+                    logger.warning(f"Image left out: {line}")
+                self.unreadable[line] = None
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        if batches:
+            self.begin_step(batches)
+        return batches, None
+
+    def begin_step(self, batches: list[dict]) -> None:
+        """Called with all micro-batches of this rank before the first is trained on."""
+        self.num_images = sum(len(batch["image_groups"]) for batch in batches)
+        self.num_captions = sum(len(batch["input_ids"]) for batch in batches)
+        if distributed.world_size() > 1:
+            counts = torch.tensor([self.num_images, self.num_captions], device=self.args.device)
+            self.num_images, self.num_captions = distributed.sum_over_ranks(counts).tolist()
+
+    def embed(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """L2-normalised float32 embeddings `[N, D]`, `[C, D]` of a batch: each image once for all its captions."""
+        output = model(
+            pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        )
+        return output.image_embeds.float(), output.text_embeds.float()
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: the estimate that Trainer makes fits neither tower."""
+        return 0
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Recall in both directions over a whole split, each row once on any number of processes.
+
+        Trainer's loop would compare within batches only. Where the split has teacher features, the teacher's own
+        figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("There is no dataset to evaluate on.")
+        started = time.time()
+        image_embeds, text_embeds = self.encode(dataset)
+        groups, caption_to_image = rows_and_captions(dataset)
+        metrics = retrieval_metrics(image_embeds, text_embeds, groups, groups[caption_to_image])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if set(TEACHER_COLUMNS) <= set(dataset.column_names):
+            if metric_key_prefix not in self._teacher_metrics:
+                self._teacher_metrics[metric_key_prefix] = teacher_metrics(dataset)
+            teacher = self._teacher_metrics[metric_key_prefix]
+            metrics.update({f"teacher_{metric_key_prefix}_{name}": value for name, value in teacher.items()})
+            share = 100 * metrics[f"{metric_key_prefix}_rsum"] / teacher["rsum"] if teacher["rsum"] else float("nan")
+            metrics[f"{metric_key_prefix}_share_of_teacher"] = share
+        metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def encode(self, dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process."""
+        was_training = self.model.training
+        self.model.eval()
+        images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        captions = [caption for row in dataset["captions"] for caption in row]
+        loader = DataLoader(
+            images.with_format(None).select(self._own_rows(len(images))),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=_ImageCollator(self.processing_class.image_processor),
+            num_workers=self.args.dataloader_num_workers,
+        )
+        tokenizer = self.processing_class.tokenizer
+        own = self._own_rows(len(captions))
+        # Captions of like length go together: padding costs as much as words.
+        by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
+        bar = tqdm(
+            total=len(images) + len(captions),
+            desc="encode",
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        with self.compute_loss_context_manager():
+            image_embeds = []
+            for pixel_values in loader:
+                embeds = self.model(pixel_values=pixel_values.to(self.args.device)).image_embeds.float()
+                image_embeds.append(embeds)
+                bar.update(len(embeds) * distributed.world_size())
+            text_embeds = torch.empty((len(own), self._teacher_dim(self.model)), device=self.args.device)
+            for start in range(0, len(own), self.args.eval_batch_size):
+                rows = by_length[start : start + self.args.eval_batch_size]
+                text = tokenizer(
+                    [captions[own[i]] for i in rows],
+                    padding=True,
+                    truncation=True,
+                    max_length=self.args.max_caption_length,
+                    return_tensors="pt",
+                ).to(self.args.device)
+                output = self.model(input_ids=text["input_ids"], attention_mask=text["attention_mask"])
+                text_embeds[rows] = output.text_embeds.float()
+                bar.update(len(rows) * distributed.world_size())
+        bar.close()
+        self.model.train(was_training)
+        image_embeds = torch.cat(image_embeds) if image_embeds else text_embeds[:0]
+        return self._in_row_order(image_embeds, len(images)), self._in_row_order(text_embeds, len(captions))
+
+    def _own_rows(self, rows: int) -> range:
+        return range(distributed.rank(), rows, distributed.world_size())
+
+    @staticmethod
+    def _in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
+        """All ranks' rows, of which rank r holds rows r, r + W, r + 2W, ..."""
+        gathered = distributed.gather_rows(own)
+        position = torch.cat(
+            [torch.arange(r, rows, distributed.world_size()) for r in range(distributed.world_size())]
+        ).to(own.device)
+        ordered = torch.empty_like(gathered)
+        ordered[position] = gathered
+        return ordered
+
+    # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Trainer loads by the names in the file, and loses towers that are saved under others (ViT, DINOv2, Swin)."""
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict(), strict=True)
+
+    def _load_best_model(self) -> None:
+        """The same fault as in `_load_from_checkpoint`."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON."""
+        output_dir = output_dir or self.args.output_dir
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            os.remove(os.path.join(output_dir, "training_args.bin"))
+            write_json(os.path.join(output_dir, "training_args.json"), self.args.to_dict())
+
+
+class _ImageCollator:
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def __call__(self, rows: list[dict]) -> torch.Tensor:
+        images = [load_rgb(row["image"]) for row in rows]
+        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups `[N]` of the images, and the row `[M]` of each caption's image."""
+    column = "group_id" if "group_id" in dataset.column_names else "image_id"
+    groups = torch.tensor([id_hash(group) for group in dataset[column]])
+    counts = torch.tensor([len(captions) for captions in dataset["captions"]])
+    return groups, torch.repeat_interleave(torch.arange(len(groups)), counts)
+
+
+def teacher_metrics(dataset: datasets.Dataset) -> dict[str, float]:
+    """The teacher's own recall on a split, from its stored features."""
+    table = dataset.select_columns(list(TEACHER_COLUMNS)).with_format("arrow")[:]
+    image, text = (torch.from_numpy(rows_to_numpy(table[name]).astype("float32")) for name in TEACHER_COLUMNS)
+    groups, caption_to_image = rows_and_captions(dataset)
+    return retrieval_metrics(image, text, groups, groups[caption_to_image])
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Written beside, then renamed: the file is whole or absent."""
+    with open(f"{path}.part", "w") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(f"{path}.part", path)

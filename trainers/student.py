@@ -1,0 +1,135 @@
+"""The student that a run trains: which towers, which processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    VisionTextDualEncoderProcessor,
+    ViTImageProcessorPil,
+)
+
+from modeling_dsmd import DSMDModel
+
+
+@dataclass
+class StudentArguments:
+    """Three ways to a student: a saved one, two pre-trained towers, or two configurations to train from scratch."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved student: folder or Hub id."})
+    vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained vision tower."})
+    text_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained text tower."})
+    vision_config: dict | str | None = field(
+        default=None, metadata={"help": "Configuration of a vision tower to train from scratch, with model_type."}
+    )
+    text_config: dict | str | None = field(
+        default=None, metadata={"help": "The same for the text tower; its vocabulary size is the tokenizer's."}
+    )
+    vision_pooling: str = field(default="mean", metadata={"choices": ["cls", "mean", "pooler"], "help": "Of images."})
+    text_pooling: str = field(default="mean", metadata={"choices": ["cls", "mean", "pooler"], "help": "Of captions."})
+    projection_dim: int | None = field(
+        default=None, metadata={"help": "Width of the embeddings; default: the teacher's, or 256 without a teacher."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Side of the images of a tower trained from scratch."})
+    vocab_size: int = field(
+        default=8000, metadata={"help": "Largest vocabulary of the tokenizer of a text tower trained from scratch."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the towers' repositories run code here."})
+
+    def __post_init__(self):
+        for name in ("vision_config", "text_config"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = json.loads(value)
+                setattr(self, name, value)
+            if value is not None and "model_type" not in value:
+                raise ValueError(f"{name}={value}: model_type is missing, such as 'vit' or 'bert'.")
+
+
+def build_student(
+    args: StudentArguments, captions: Iterable[str], teacher_dim: int | None
+) -> tuple[DSMDModel, VisionTextDualEncoderProcessor]:
+    """The student of a run and its processor.
+
+    Args:
+        args: which.
+        captions: of the training split: a tokenizer is trained on them where the text tower starts from scratch.
+        teacher_dim: width of the teacher's features, where there is one.
+
+    Raises:
+        ValueError: where not exactly one way to a student is given for each tower.
+    """
+    if args.model_name_or_path is not None:
+        model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        return model, AutoProcessor.from_pretrained(args.model_name_or_path)
+    for modality in ("vision", "text"):
+        if (getattr(args, f"{modality}_model_name_or_path") is None) == (getattr(args, f"{modality}_config") is None):
+            raise ValueError(
+                f"Which {modality} tower? Give either {modality}_model_name_or_path (pre-trained) or "
+                f"{modality}_config (from scratch), or model_name_or_path for a saved student."
+            )
+    fields = {
+        "projection_dim": args.projection_dim or teacher_dim or 256,
+        "vision_pooling": args.vision_pooling,
+        "text_pooling": args.text_pooling,
+    }
+    if args.vision_config is None:
+        image_processor = AutoImageProcessor.from_pretrained(args.vision_model_name_or_path, backend="pil")
+    else:
+        side = {"height": args.image_size, "width": args.image_size}
+        image_processor = ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    if args.text_config is None:
+        tokenizer = AutoTokenizer.from_pretrained(args.text_model_name_or_path)
+    else:
+        tokenizer = train_tokenizer(captions, args.vocab_size)
+    processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    if args.vision_config is None and args.text_config is None:
+        model = DSMDModel.from_vision_text_pretrained(
+            args.vision_model_name_or_path,
+            args.text_model_name_or_path,
+            trust_remote_code=args.trust_remote_code,
+            **fields,
+        )
+    elif args.vision_config is not None and args.text_config is not None:
+        vision = {"image_size": args.image_size, **args.vision_config}
+        text = {**args.text_config, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        model = DSMDModel.from_vision_text_configs(
+            AutoConfig.for_model(**vision), AutoConfig.for_model(**text), **fields
+        )
+    else:
+        raise ValueError("One tower is pre-trained and the other is not: give two names or two configurations.")
+    return model, processor
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece tokenizer, `[CLS] caption [SEP]`, trained on the captions."""
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
+    )
