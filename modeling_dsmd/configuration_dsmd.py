@@ -1,8 +1,15 @@
 """Configuration of the DSMD student."""
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+
+
+try:
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError as error:
+    raise ImportError(
+        f"DSMD needs a newer transformers (5.23 is known to work); this is {transformers.__version__}."
+    ) from error
 
 
 POOLINGS = ("cls", "mean", "pooler")
@@ -34,8 +41,6 @@ class DSMDConfig(PreTrainedConfig):
     logit_scale_init_value: float = 2.6592
 
     def __post_init__(self, **kwargs):
-        if int(transformers.__version__.split(".")[0]) < 5:
-            raise ImportError(f"DSMD needs transformers 5 or later; this is {transformers.__version__}.")
         super().__post_init__(**kwargs)
         for name in ("vision_pooling", "text_pooling"):
             if getattr(self, name) not in POOLINGS:

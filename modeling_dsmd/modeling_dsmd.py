@@ -15,6 +15,17 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_dsmd import DSMDConfig
 
 
+# Parts of vision towers that serve only the tower's own pooler and have no switch: `model_type` -> attribute.
+OWN_POOLER = {
+    "clip_vision_model": "post_layernorm",
+    "convnext": "layernorm",
+    "convnextv2": "layernorm",
+    "siglip_vision_model": "head",
+}
+# Attributes of configs that hold the width of the last hidden state, the more specific first.
+WIDTHS = ("neck_hidden_sizes", "hidden_sizes", "hidden_size", "hidden_dim")
+
+
 @dataclass
 class DSMDOutput(ModelOutput):
     """Output of [`DSMDModel`]; a modality that was not given leaves its fields `None`.
@@ -37,6 +48,9 @@ class DSMDOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
 
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
 
 class DSMDModel(PreTrainedModel):
     """Dual encoder for image-text retrieval with the interface of `CLIPModel`.
@@ -55,7 +69,6 @@ class DSMDModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _keep_in_fp32_modules_strict = ["logit_scale"]
 
     def __init__(
         self,
@@ -66,8 +79,20 @@ class DSMDModel(PreTrainedModel):
         super().__init__(config)
         self.vision_model = vision_model or _new_tower(config.vision_config, config.vision_pooling)
         self.text_model = text_model or _new_tower(config.text_config, config.text_pooling)
-        if config.vision_pooling != "pooler" and config.vision_config.model_type in ("convnext", "convnextv2"):
-            self.vision_model.layernorm = nn.Identity()  # used by ConvNeXt's own pooler only, and has no switch
+        for modality, tower, expected in (
+            ("vision", self.vision_model, "pixel_values"),
+            ("text", self.text_model, "input_ids"),
+        ):
+            if tower.main_input_name != expected:
+                raise ValueError(
+                    f"{type(tower).__name__} takes {tower.main_input_name}: no {modality} tower, which takes {expected}."
+                )
+        # A parameter without a gradient stops distributed training.
+        if config.vision_pooling != "pooler" and config.vision_config.model_type in OWN_POOLER:
+            setattr(self.vision_model, OWN_POOLER[config.vision_config.model_type], nn.Identity())
+        for name, parameter in self.vision_model.named_parameters():
+            if name.endswith("mask_token"):  # of masked pre-training (DINOv2)
+                parameter.requires_grad_(False)
         # One config object for each tower, so that a change reaches both.
         self.config.vision_config._attn_implementation = self.vision_model.config._attn_implementation
         self.config.text_config._attn_implementation = self.text_model.config._attn_implementation
@@ -94,6 +119,7 @@ class DSMDModel(PreTrainedModel):
             vision_config, text_config: of the towers, as objects or dicts with `model_type`.
             **config_fields: other fields of [`DSMDConfig`], such as `projection_dim`.
         """
+        _check_fields(config_fields)
         return cls(DSMDConfig(vision_config=vision_config, text_config=text_config, **config_fields))
 
     @classmethod
@@ -109,16 +135,23 @@ class DSMDModel(PreTrainedModel):
         Args:
             vision_model_name_or_path, text_model_name_or_path: Hub ids or folders; of a dual encoder such as CLIP
                 the tower asked for is taken.
-            trust_remote_code: let these repositories run code of their own.
+            trust_remote_code: let these repositories run code of their own (one that is written in it is refused).
             **config_fields: other fields of [`DSMDConfig`], such as `projection_dim`.
 
         Raises:
-            ValueError: where a tower's checkpoint lacks weights.
+            ValueError: where a tower's checkpoint lacks weights, is of the other modality or of a class that
+                transformers has not, which the student's folder could not carry.
         """
+        _check_fields(config_fields)
         towers = {}
         for modality, name in (("vision", vision_model_name_or_path), ("text", text_model_name_or_path)):
             tower_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             tower_config = getattr(tower_config, f"{modality}_config", tower_config)
+            if type(tower_config) not in AutoModel._model_mapping:
+                raise ValueError(
+                    f"{name}: AutoModel of transformers has no class for the {modality} tower's "
+                    f"{type(tower_config).__name__}, so a saved student would not load. Choose another tower."
+                )
             tower, info = AutoModel.from_pretrained(
                 name,
                 config=tower_config,
@@ -128,10 +161,10 @@ class DSMDModel(PreTrainedModel):
                 **_without_pooler(tower_config, config_fields.get(f"{modality}_pooling", "mean")),
             )
             if info["missing_keys"]:
-                missing = ", ".join(sorted(info["missing_keys"])[:5])
+                missing = sorted(info["missing_keys"])
                 raise ValueError(
-                    f"{name} has no weights for {len(info['missing_keys'])} parameters of its {modality} tower "
-                    f"({missing}, ...): they would be random. Give a complete {modality} checkpoint, or another "
+                    f"{name} has no weights for {len(missing)} parameters of its {modality} tower "
+                    f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): they would be random. Give a complete {modality} checkpoint, or another "
                     f"{modality}_pooling if it is only the pooler that is missing."
                 )
             towers[modality] = tower
@@ -181,6 +214,7 @@ class DSMDModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> tuple | DSMDOutput:
         """Embeds whichever modality is given; with both, their similarities too.
@@ -191,51 +225,72 @@ class DSMDModel(PreTrainedModel):
             attention_mask: `[C, L]`.
             token_type_ids: `[C, L]`, for towers that take them.
             return_loss: also the symmetric contrastive loss of image i with caption i (N = C).
+            interpolate_pos_encoding: take images of another size than the vision tower's, where it can.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give input_ids, pixel_values or both.")
-        # Both towers' own arguments (output_hidden_states, ...) arrive in kwargs; these are ours.
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("return_dict", "labels")}
-        result = DSMDOutput()
+        image_embeds = text_embeds = logits_per_image = logits_per_text = loss = image_output = text_output = None
+        # What is left in kwargs (output_hidden_states, ...) both towers understand.
         if pixel_values is not None:
-            result.vision_model_output = self.get_image_features(pixel_values, **kwargs)
-            result.image_embeds = nn.functional.normalize(result.vision_model_output.pooler_output, dim=-1)
+            image_output = self.get_image_features(
+                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            )
+            image_embeds = nn.functional.normalize(image_output.pooler_output, dim=-1)
         if input_ids is not None:
-            if token_type_ids is not None:
-                kwargs["token_type_ids"] = token_type_ids
-            result.text_model_output = self.get_text_features(input_ids, attention_mask, **kwargs)
-            result.text_embeds = nn.functional.normalize(result.text_model_output.pooler_output, dim=-1)
-        if result.image_embeds is not None and result.text_embeds is not None:
-            scale = self.logit_scale.clamp(max=math.log(100.0)).exp().to(result.text_embeds.dtype)
-            result.logits_per_text = result.text_embeds @ result.image_embeds.T * scale  # [C, N]
-            result.logits_per_image = result.logits_per_text.T
-            if return_loss:
-                if len(result.logits_per_text) != len(result.logits_per_image):
-                    raise ValueError(
-                        f"return_loss pairs image i with caption i, but there are {len(result.image_embeds)} images "
-                        f"and {len(result.text_embeds)} captions."
-                    )
-                labels = torch.arange(len(result.text_embeds), device=result.text_embeds.device)
-                result.loss = 0.5 * (
-                    nn.functional.cross_entropy(result.logits_per_image.float(), labels)
-                    + nn.functional.cross_entropy(result.logits_per_text.float(), labels)
+            text_output = self.get_text_features(
+                input_ids, attention_mask, token_type_ids=token_type_ids, return_dict=True, **kwargs
+            )
+            text_embeds = nn.functional.normalize(text_output.pooler_output, dim=-1)
+        if image_embeds is not None and text_embeds is not None:
+            scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
+            logits_per_text = text_embeds @ image_embeds.T * scale  # [C, N]
+            logits_per_image = logits_per_text.T
+        if return_loss:
+            if logits_per_text is None or len(text_embeds) != len(image_embeds):
+                raise ValueError(
+                    "return_loss pairs image i with caption i, but there are "
+                    f"{0 if image_embeds is None else len(image_embeds)} images and "
+                    f"{0 if text_embeds is None else len(text_embeds)} captions."
                 )
-        # ModelOutput fixes its keys when built, so build the one that is returned from the filled fields.
-        return DSMDOutput(**{name: getattr(result, name) for name in DSMDOutput.__dataclass_fields__})
+            labels = torch.arange(len(text_embeds), device=text_embeds.device)
+            loss = 0.5 * (
+                nn.functional.cross_entropy(logits_per_image.float(), labels)
+                + nn.functional.cross_entropy(logits_per_text.float(), labels)
+            )
+        return DSMDOutput(
+            loss=loss,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_text,
+            vision_model_output=image_output,
+            text_model_output=text_output,
+        )
+
+
+def _check_fields(config_fields: dict):
+    """Stops at a name that [`DSMDConfig`] would take as an attribute without effect, and at a value it refuses."""
+    unknown = set(config_fields) - set(DSMDConfig.__annotations__)
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: no field of DSMDConfig; {', '.join(DSMDConfig.__annotations__)}.")
+    DSMDConfig(**config_fields)
 
 
 def _tower_width(config: PreTrainedConfig) -> int:
-    """Width of a tower's last hidden state, under the names that transformers' configs use."""
-    if hasattr(config, "hidden_size"):
-        return config.hidden_size
-    if hasattr(config, "hidden_sizes"):
-        return config.hidden_sizes[-1]
-    return config.hidden_dim  # EfficientNet
+    """Width of a tower's last hidden state."""
+    for name in WIDTHS:
+        width = getattr(config, name, None)
+        if width is not None:
+            return width[-1] if isinstance(width, (list, tuple)) else width
+    raise ValueError(
+        f"{type(config).__name__} has none of {', '.join(WIDTHS)}, so the width of its features is unknown. "
+        "Choose another tower."
+    )
 
 
 def _without_pooler(config: PreTrainedConfig, pooling: str) -> dict:
     """The keyword that keeps a tower from building a pooler that would not be used."""
-    if pooling == "pooler" or type(config) not in AutoModel._model_mapping:
+    if pooling == "pooler" or type(config) not in AutoModel._model_mapping:  # AutoModel itself reports the latter
         return {}
     parameters = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
