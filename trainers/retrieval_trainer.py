@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from . import distributed
@@ -86,6 +86,8 @@ class RetrievalTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.train_dataset is not None:
+            self.add_callback(_SetEpoch(self.train_dataset))
         self.unreadable: dict[str, None] = {}
         self._teacher_metrics: dict[str, dict[str, float]] = {}
 
@@ -265,6 +267,16 @@ class RetrievalTrainer(Trainer):
         if self.args.should_save:
             os.remove(os.path.join(output_dir, "training_args.bin"))
             write_json(os.path.join(output_dir, "training_args.json"), self.args.to_dict())
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the dataset the epoch: a run resumed in mid-epoch does not (accelerate's skipping loader forgets to)."""
+
+    def __init__(self, dataset: RetrievalDataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class _ImageCollator:
