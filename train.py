@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import torch
 import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -94,6 +95,8 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, datasets.DatasetDict, st
     student_args, data_args, args = parse_arguments(argv)
     prepare_output_dir(args, data_args.overwrite_output_dir)
     checkpoint = last_checkpoint(args)
+    if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # accelerate launch leaves one thread on a CPU
     set_seed(args.seed)
     with args.main_process_first(desc="data"):
         rows = load_data(data_args)

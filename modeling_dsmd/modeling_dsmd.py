@@ -83,9 +83,10 @@ class DSMDModel(PreTrainedModel):
             ("vision", self.vision_model, "pixel_values"),
             ("text", self.text_model, "input_ids"),
         ):
-            if tower.main_input_name != expected:
+            if tower.main_input_name != expected or tower.config.is_encoder_decoder:
+                kind = "is an encoder-decoder" if tower.config.is_encoder_decoder else f"takes {tower.main_input_name}"
                 raise ValueError(
-                    f"{type(tower).__name__} takes {tower.main_input_name}: no {modality} tower, which takes {expected}."
+                    f"{type(tower).__name__} {kind}: the {modality} tower must be an encoder of {expected}."
                 )
         # A parameter without a gradient stops distributed training.
         if config.vision_pooling != "pooler" and config.vision_config.model_type in OWN_POOLER:
@@ -164,7 +165,8 @@ class DSMDModel(PreTrainedModel):
                 missing = sorted(info["missing_keys"])
                 raise ValueError(
                     f"{name} has no weights for {len(missing)} parameters of its {modality} tower "
-                    f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): they would be random. Give a complete {modality} checkpoint, or another "
+                    f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): they would be random. "
+                    f"Give a complete {modality} checkpoint, or another "
                     f"{modality}_pooling if it is only the pooler that is missing."
                 )
             towers[modality] = tower
@@ -272,7 +274,9 @@ def _check_fields(config_fields: dict):
     """Stops at a name that [`DSMDConfig`] would take as an attribute without effect, and at a value it refuses."""
     unknown = set(config_fields) - set(DSMDConfig.__annotations__)
     if unknown:
-        raise TypeError(f"{', '.join(sorted(unknown))}: no field of DSMDConfig; {', '.join(DSMDConfig.__annotations__)}.")
+        raise TypeError(
+            f"{', '.join(sorted(unknown))}: no field of DSMDConfig; {', '.join(DSMDConfig.__annotations__)}."
+        )
     DSMDConfig(**config_fields)
 
 

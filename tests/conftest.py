@@ -17,7 +17,9 @@ from trainers.student import StudentArguments, build_student
 
 
 DIM = 16  # width of the tiny teacher's features
-WORDS = "arrow circle square star heart left right up down small red blue house tree car cat dog moon sun cloud".split()
+WORDS = (
+    "arrow circle square star heart left right up down small red blue house tree car cat dog moon sun cloud".split()
+)
 
 
 def make_rows(count: int, seed: int = 0, dim: int = DIM) -> datasets.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 from transformers import TrainingArguments
 
@@ -118,8 +118,14 @@ class DSMDTrainingArguments(TrainingArguments):
 
 def settings_that_differ(args: DSMDTrainingArguments) -> dict[str, object]:
     """Settings with another value than their default's, without paths and tokens."""
-    defaults = DSMDTrainingArguments(output_dir=args.output_dir).to_dict()
-    return {name: value for name, value in args.to_dict().items() if value != defaults[name]}
+    values = args.to_dict()
+    differing = {}
+    for setting in fields(args):  # building a second set of arguments would reset accelerate's state
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        default = getattr(default, "value", default)
+        if setting.name in values and values[setting.name] != default:
+            differing[setting.name] = values[setting.name]
+    return differing
 
 
 def _check_choice(name: str, values: list[str], allowed: tuple[str, ...]) -> None:

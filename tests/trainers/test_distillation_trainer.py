@@ -53,7 +53,9 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             self.gradients = {
-                name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
             }
 
 
@@ -182,7 +184,9 @@ def test_towers_and_heads_have_their_own_rates_and_norms_do_not_decay(tmp_path, 
     }
     for name, parameter in trainer.model.named_parameters():
         rate, decay = settings_of.pop(id(parameter))
-        assert rate == (1e-2 if name in ("visual_projection.weight", "text_projection.weight", "logit_scale") else 1e-4)
+        assert rate == (
+            1e-2 if name in ("visual_projection.weight", "text_projection.weight", "logit_scale") else 1e-4
+        )
         is_plain = name.endswith("bias") or "norm" in name.lower() or name == "logit_scale"
         assert decay == (0.0 if is_plain else 0.1), name
     assert not settings_of
@@ -258,10 +262,22 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, rows, validation_rows,
     )
     metrics = trainer.evaluate()
     worker = Path(__file__).with_name("two_process_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(worker.parents[1])])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(worker.parents[1])]),
+    }
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-        + ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(worker), str(tmp_path), json.dumps(settings)],
+        + [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            str(worker),
+            str(tmp_path),
+            json.dumps(settings),
+        ],
         env=environment,
         capture_output=True,
         text=True,

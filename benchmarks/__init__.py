@@ -1,0 +1,1 @@
+"""Programs that the README's and the notes' figures come from."""

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, DistilBertConfig, ViTConfig
+
+import modeling_dsmd
+from modeling_dsmd import DSMDConfig
+
+
+@pytest.mark.parametrize("field", ["vision_pooling", "text_pooling"])
+def test_unknown_pooling_is_refused(field):
+    with pytest.raises(ValueError, match=f"{field}='max'.*cls, mean, pooler"):
+        DSMDConfig(**{field: "max"})
+
+
+@pytest.mark.parametrize("width", [0, -4, "8", 8.0, None])
+def test_a_projection_dim_that_is_no_width_is_refused(width):
+    with pytest.raises(ValueError, match="projection_dim"):
+        DSMDConfig(projection_dim=width)
+
+
+def test_a_saved_config_comes_back(tmp_path):
+    config = DSMDConfig(
+        vision_config={"model_type": "vit", "hidden_size": 16},
+        text_config={"model_type": "distilbert", "dim": 24},
+        projection_dim=8,
+        vision_pooling="cls",
+        text_pooling="pooler",
+        logit_scale_init_value=1.5,
+    )
+    assert type(config.vision_config) is ViTConfig and type(config.text_config) is DistilBertConfig
+    config.save_pretrained(tmp_path)
+    loaded = DSMDConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == {**config.to_dict(), "transformers_version": loaded.transformers_version}
+    assert (loaded.vision_config.hidden_size, loaded.text_config.hidden_size) == (16, 24)
+    assert (loaded.projection_dim, loaded.vision_pooling, loaded.text_pooling) == (8, "cls", "pooler")
+    assert loaded.logit_scale_init_value == 1.5
+
+
+def test_the_origin_of_a_tower_is_not_saved(tmp_path):
+    towers = []
+    for config_class in (ViTConfig, BertConfig):
+        folder = tmp_path / config_class.model_type
+        config_class().save_pretrained(folder)
+        towers.append(config_class.from_pretrained(folder))
+        assert towers[-1]._name_or_path == str(folder)
+    DSMDConfig(vision_config=towers[0], text_config=towers[1]).save_pretrained(tmp_path / "student")
+    assert str(tmp_path) not in (tmp_path / "student" / "config.json").read_text()
+
+
+def test_an_old_transformers_is_named(tmp_path):
+    (tmp_path / "transformers.py").write_text("__version__ = '4.40.0'\n")
+    (tmp_path / "configuration_dsmd.py").write_bytes(
+        Path(modeling_dsmd.__file__).with_name("configuration_dsmd.py").read_bytes()
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", "import configuration_dsmd"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "needs a newer transformers" in result.stderr.splitlines()[-1] and "4.40.0" in result.stderr

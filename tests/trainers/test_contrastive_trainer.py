@@ -1,0 +1,65 @@
+"""The contrastive loss against CLIP's, and against loops where groups and captions are ragged."""
+
+import math
+
+import torch
+from conftest import make_student
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+from trainers import ContrastiveTrainer, DSMDTrainingArguments
+from trainers.contrastive_trainer import contrastive_loss
+
+
+def embeddings(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, 8, generator=generator), dim=-1)
+
+
+def test_one_caption_and_one_group_an_image_is_clips_loss():
+    image, text = embeddings(6, 0), embeddings(6, 1)
+    ours = contrastive_loss(image, text, torch.arange(6), torch.arange(6), torch.tensor(7.0))
+    assert torch.allclose(ours, image_text_contrastive_loss(7.0 * text @ image.T), atol=1e-6)
+
+
+def test_ragged_captions_and_groups_against_loops():
+    image, text = embeddings(4, 0), embeddings(7, 1)
+    owner, group = [0, 0, 1, 2, 2, 2, 3], [5, 6, 5, 7]
+    total = 0.0
+    for c in range(7):
+        positive = math.exp(3 * float(text[c] @ image[owner[c]]))
+        images = sum(math.exp(3 * float(text[c] @ image[j])) for j in range(4) if group[j] != group[owner[c]])
+        texts = sum(
+            math.exp(3 * float(text[k] @ image[owner[c]])) for k in range(7) if group[owner[k]] != group[owner[c]]
+        )
+        total -= 0.5 * (math.log(positive / (positive + images)) + math.log(positive / (positive + texts)))
+    ours = contrastive_loss(image, text, torch.tensor(group), torch.tensor(owner), torch.tensor(3.0))
+    assert abs(ours.item() - total / 7) < 1e-5
+
+
+def test_without_negatives_the_loss_is_zero_with_finite_gradients():
+    image, text = embeddings(2, 0).requires_grad_(), embeddings(2, 1)
+    loss = contrastive_loss(image, text, torch.zeros(2, dtype=torch.int64), torch.arange(2), torch.tensor(3.0))
+    loss.backward()
+    assert loss.item() == 0 and torch.isfinite(image.grad).all()
+
+
+def test_contrastive_training_lowers_its_loss(tmp_path, rows, validation_rows):
+    model, processor = make_student()
+    args = DSMDTrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        max_steps=16,
+        logging_steps=4,
+        learning_rate=3e-3,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = ContrastiveTrainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=validation_rows, processing_class=processor
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert model.logit_scale.item() != 2.6592

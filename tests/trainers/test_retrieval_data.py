@@ -1,0 +1,85 @@
+"""Batches: who belongs to whom, and draws that depend on nothing but seed, epoch and image."""
+
+import datasets
+import numpy as np
+import torch
+from conftest import make_rows, make_student
+from PIL import Image
+
+from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, id_hash, random_view
+
+
+SETTINGS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}
+
+
+def test_id_hash_is_stable():
+    assert id_hash("icon") == int.from_bytes(
+        __import__("hashlib").blake2b(b"icon", digest_size=8).digest(), "little", signed=True
+    )
+    assert len({id_hash(str(i)) for i in range(10_000)}) == 10_000
+
+
+def test_a_batch_keeps_captions_features_and_images_together():
+    rows = make_rows(10)
+    _, processor = make_student()
+    examples = RetrievalDataset(rows, with_teacher=True).__getitems__([7, 2, 4])
+    batch = RetrievalCollator(processor, 32)(examples)
+    captions = [caption for i in (7, 2, 4) for caption in rows[i]["captions"]]
+    expected = processor.tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(batch["input_ids"], expected)
+    assert batch["caption_to_image"].tolist() == [n for n, i in enumerate((7, 2, 4)) for _ in rows[i]["captions"]]
+    features = np.concatenate([rows[i]["teacher_text_embeds"] for i in (7, 2, 4)])
+    assert np.array_equal(batch["teacher_text"].numpy(), features.astype(np.float16))
+    assert batch["teacher_text"].dtype == torch.float16
+    assert np.array_equal(
+        batch["teacher_image"].numpy(), np.float16([rows[i]["teacher_image_embeds"] for i in (7, 2, 4)])
+    )
+    assert batch["image_groups"].tolist() == [id_hash(rows[i]["group_id"]) for i in (7, 2, 4)]
+
+
+def test_draws_depend_on_seed_epoch_and_image_alone():
+    rows = make_rows(12)
+
+    def views(dataset, order, epoch):
+        dataset.set_epoch(epoch)
+        return {
+            e["image_id"]: (np.asarray(e["image"]).tobytes(), tuple(e["captions"]))
+            for e in dataset.__getitems__(order)
+        }
+
+    first = views(RetrievalDataset(rows, True, **SETTINGS), list(range(12)), 1)
+    shuffled = views(RetrievalDataset(rows.shuffle(seed=1), True, **SETTINGS), list(range(11, -1, -1)), 1)
+    assert first == shuffled
+    assert first != views(RetrievalDataset(rows, True, **SETTINGS), list(range(12)), 2)
+    assert first != views(RetrievalDataset(rows, True, **{**SETTINGS, "seed": 4}), list(range(12)), 1)
+    assert all(len(captions) <= 2 for _, captions in first.values())
+
+
+def test_sampled_captions_keep_their_own_features():
+    rows = make_rows(12)
+    for example in RetrievalDataset(rows, True, **SETTINGS).__getitems__(list(range(12))):
+        row = rows[int(example["image_id"].split("/")[1])]
+        for caption, feature in zip(example["captions"], example["teacher_text"]):
+            expected = row["teacher_text_embeds"][row["captions"].index(caption)]
+            assert np.array_equal(feature, np.float16(expected))
+
+
+def test_an_unreadable_image_is_left_out_and_named():
+    rows = make_rows(4).cast_column("image", datasets.Image(decode=False))
+    examples = [dict(row) for row in rows]
+    examples[1]["image"] = {"bytes": b"no image", "path": None}
+    broken = datasets.Dataset.from_list(examples, features=rows.features).cast_column("image", datasets.Image())
+    _, processor = make_student()
+    batch = RetrievalCollator(processor, 32)(RetrievalDataset(broken, True).__getitems__([0, 1, 2]))
+    assert len(batch["pixel_values"]) == 2 and len(batch["unreadable"]) == 1
+    assert batch["unreadable"][0].startswith("0/1: unreadable image")
+    assert len(batch["teacher_text"]) == len(batch["input_ids"]) == len(rows[0]["captions"]) + len(rows[2]["captions"])
+
+
+def test_random_view_repeats_the_edge_and_keeps_the_size():
+    import random
+
+    image = Image.new("RGB", (40, 20), (10, 20, 30))
+    view = random_view(image, random.Random(0), 0.4, 0.4)
+    assert view.size == (40, 20) and set(view.get_flattened_data()) == {(10, 20, 30)}
+    assert random_view(image, random.Random(0), 0.0, 0.0) is image
