@@ -9,6 +9,7 @@ help:  ## list the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchscale==0.3.0  # it pins a dead fairscale
 	touch $@
 
 install: $(INSTALLED)  ## make .venv and install the project into it

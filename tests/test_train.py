@@ -87,7 +87,8 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(tmp_path, data, caps
     # The folder alone is enough for a process that has not our package.
     code = (
         "import sys; from transformers import AutoModel, AutoProcessor; "
-        "m = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True); p = AutoProcessor.from_pretrained(sys.argv[1]); "
+        "m = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True); "
+        "p = AutoProcessor.from_pretrained(sys.argv[1]); "
         "print(m(**p(text=['red house'], return_tensors='pt')).text_embeds.shape)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(run)], cwd="/", capture_output=True, text=True)
