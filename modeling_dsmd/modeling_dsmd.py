@@ -91,9 +91,9 @@ class DSMDModel(PreTrainedModel):
         # A parameter without a gradient stops distributed training.
         if config.vision_pooling != "pooler" and config.vision_config.model_type in OWN_POOLER:
             setattr(self.vision_model, OWN_POOLER[config.vision_config.model_type], nn.Identity())
-        for name, parameter in self.vision_model.named_parameters():
-            if name.endswith("mask_token"):  # of masked pre-training (DINOv2)
-                parameter.requires_grad_(False)
+        for module in self.vision_model.modules():
+            if getattr(module, "mask_token", None) is not None:  # of masked pre-training (DINOv2)
+                module.mask_token = None
         # One config object for each tower, so that a change reaches both.
         self.config.vision_config._attn_implementation = self.vision_model.config._attn_implementation
         self.config.text_config._attn_implementation = self.text_model.config._attn_implementation
@@ -301,6 +301,8 @@ def _without_pooler(config: PreTrainedConfig, pooling: str) -> dict:
 
 
 def _new_tower(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
+    if not getattr(AutoModel._model_mapping.get(type(config), None), "_supports_sdpa", True):
+        config._attn_implementation = "eager"  # ConvNeXt has no attention and raises when asked for "sdpa"
     return AutoModel.from_config(config, **_without_pooler(config, pooling))
 
 

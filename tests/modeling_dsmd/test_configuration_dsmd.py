@@ -42,10 +42,8 @@ def test_a_saved_config_comes_back(tmp_path):
 def test_the_origin_of_a_tower_is_not_saved(tmp_path):
     towers = []
     for config_class in (ViTConfig, BertConfig):
-        folder = tmp_path / config_class.model_type
-        config_class().save_pretrained(folder)
-        towers.append(config_class.from_pretrained(folder))
-        assert towers[-1]._name_or_path == str(folder)
+        towers.append(config_class())
+        towers[-1]._name_or_path = str(tmp_path / config_class.model_type)  # as loading a model does
     DSMDConfig(vision_config=towers[0], text_config=towers[1]).save_pretrained(tmp_path / "student")
     assert str(tmp_path) not in (tmp_path / "student" / "config.json").read_text()
 
