@@ -1,9 +1,15 @@
-"""Tiny data, towers and processors that tests share. Nothing here touches the network."""
+"""Tiny data, towers and processors that tests share, and the Hub they talk to. Nothing here touches the network."""
 
 import os
+import sys
+
+import loopback_hub
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports huggingface_hub, which reads the variables this sets once. A process that a test starts
+# inherits them, and reaches the Hub of that test though it imports this module.
+if "pytest" in sys.modules:
+    loopback_hub.start()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
@@ -68,6 +74,14 @@ def rows() -> datasets.Dataset:
 @pytest.fixture(scope="session")
 def validation_rows() -> datasets.Dataset:
     return make_rows(30, seed=1)
+
+
+@pytest.fixture
+def hub() -> loopback_hub.LoopbackHub:
+    """The Hub that HF_ENDPOINT names, emptied."""
+    hub = loopback_hub.start()
+    hub.clear()
+    return hub
 
 
 @pytest.fixture(autouse=True)
