@@ -11,10 +11,7 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Hashable, Iterable
 from importlib import metadata, util
 from pathlib import Path
@@ -26,6 +23,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
+
+from .building import SPLITS, parse_arguments, push, write_beside
 
 
 QTAWESOME_VERSION = "1.4.2"
@@ -45,7 +44,6 @@ STYLE_WORDS = frozenset(
 )
 IMAGE_SIZE = 64
 MARGIN = 4
-SPLITS = ("train", "validation", "test")
 FEATURES = Features(
     {
         "image": Image(),
@@ -344,36 +342,19 @@ def _split_of(component: str) -> str:
 
 
 def _save(dataset: DatasetDict, folder: Path) -> None:
-    """Writes beside `folder` and renames; fails where `folder` is there by then and not empty."""
-    beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
+    with write_beside(folder) as beside:
         dataset.save_to_disk(beside)
         (beside / "README.md").write_text(str(dataset_card(dataset)), encoding="utf-8")
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _push(dataset: DatasetDict, repo_id: str) -> None:
-    dataset.push_to_hub(repo_id)
-    card = dataset_card(dataset)
-    # The push has written which files are which split; those entries stay.
-    card.data = DatasetCardData(**{**DatasetCard.load(repo_id).data.to_dict(), **card.data.to_dict()})
-    card.push_to_hub(repo_id)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Makes the icons dataset from QtAwesome's icon fonts.")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the dataset (save_to_disk)")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="also push to this Hub dataset, e.g. name/icons")
-    options = parser.parse_args(arguments)
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        parser.error(f"--output {options.output} exists and is not empty; name a new folder")
+    options = parse_arguments(parser, arguments)
     dataset = build_icons()
-    _save(dataset, options.output.resolve())
+    _save(dataset, options.output)
     print(summary(dataset))
     if options.push_to_hub:
-        _push(dataset, options.push_to_hub)
+        push(dataset, dataset_card(dataset), options.push_to_hub)
 
 
 if __name__ == "__main__":

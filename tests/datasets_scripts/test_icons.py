@@ -280,13 +280,15 @@ def test_program(built, tmp_path, monkeypatch, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-def test_push_keeps_the_files_of_the_splits_in_the_card(built, monkeypatch):
+def test_push_keeps_the_files_of_the_splits_in_the_card(built, tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", lambda self, repo: pushed.update(repo=repo))
     hub = icons.DatasetCard("---\nconfigs:\n- config_name: default\n---\n")
     monkeypatch.setattr(icons.DatasetCard, "load", lambda repo, **_: hub)
     monkeypatch.setattr(icons.DatasetCard, "push_to_hub", lambda self, repo, **_: pushed.update(card=str(self)))
-    icons._push(datasets.DatasetDict(train=built["test"].select(range(9))), "someone/icons")
+    small = datasets.DatasetDict(train=built["test"].select(range(9)))
+    monkeypatch.setattr(icons, "build_icons", lambda: small)
+    icons.main(["--output", str(tmp_path / "icons"), "--push_to_hub", "someone/icons"])
     assert pushed["repo"] == "someone/icons"
     data = icons.DatasetCard(pushed["card"]).data.to_dict()
     assert data["configs"] == [{"config_name": "default"}] and data["license"] == "other"

@@ -1,0 +1,148 @@
+"""Datasets from Karpathy's split files, with the counts that everybody compares on; see flickr30k.py and coco.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+
+from .building import SPLIT_OF, SPLITS, Row, build, file_in, parse_arguments, read_file
+from .own_data import Columns, rows_by_split, tables_of_datasets
+
+
+# Counts of training images that come of a well-known mistake.
+KNOWN_MISTAKES = {
+    82_783: "82,783 training images: restval was forgotten; train on train + restval",
+    29_783: "29,783 training images are the Flickr30k Entities split, whose test list is another one",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a data set under Karpathy's split is.
+
+    Args:
+        title: its name.
+        counts: split -> (images, captions), restval in train.
+        license: what is known of it.
+        path_of: the image's file below the image folder, from the file's entry.
+        image_id_of: the image's identity, from the file's entry.
+        hub_id: a copy on the Hub.
+        hub_columns: its columns, as far as they are known.
+        image_id_of_hub: the image's identity, from the value in the copy's id column.
+    """
+
+    title: str
+    counts: dict[str, tuple[int, int]]
+    license: str
+    path_of: Callable[[dict], str]
+    image_id_of: Callable[[dict], str]
+    hub_id: str
+    hub_columns: Columns
+    image_id_of_hub: Callable[[str], str]
+
+
+def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, list[Row]]:
+    """Rows of a Karpathy JSON in its order (COCO's five folds are cut by it); train holds restval.
+
+    Args:
+        path: `dataset_flickr30k.json` or `dataset_coco.json`.
+        images: the folder with the images.
+        benchmark: which of the two.
+
+    Raises:
+        ValueError: the file is not of the format, naming the entry; a file name leaves the folder.
+    """
+    if not images.is_dir():
+        raise ValueError(f"the image folder {images} is not a folder")
+    try:
+        entries = list(json.loads(path.read_text(encoding="utf-8"))["images"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a Karpathy split file, expected {{'images': [...]}}: {error!r}") from None
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    seen = set()
+    for i, entry in enumerate(entries):
+        try:
+            if entry["imgid"] in seen:
+                raise ValueError("this imgid occurs twice")
+            seen.add(entry["imgid"])
+            if entry["split"] not in SPLIT_OF:
+                raise ValueError(f"unknown split {entry['split']!r}, expected train, restval, val or test")
+            captions = [sentence["raw"] for sentence in entry["sentences"]]
+            if not all(isinstance(caption, str) for caption in captions):
+                raise ValueError(f"sentences are not all text: {captions}")
+            file = file_in(images, benchmark.path_of(entry))
+            row = Row(benchmark.image_id_of(entry), captions, partial(read_file, file))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"has no {error}" if isinstance(error, KeyError) else error
+            name = entry.get("filename") if isinstance(entry, dict) else entry
+            raise ValueError(f"{path.name}: images[{i}] ({name!r}): {what}") from None
+        parts[SPLIT_OF[entry["split"]]].append(row)
+    return parts
+
+
+def read_hub(hub_id: str, columns: Columns, benchmark: Benchmark) -> dict[str, list[Row]]:
+    """Rows of a copy on the Hub, in its order."""
+    parts = rows_by_split(tables_of_datasets(datasets.load_dataset(hub_id), columns))
+    for rows in parts.values():
+        for row in rows:
+            row.image_id = benchmark.image_id_of_hub(row.image_id)
+    return parts
+
+
+def check_counts(parts: dict[str, list[Row]], benchmark: Benchmark, allow_others: bool) -> None:
+    """Prints images and captions per split.
+
+    Raises:
+        ValueError: they are not the benchmark's and others are not allowed.
+    """
+    differences = []
+    for split, (images, captions) in benchmark.counts.items():
+        rows = parts.get(split, [])
+        found = f"{split}: {len(rows):,} images and {sum(len(row.captions) for row in rows):,} captions"
+        expected = f"{split}: {images:,} images and {captions:,} captions"
+        print(f"{benchmark.title} {found}")
+        if found != expected:
+            differences.append(f"{found}, expected {expected.removeprefix(f'{split}: ')}")
+    if not differences:
+        return
+    differences += filter(None, [KNOWN_MISTAKES.get(len(parts.get("train", [])))])
+    message = f"these are not {benchmark.title}'s counts:\n  " + "\n  ".join(differences)
+    if not allow_others:
+        raise ValueError(f"{message}\nAnother split or a partial copy is meant? Then add --allow_other_counts.")
+    print(message)
+
+
+def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> None:
+    """The program of flickr30k.py and coco.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--karpathy", type=Path, metavar="JSON", help="Karpathy's split file; needs --images")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder with the images")
+    parser.add_argument("--hub_id", help=f"instead of the two: a copy on the Hub, e.g. {benchmark.hub_id}")
+    parser.add_argument("--image_column", default=benchmark.hub_columns.image, help="of the Hub's copy")
+    parser.add_argument("--caption_column", default=benchmark.hub_columns.caption, help="of the Hub's copy")
+    parser.add_argument("--id_column", default=benchmark.hub_columns.id, help="of the Hub's copy")
+    parser.add_argument("--license", default=benchmark.license, help="default: %(default)s")
+    parser.add_argument("--skip_broken", action="store_true", help="leave out missing and broken images")
+    parser.add_argument("--allow_other_counts", action="store_true", help="for partial copies")
+    options = parse_arguments(parser, arguments)
+    if bool(options.hub_id) == bool(options.karpathy or options.images):
+        parser.error("expected either --karpathy and --images, or --hub_id")
+    if options.hub_id:
+        columns = Columns(options.image_column, options.caption_column, options.id_column)
+        parts = read_hub(options.hub_id, columns, benchmark)
+        how_made = f"{benchmark.title} under Karpathy's split, from the Hub's `{options.hub_id}`, in its order."
+    elif options.karpathy and options.images:
+        parts = read_karpathy(options.karpathy, options.images, benchmark)
+        how_made = f"{benchmark.title} under Karpathy's split, in the order of `{options.karpathy.name}`."
+    else:
+        parser.error("--karpathy and --images need each other")
+    check_counts(parts, benchmark, options.allow_other_counts)
+    parts = {split: parts[split] for split in SPLITS if parts.get(split)}
+    title = benchmark.title
+    build(parts, options.output, title, how_made, options.license, options.skip_broken, options.push_to_hub)

@@ -1,0 +1,506 @@
+"""Own data in every form it may come in: the same images and captions must give the same dataset."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from image_files import decoded, encoded, picture
+
+from datasets_scripts import own_data
+from trainers.dataset_checks import check_dataset
+
+
+COUNT = 30
+# Ragged, with what breaks a careless reader.
+CAPTIONS = [
+    [f"caption {i}", 'he said "hi", twice', "ü 猫 🐈", "NA", "1.0"][: 1 + i % 5] + ([f"last\nof {i}"] if i % 2 else [])
+    for i in range(COUNT)
+]
+EXPECTED = [[caption.replace("\n", " ") for caption in captions] for captions in CAPTIONS]
+
+
+def name_of(i: int) -> str:
+    return f"photos/image {i}.{('jpg', 'png', 'webp')[i % 3]}"
+
+
+def file_of(i: int) -> bytes:
+    return encoded(picture(i, "L" if i % 7 == 6 else "RGB"), ("JPEG", "PNG", "WEBP")[i % 3])
+
+
+def write_images(folder: Path, name=name_of) -> None:
+    for i in range(COUNT):
+        (folder / name(i)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name(i)).write_bytes(file_of(i))
+
+
+def one_row_a_caption() -> list[tuple[int, str]]:
+    """(image, caption), the captions of an image in order but not one after the other."""
+    rows = [(j, i, caption) for i, captions in enumerate(CAPTIONS) for j, caption in enumerate(captions)]
+    return [(i, caption) for _, i, caption in sorted(rows, key=lambda row: row[0])]
+
+
+def build(source, output: Path, *options: str) -> datasets.DatasetDict:
+    before = set(os.listdir(output.parent))
+    own_data.main([str(source), "--output", str(output), *options])
+    # Nothing else is left, of caches neither.
+    assert set(os.listdir(output.parent)) - before == {output.name}
+    built = datasets.load_from_disk(output)
+    for split, part in built.items():
+        check_dataset(part, split, None)
+    return built
+
+
+def check(built: datasets.DatasetDict, image_id_of=name_of) -> None:
+    """All images and captions are there, and the pixels are right."""
+    number_of = {image_id_of(i): i for i in range(COUNT)}
+    seen = []
+    assert list(built) == ["train", "validation", "test"]
+    for part in built.values():
+        for image_id, captions, cell in zip(
+            part["image_id"], part["captions"], part.cast_column("image", datasets.Image(decode=False))["image"]
+        ):
+            i = number_of[image_id]
+            seen.append(i)
+            assert captions == EXPECTED[i]
+            image, original = decoded(cell["bytes"]), decoded(file_of(i))
+            assert image.mode == "RGB" and cell["path"] is None
+            difference = np.abs(np.asarray(image).astype(int) - np.asarray(original.convert("RGB")))
+            assert difference.max() < (30 if original.mode == "L" and original.format == "JPEG" else 1)
+    assert sorted(seen) == list(range(COUNT))
+
+
+def jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_folder_with_lists_of_captions(tmp_path):
+    write_images(tmp_path / "data")
+    jsonl(
+        tmp_path / "data" / "metadata.jsonl",
+        [{"file_name": name_of(i), "captions": CAPTIONS[i]} for i in range(COUNT)],
+    )
+    built = build(tmp_path / "data", tmp_path / "out")
+    check(built)
+    assert "Made from `data`" in (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("column", ["caption", "text"])
+def test_folder_with_one_row_a_caption(tmp_path, column):
+    write_images(tmp_path / "data")
+    rows = [{"file_name": name_of(i), column: caption} for i, caption in one_row_a_caption()]
+    jsonl(tmp_path / "data" / "metadata.jsonl", rows)
+    check(build(tmp_path / "data", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("where", ["root", "parts"])
+@pytest.mark.parametrize("validation", ["validation", "val", "valid", "dev"])
+def test_folder_with_splits(tmp_path, validation, where):
+    def split_of(i):
+        return ("train", "train", validation, "test")[i % 4]
+
+    write_images(tmp_path / "data", lambda i: f"{split_of(i)}/{name_of(i)}")
+    if where == "root":
+        rows = [{"file_name": f"{split_of(i)}/{name_of(i)}", "captions": CAPTIONS[i]} for i in range(COUNT)]
+        jsonl(tmp_path / "data" / "metadata.jsonl", rows)
+    else:
+        parts = defaultdict(list)
+        for i in range(COUNT):
+            parts[split_of(i)].append({"file_name": name_of(i), "captions": CAPTIONS[i]})
+        for split, rows in parts.items():
+            jsonl(tmp_path / "data" / split / "metadata.jsonl", rows)
+    built = build(tmp_path / "data", tmp_path / "out")
+    check(built, lambda i: f"{split_of(i)}/{name_of(i)}")
+    assert built["test"]["image_id"] == [f"test/{name_of(i)}" for i in range(COUNT) if i % 4 == 3]
+    assert built["validation"].num_rows == sum(i % 4 == 2 for i in range(COUNT))
+
+
+def write_table(path: Path, header: list[str], rows: list[tuple]) -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerows([header, *rows])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables_of_paths(tmp_path, suffix):
+    write_images(tmp_path / "data")
+    path = tmp_path / "data" / f"table.{suffix}"
+    header, rows = ["image_path", "caption"], [(name_of(i), caption) for i, caption in one_row_a_caption()]
+    if suffix in ("csv", "tsv"):
+        write_table(path, header, rows)
+    elif suffix == "jsonl":
+        jsonl(path, [dict(zip(header, row)) for row in rows])
+    else:
+        pq.write_table(pa.table(dict(zip(header, zip(*rows)))), path)
+    check(build(path, tmp_path / "out"))
+
+
+def test_several_tables_with_splits_in_their_names(tmp_path):
+    write_images(tmp_path / "data")
+    rows = [(name_of(i), caption) for i, caption in one_row_a_caption()]
+    images = [name_of(i) for i in range(COUNT)]
+    for name, wanted in (("my_train.csv", images[:20]), ("val.csv", images[20:25]), ("test-1.csv", images[25:])):
+        write_table(tmp_path / "data" / name, ["file_name", "text"], [row for row in rows if row[0] in wanted])
+    built = build(tmp_path / "data" / "*.csv", tmp_path / "out")
+    check(built)
+    assert sorted(built["validation"]["image_id"]) == sorted(images[20:25]) and built["test"].num_rows == 5
+
+
+def test_a_split_column(tmp_path):
+    write_images(tmp_path / "data")
+    splits = ["restval", "train", "val", "test"]
+    rows = [(name_of(i), caption, splits[i % 4]) for i, caption in one_row_a_caption()]
+    write_table(tmp_path / "data" / "all.csv", ["path", "caption", "split"], rows)
+    built = build(tmp_path / "data" / "all.csv", tmp_path / "out")
+    check(built)
+    assert set(built["test"]["image_id"]) == {name_of(i) for i in range(3, COUNT, 4)}
+    assert built["train"].num_rows == 16
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct"])
+def test_parquet_with_images_and_ids(tmp_path, kind):
+    rows = one_row_a_caption()
+    cells = [file_of(i) for i, _ in rows]
+    if kind == "struct":
+        images = pa.array([{"bytes": cell, "path": "/etc/passwd"} for cell in cells])
+    else:
+        images = pa.array(cells, type=pa.binary() if kind == "binary" else pa.large_binary())
+    table = {"photo": images, "caption": [caption for _, caption in rows], "image_id": [1000 + i for i, _ in rows]}
+    pq.write_table(pa.table(table), tmp_path / "data.parquet")
+    check(build(tmp_path / "data.parquet", tmp_path / "out"), lambda i: str(1000 + i))
+
+
+def test_images_without_any_name_are_told_apart_by_content(tmp_path):
+    rows = one_row_a_caption()
+    table = {"image": [file_of(i) for i, _ in rows], "caption": [caption for _, caption in rows]}
+    pq.write_table(pa.table(table), tmp_path / "data.parquet")
+    built = build(tmp_path / "data.parquet", tmp_path / "out")
+    captions = [captions for part in built.values() for captions in part["captions"]]
+    assert sorted(captions) == sorted(EXPECTED)
+
+
+def test_a_folder_of_tables_needs_a_glob(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("path,caption\na.jpg,x\n")
+    with pytest.raises(ValueError, match=r"column path holds .*expected images; .*data/\*.csv"):
+        build(tmp_path / "data", tmp_path / "out")
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def sample(i: int, key: str, description: str = "json") -> list[tuple[str, bytes]]:
+    """Files of one sample, as `tar --sort=name` would order them."""
+    image = (f"{key}.{('jpg', 'png', 'webp')[i % 3]}", file_of(i))
+    if description == "txt":
+        return [image, (f"{key}.txt", EXPECTED[i][0].encode())]
+    captions = CAPTIONS[i] if description == "json" else CAPTIONS[i][0]
+    field = "captions" if description == "json" else "caption"
+    return sorted([image, (f"{key}.json", json.dumps({field: captions, "image": "x", "width": 3}).encode())])
+
+
+@pytest.mark.parametrize("names", ["shard-{}", "{}/shard"])
+@pytest.mark.parametrize("source", ["", "**/*.tar"])
+def test_tars(tmp_path, source, names):
+    # Keys start again in every tar.
+    for tar in range(3):
+        files = [file for i in range(tar * 10, tar * 10 + 10) for file in sample(i, f"./{i % 10:04d}")]
+        write_tar(
+            tmp_path / "data" / f"{names.format(tar)}.tar",
+            [("./", b""), ("./._0000.jpg", b"x"), ("README.md", b"x"), *files],
+        )
+    built = build(tmp_path / "data" / source, tmp_path / "out")
+    check(built, lambda i: f"{names.format(i // 10)}/{i % 10:04d}")
+
+
+@pytest.mark.parametrize("description", ["txt", "caption"])
+@pytest.mark.parametrize("names", ["{}-0.tar", "{}/0.tar"])
+def test_tars_with_splits_and_one_caption(tmp_path, description, names):
+    for split, numbers in (("train", range(20)), ("val", range(20, 25)), ("test", range(25, 30))):
+        files = [file for i in numbers for file in sample(i, f"{i:04d}", description)]
+        write_tar(tmp_path / "data" / names.format(split), files)
+    built = build(tmp_path / "data", tmp_path / "out")
+    assert built["validation"]["captions"] == [[EXPECTED[i][0]] for i in range(20, 25)]
+    assert built["test"]["image_id"] == [f"{names.format('test')[:-4]}/{i:04d}" for i in range(25, 30)]
+
+
+def test_tars_with_one_sample_a_caption_and_an_id(tmp_path):
+    files = []
+    for k, (i, caption) in enumerate(one_row_a_caption()):
+        described = json.dumps({"caption": caption, "image_id": name_of(i)}).encode()
+        files += [(f"{k:05d}.{('jpg', 'png', 'webp')[i % 3]}", file_of(i)), (f"{k:05d}.json", described)]
+    write_tar(tmp_path / "data.tar", files)
+    check(build(tmp_path / "data.tar", tmp_path / "out"))
+
+
+def loaded(rows: list[int]) -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "photo": datasets.Image(),
+            "sentence": datasets.List(datasets.Value("string")),
+            "key": datasets.Value("string"),
+            "kind": datasets.Value("int64"),
+        }
+    )
+    cells = {
+        "photo": [{"bytes": file_of(i), "path": None} for i in rows],
+        "sentence": [CAPTIONS[i] for i in rows],
+        "key": [name_of(i) for i in rows],
+        "kind": [i // 2 for i in rows],
+    }
+    return datasets.Dataset.from_dict(cells, features=features)
+
+
+NAMED = ["--image_column", "photo", "--caption_column", "sentence", "--id_column", "key", "--group_column", "kind"]
+
+
+def test_dataset_on_disk(tmp_path):
+    parts = {"train": loaded(list(range(20))), "dev": loaded(list(range(20, 30)))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "data")
+    built = build(tmp_path / "data", tmp_path / "out", *NAMED, "--license", "cc0-1.0", "--test_share", "0.2")
+    check(built)
+    assert built["validation"]["image_id"] == [name_of(i) for i in range(20, 30)]
+    assert built["test"]["group_id"] and all(kind.isdigit() for kind in built["train"]["group_id"])
+    assert not set(built["test"]["group_id"]) & set(built["train"]["group_id"])
+    assert built["train"].info.license == "cc0-1.0" and "license: cc0-1.0" in (tmp_path / "out/README.md").read_text()
+    # Its own output is a source too, whatever its columns are called now.
+    again = build(tmp_path / "out", tmp_path / "again")
+    assert again["test"]["image_id"] == built["test"]["image_id"]
+    assert again["train"].data.column("image").equals(built["train"].data.column("image"))
+
+
+def test_one_dataset_on_disk_and_a_folder_in_the_hubs_layout(tmp_path):
+    loaded(list(range(COUNT))).save_to_disk(tmp_path / "one")
+    check(build(tmp_path / "one", tmp_path / "out1", *NAMED, "--test_share", "0.3"))
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for split, rows in (("train", range(20)), ("validation", range(20, 25)), ("test", range(25, 30))):
+        loaded(list(rows)).to_parquet(str(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"))
+    built = build(tmp_path / "hub", tmp_path / "out2", *NAMED)
+    check(built)
+    assert built["test"].num_rows == 5
+
+
+def test_dataset_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+    dataset = datasets.DatasetDict(all=loaded(list(range(COUNT))))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or dataset)
+    check(build("someone/photos", tmp_path / "out", *NAMED, "--test_share", "0.3"))
+    assert asked == ["someone/photos"]
+    assert "Made from `someone/photos`" in (tmp_path / "out" / "README.md").read_text()
+    dataset["more"] = dataset["all"]
+    with pytest.raises(ValueError, match="splits all, more"):
+        build("someone/photos", tmp_path / "out2", *NAMED)
+
+
+def simple(folder: Path, rows: list[dict], name="metadata.jsonl") -> Path:
+    write_images(folder)
+    jsonl(folder / name, rows)
+    return folder
+
+
+def test_splits_do_not_depend_on_order_or_other_images(tmp_path):
+    rows = [{"file_name": name_of(i), "caption": f"caption {i}"} for i in range(COUNT)]
+    turned = build(simple(tmp_path / "b", rows[::-1]), tmp_path / "out_b")
+    fewer = build(simple(tmp_path / "c", rows[: COUNT // 2]), tmp_path / "out_c", "--test_share", "0.3")
+    built = build(simple(tmp_path / "a", rows), tmp_path / "out_a")
+    for split in built:
+        assert built[split]["image_id"] == turned[split]["image_id"][::-1]
+    assert set(fewer["test"]["image_id"]) >= {name_of(i) for i in range(15)} & set(built["test"]["image_id"])
+
+
+def test_shares():
+    rows = [own_data.Row(str(i), ["x"], bytes) for i in range(20_000)]
+    parts = own_data.assign_splits({None: rows}, 0.1, 0.2)
+    assert abs(len(parts["validation"]) - 2000) < 150 and abs(len(parts["test"]) - 4000) < 200
+    assert sum(map(len, parts.values())) == 20_000
+    # With a test split of its own, only validation is taken, and from training alone.
+    parts = own_data.assign_splits({"train": rows[:10_000], "test": rows[10_000:]}, 0.1, 0.2)
+    assert parts["test"] == rows[10_000:] and abs(len(parts["validation"]) - 1000) < 100
+
+
+def test_captions_are_kept_once_and_in_order(tmp_path):
+    rows = [{"file_name": name_of(i), "captions": ["b", " a\n", "b", "", "a", "c"]} for i in range(COUNT)]
+    built = build(simple(tmp_path / "data", rows), tmp_path / "out")
+    assert built["train"]["captions"][0] == ["b", "a", "c"]
+
+
+def test_broken_images(tmp_path):
+    folder = simple(tmp_path / "data", [{"file_name": name_of(i), "text": f"t {i}"} for i in range(COUNT)])
+    (folder / name_of(0)).write_bytes(b"\xff\xd8\xff nothing")
+    (folder / name_of(1)).unlink()
+    with pytest.raises(ValueError, match="(?s)2 images are missing or broken"):
+        build(folder, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["data", "out.broken.txt"]
+    built = build(folder, tmp_path / "out", "--skip_broken")
+    assert sum(part.num_rows for part in built.values()) == COUNT - 2
+    assert len((tmp_path / "out.broken.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "link.jpg", "photos/../../secret.jpg", None, 3])
+@pytest.mark.parametrize("form", ["metadata.jsonl", "table.jsonl"])
+def test_paths_that_leave_the_folder(tmp_path, name, form):
+    folder = simple(
+        tmp_path / "data", [{"file_name": name_of(0), "text": "a"}, {"file_name": name, "text": "x"}], form
+    )
+    (tmp_path / "secret.jpg").write_bytes(file_of(0))
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(ValueError, match=f"{form}, row 2: .*does not stay in the folder"):
+        build(folder if form == "metadata.jsonl" else folder / form, tmp_path / "out", "--skip_broken")
+    assert not (tmp_path / "out").exists()
+
+
+def test_datasets_do_not_read_files_outside_the_cache(tmp_path, monkeypatch):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(picture(0), "PNG"))
+    image = {"bytes": [None, *map(file_of, range(COUNT))], "path": [str(secret), *[None] * COUNT]}
+    table = pa.table(
+        {
+            "image": pa.StructArray.from_arrays(
+                [pa.array(image["bytes"]), pa.array(image["path"])], ["bytes", "path"]
+            ),
+            "caption": ["x"] * (COUNT + 1),
+            "image_id": [str(i) for i in range(COUNT + 1)],
+        }
+    )
+    pq.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="outside the datasets cache"):
+        build(tmp_path / "data.parquet", tmp_path / "out")
+    (tmp_path / "out.broken.txt").unlink()
+    # What `datasets` itself has put there is read.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert sum(part.num_rows for part in build(tmp_path / "data.parquet", tmp_path / "out").values()) == COUNT + 1
+
+
+def image_rows(count=4, **cells):
+    return [{"file_name": name_of(i), "caption": f"c {i}", **cells} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"a": "x", "b": "y"}], [], r"no column for images; it has a, b. Name one with --image_column"),
+        ([{"file_name": "x", "b": "y"}], [], "no column for captions; it has file_name, b. .*--caption_column"),
+        (image_rows(text="x"), [], "several columns that may hold captions; .*--caption_column"),
+        (image_rows(path="x"), [], "several columns that may hold images; .*--image_column"),
+        (image_rows(), ["--caption_column", "z"], "no column z; it has file_name, caption"),
+        (image_rows(), ["--id_column", "z"], r"no column z \(--id_column\)"),
+        (image_rows(image_id="same"), [], "row 2: the id 'same' stands for two images"),
+        (image_rows(image_id=1.5), [], "image_id holds 1.5"),
+        (image_rows(image_id=""), [], "image_id holds ''"),
+        ([{"file_name": name_of(0), "caption": {"raw": "x"}}], [], "caption holds .*raw"),
+        (image_rows(2, group="a") + image_rows(1, group="b"), ["--group_column", "group"], "two groups, a and b"),
+        (image_rows(2, split="train") + image_rows(1, split="test"), [], "two splits, train and test"),
+        (image_rows(split="holdout"), [], "unknown split 'holdout'"),
+        ([*image_rows(), {"file_name": name_of(5), "caption": ""}], ["--test_share", "0.4"], "no caption|is empty"),
+        (image_rows(1), [], "a split is empty"),
+        ([], [], "no column"),
+    ],
+)
+def test_refused_tables(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(simple(tmp_path / "data", rows), tmp_path / "out", *options)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_some_images_in_split_folders_and_some_not(tmp_path):
+    write_images(tmp_path / "data", lambda i: f"{'test' if i < 5 else 'photos'}/{i}.jpg")
+    rows = [{"file_name": f"{'test' if i < 5 else 'photos'}/{i}.jpg", "text": "x"} for i in range(COUNT)]
+    jsonl(tmp_path / "data" / "metadata.jsonl", rows)
+    with pytest.raises(ValueError, match="'photos/5.jpg' has no split"):
+        build(tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,caption\na.jpg,one, two\n", "line 2: 3 cells under the 2 columns path, caption"),
+        ('path,caption\na.jpg,"never closed\nb.jpg,x\n', "line 3: unexpected end of data"),
+        ("", "no column"),
+    ],
+)
+def test_refused_csv(tmp_path, text, message):
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "data.csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2: expected an object")])
+def test_refused_jsonl(tmp_path, line, message):
+    (tmp_path / "data.jsonl").write_text(f'{{"path": "a", "text": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "data.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([*sample(0, "a"), ("a.png", b"x")], "a.png: a second image"),
+        ([("a.jpg", b"x"), ("a.txt", b"\xff")], "a.txt: 'utf-8'"),
+        ([("a.jpg", b"x"), ("a.json", b"[]")], "a.json: expected an object"),
+        ([("a.jpg", b"x"), ("a.json", b"{")], "a.json: Expecting"),
+        ([("a.jpg", b"x"), ("a.txt", b"x"), ("a.json", b'{"caption": "y"}')], "several columns .*txt, caption"),
+        ([("a.jpg", b"x")], "no column for captions"),
+        ([("a.txt", b"x"), ("b.txt", b"x")], "is empty"),
+    ],
+)
+def test_refused_tars(tmp_path, files, message):
+    write_tar(tmp_path / "data.tar", files)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "data.tar", tmp_path / "out")
+
+
+def test_a_cut_tar_and_a_sample_without_image(tmp_path):
+    files = [file for i in range(COUNT) for file in sample(i, f"{i:04d}")]
+    write_tar(tmp_path / "data.tar", [*files, ("alone.json", b'{"captions": ["x"]}')])
+    whole = (tmp_path / "data.tar").read_bytes()
+    with pytest.raises(ValueError, match="(?s)1 images.*sample alone has no image"):
+        build(tmp_path / "data.tar", tmp_path / "out")
+    (tmp_path / "data.tar").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(ValueError, match="data.tar.*unexpected end of data"):
+        build(tmp_path / "data.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ["./nothing", "/nothing/here.csv", "no/such/folder", "*.tar", "images.zip"])
+def test_nothing_there(tmp_path, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images.zip").touch()
+    with pytest.raises((FileNotFoundError, ValueError), match="nothing at|expected a file ending in"):
+        own_data.main([source, "--output", str(tmp_path / "out")])
+
+
+def test_output_that_is_there_and_bad_shares(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    for options in (["--output", tmp_path / "out"], ["--output", tmp_path / "new", "--test_share", "0.95"]):
+        with pytest.raises(SystemExit):
+            own_data.main(["x", *map(str, options)])
+    errors = capsys.readouterr().err
+    assert "not empty" in errors and "sum below 1" in errors
+
+
+def test_killed_while_writing(tmp_path):
+    folder = simple(tmp_path / "data", image_rows(COUNT))
+    program = "import os, signal\nfrom datasets_scripts import building, own_data\n"
+    program += "building.ArrowWriter.finalize = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+    program += f"own_data.main([{str(folder)!r}, '--output', {str(tmp_path / 'out')!r}])"
+    root = Path(own_data.__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(root)})
+    assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    build(folder, tmp_path / "out")
