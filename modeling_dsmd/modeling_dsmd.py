@@ -88,6 +88,13 @@ class DSMDModel(PreTrainedModel):
                 raise ValueError(
                     f"{type(tower).__name__} {kind}: the {modality} tower must be an encoder of {expected}."
                 )
+        names = [name for name, _ in self.vision_model.named_parameters()]
+        if config.vision_pooling == "cls" and not any("cls_token" in name or "class_emb" in name for name in names):
+            raise ValueError(
+                f"{type(self.vision_model).__name__} has no class token: use 'mean' or 'pooler' for vision_pooling."
+            )
+        if hasattr(self.vision_model, "timm_model") and config.vision_pooling != "pooler":
+            raise ValueError("A tower of timm pools by a head of its own: use 'pooler' for vision_pooling.")
         # A parameter without a gradient stops distributed training.
         if config.vision_pooling != "pooler" and config.vision_config.model_type in OWN_POOLER:
             setattr(self.vision_model, OWN_POOLER[config.vision_config.model_type], nn.Identity())
@@ -99,10 +106,16 @@ class DSMDModel(PreTrainedModel):
         self.config.text_config._attn_implementation = self.text_model.config._attn_implementation
         self.vision_model.config = self.config.vision_config
         self.text_model.config = self.config.text_config
-        self.visual_projection = nn.Linear(_tower_width(config.vision_config), config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(_tower_width(config.text_config), config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(_tower_width(self.vision_model), config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(_tower_width(self.text_model), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
+        """Reaches towers of timm too, which have a switch of their own."""
+        super()._set_gradient_checkpointing(enable, **kwargs)
+        if hasattr(self.vision_model, "timm_model") and self.vision_model.supports_gradient_checkpointing:
+            self.vision_model._set_gradient_checkpointing(enable)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -234,9 +247,9 @@ class DSMDModel(PreTrainedModel):
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = image_output = text_output = None
         # What is left in kwargs (output_hidden_states, ...) both towers understand.
         if pixel_values is not None:
-            image_output = self.get_image_features(
-                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
-            )
+            # Towers of timm do not know the argument.
+            image_kwargs = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+            image_output = self.get_image_features(pixel_values, return_dict=True, **image_kwargs, **kwargs)
             image_embeds = nn.functional.normalize(image_output.pooler_output, dim=-1)
         if input_ids is not None:
             text_output = self.get_text_features(
@@ -280,8 +293,11 @@ def _check_fields(config_fields: dict):
     DSMDConfig(**config_fields)
 
 
-def _tower_width(config: PreTrainedConfig) -> int:
-    """Width of a tower's last hidden state."""
+def _tower_width(tower: PreTrainedModel) -> int:
+    """Width of what a tower's output is pooled to."""
+    if hasattr(tower, "timm_model"):  # its config names an architecture, not its sizes
+        return tower.timm_model.head_hidden_size
+    config = tower.config
     for name in WIDTHS:
         width = getattr(config, name, None)
         if width is not None:
@@ -315,8 +331,6 @@ def _pool(output: ModelOutput, pooling: str, attention_mask: torch.Tensor | None
         return pooled.flatten(1)
     hidden = output.last_hidden_state
     if hidden.ndim == 4:
-        if pooling == "cls":
-            raise ValueError("A convolutional tower has no class token: use 'mean' or 'pooler' pooling.")
         return hidden.mean(dim=(2, 3))
     if pooling == "cls":
         return hidden[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,10 +14,13 @@ from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     VisionTextDualEncoderProcessor,
     ViTImageProcessorPil,
 )
+from transformers.image_utils import PILImageResampling, SizeDict
 
 from modeling_dsmd import DSMDModel
 
@@ -83,7 +87,9 @@ def build_student(
         "text_pooling": args.text_pooling,
     }
     if args.vision_config is None:
-        image_processor = AutoImageProcessor.from_pretrained(args.vision_model_name_or_path, backend="pil")
+        image_processor = without_cropping(
+            AutoImageProcessor.from_pretrained(args.vision_model_name_or_path, backend="pil")
+        )
     else:
         side = {"height": args.image_size, "width": args.image_size}
         image_processor = ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -107,7 +113,47 @@ def build_student(
         )
     else:
         raise ValueError("One tower is pre-trained and the other is not: give two names or two configurations.")
+    # Beyond its positions a tower fails.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_positions(model.text_model))
     return model, processor
+
+
+def text_positions(tower: PreTrainedModel) -> float:
+    """The longest caption, in tokens with the special ones, that a text tower has positions for; may be infinite."""
+    positions = getattr(tower.config, "max_position_embeddings", None) or math.inf
+    embedding = getattr(getattr(tower, "embeddings", None), "position_embeddings", None)
+    if getattr(embedding, "padding_idx", None) is not None:  # RoBERTa and its kin start after padding's own position
+        positions -= embedding.padding_idx + 1
+    return positions
+
+
+def without_cropping(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """A vision checkpoint's image processor, made to squash the whole image to the size that it would crop to.
+
+    A centre crop drops what the caption describes: a third of a photo of 3 by 2. Colours stay the checkpoint's.
+    """
+    if hasattr(processor, "data_config"):  # timm's does not save, and would ask users for torchvision
+        config = processor.data_config
+        _, height, width = config["input_size"]
+        return ViTImageProcessorPil(
+            size={"height": height, "width": width},
+            resample=PILImageResampling[config["interpolation"].upper()],
+            image_mean=list(config["mean"]),
+            image_std=list(config["std"]),
+        )
+    if processor.do_center_crop:
+        processor.size, processor.do_center_crop = processor.crop_size, False
+    side = processor.size.shortest_edge
+    if side:
+        processor.size = SizeDict(height=side, width=side)
+    if getattr(processor, "crop_pct", None):  # ConvNeXt's and PoolFormer's crop while they resize, whatever the size
+        processor = ViTImageProcessorPil(
+            size=processor.size,
+            resample=processor.resample,
+            image_mean=processor.image_mean,
+            image_std=processor.image_std,
+        )
+    return processor
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

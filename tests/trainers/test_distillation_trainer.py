@@ -11,66 +11,14 @@ import pytest
 import torch
 from conftest import DIM, make_rows, make_student
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from tiny_trainer import first_gradients, largest_difference, make_trainer
+from transformers import Trainer
 
 from trainers import DSMDTrainer, DSMDTrainingArguments
 from trainers.distillation_trainer import STATE_FILE
 
 
 SMOOTH_LOSSES = ["contrastive", "feature", "similarity"]
-
-
-def make_trainer(folder, rows, model=None, callbacks=None, eval_dataset=None, **settings) -> DSMDTrainer:
-    student, processor = make_student()
-    settings = {
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 8,
-        "learning_rate": 1e-3,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "queue_size": 24,
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **settings,
-    }
-    args = DSMDTrainingArguments(output_dir=str(folder), **settings)
-    return DSMDTrainer(
-        model=model or student,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        callbacks=callbacks,
-    )
-
-
-class KeepGradients(TrainerCallback):
-    """Copies the gradients of the first optimiser step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            self.gradients = {
-                name: parameter.grad.clone()
-                for name, parameter in model.named_parameters()
-                if parameter.grad is not None
-            }
-
-
-def first_gradients(folder, rows, **settings) -> tuple[dict[str, torch.Tensor], DSMDTrainer]:
-    keep = KeepGradients()
-    trainer = make_trainer(folder, rows, callbacks=[keep], **settings)
-    trainer.train()
-    return keep.gradients, trainer
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Over all tensors, relative to the largest entry of any."""
-    assert a.keys() == b.keys() and a
-    largest = max(tensor.abs().max().item() for tensor in a.values() if tensor.is_floating_point())
-    return max((a[name] - b[name]).abs().max().item() for name in a) / largest
 
 
 @pytest.mark.parametrize("queue_size", [0, 24])
@@ -246,6 +194,17 @@ def test_no_pickle_but_what_resuming_needs(tmp_path, rows):
 def test_teacher_features_of_another_width_are_refused(tmp_path):
     with pytest.raises(ValueError, match="width 8, expected 16"):
         make_trainer(tmp_path, make_rows(20, dim=8))
+
+
+def test_captions_longer_than_the_tower_takes_are_refused(tmp_path, rows):
+    text = {"model_type": "roberta", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    student, processor = make_student(text={**text, "intermediate_size": 64, "max_position_embeddings": 20})
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    with pytest.raises(ValueError, match="max_caption_length=20: the text tower takes 19 tokens"):
+        arguments = DSMDTrainingArguments(**settings, max_caption_length=20)
+        DSMDTrainer(model=student, args=arguments, train_dataset=rows, processing_class=processor)
+    arguments = DSMDTrainingArguments(**settings, max_caption_length=19, max_steps=1)
+    DSMDTrainer(model=student, args=arguments, train_dataset=rows, processing_class=processor).train()
 
 
 def test_hub_token_is_refused(tmp_path):

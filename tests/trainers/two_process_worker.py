@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conftest import make_rows
 from safetensors.torch import save_file
-from test_distillation_trainer import first_gradients
+from tiny_trainer import first_gradients
 
 
 def main(folder: Path, settings: dict) -> None:
