@@ -1,1 +1,6 @@
-"""Teachers: the models whose features a student learns, and how their weights are made."""
+"""Teachers: the models whose features a student learns, one interface over them, and how their weights are made."""
+
+from .load_teacher import Teacher, load_teacher
+
+
+__all__ = ["Teacher", "load_teacher"]

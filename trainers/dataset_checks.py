@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import datasets
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from .retrieval_data import TEACHER_COLUMNS, load_rgb, rows_to_numpy
+from .images import load_rgb
+from .retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
 
 
 IMAGES_DECODED = 1000
@@ -41,26 +43,21 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
         )
     if len(dataset) == 0:
         raise ValueError(f"The {split} split is empty.")
-    plain = dataset.select_columns([column for column in needed if column in dataset.column_names])
+    scales = [name for name in TEACHER_SCALES if teacher_dim is not None and name in dataset.column_names]
+    plain = dataset.select_columns([*needed, *scales])
     plain = plain.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
     without_images = plain.remove_columns("image")
     row_of_id: dict[str, int] = {}
     for start in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc=f"check {split}", leave=False, disable=None):
         table = without_images[start : start + ROWS_AT_ONCE]
-        captions, ids = table["captions"].to_pylist(), table["image_id"].to_pylist()
-        for i, (image_id, texts) in enumerate(zip(ids, captions)):
-            where = f"Row {start + i} of the {split} split (image_id {image_id!r})"
-            if not isinstance(image_id, str) or not image_id:
-                raise ValueError(f"{where}: image_id must be a string that is not empty.")
-            if not isinstance(texts, list) or not texts:
-                raise ValueError(f"{where} has captions {texts!r}: expected one string or more. Drop the row.")
-            if any(not isinstance(text, str) or not text.strip() for text in texts):
-                raise ValueError(f"{where} has an empty caption in {texts!r}: drop or fill it.")
-            first = row_of_id.setdefault(image_id, start + i)
-            if first != start + i and plain[first].to_pylist() != plain[start + i].to_pylist():
-                raise ValueError(f"{where}: row {first} has this image_id and other content. Make image_id unique.")
-        if teacher_dim is not None:
-            _check_teacher(table, start, split, teacher_dim, ids, captions)
+        check_rows(table, split, teacher_dim, start)
+        for i, image_id in enumerate(table["image_id"].to_pylist(), start):
+            first = row_of_id.setdefault(image_id, i)
+            if first != i and plain[first].to_pylist() != plain[i].to_pylist():
+                raise ValueError(
+                    f"Row {i} of the {split} split (image_id {image_id!r}): row {first} has this image_id and other "
+                    "content. Make image_id unique."
+                )
     sample = random.Random(0).sample(range(len(dataset)), min(IMAGES_DECODED, len(dataset)))
     for i in tqdm(sorted(sample), desc=f"decode {split}", leave=False, disable=None):
         row = plain[i]
@@ -72,14 +69,39 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
             ) from error
 
 
-def _check_teacher(table, start: int, split: str, teacher_dim: int, ids: list[str], captions: list[list[str]]) -> None:
+def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int | None = None) -> None:
+    """Refuses rows whose captions, image_id or teacher features break the contract.
+
+    Args:
+        table: the rows' columns but the image, which is not looked at.
+        split, teacher_dim: as in [`check_dataset`].
+        start: number of the first row, for the message; None where rows have no number.
+
+    Raises:
+        ValueError: at the first thing that is wrong, with the image_id.
+    """
+    captions, ids = table["captions"].to_pylist(), table["image_id"].to_pylist()
+
+    def fail(row: int, message: str):
+        where = "A row" if start is None else f"Row {start + row}"
+        raise ValueError(f"{where} of the {split} split (image_id {ids[row]!r}): {message}")
+
+    for i, (image_id, texts) in enumerate(zip(ids, captions)):
+        if not isinstance(image_id, str) or not image_id:
+            fail(i, "image_id must be a string that is not empty.")
+        if not isinstance(texts, list) or not texts:
+            fail(i, f"it has captions {texts!r}: expected one string or more. Drop the row.")
+        if any(not isinstance(text, str) or not text.strip() for text in texts):
+            fail(i, f"it has an empty caption in {texts!r}: drop or fill it.")
+    if teacher_dim is not None:
+        _check_teacher(table, teacher_dim, captions, fail)
+
+
+def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]], fail: Callable) -> None:
     image_widths = _list_lengths(table["teacher_image_embeds"])
     text_counts = _list_lengths(table["teacher_text_embeds"])
     text_widths = _list_lengths(table["teacher_text_embeds"].combine_chunks().flatten())
     expected_counts = np.array([len(row) for row in captions])
-
-    def fail(row: int, message: str):
-        raise ValueError(f"Row {start + row} of the {split} split (image_id {ids[row]!r}): {message}")
 
     for row in np.flatnonzero(image_widths != teacher_dim)[:1]:
         fail(row, f"teacher_image_embeds has width {image_widths[row]}, expected {teacher_dim} (projection_dim).")
@@ -95,7 +117,7 @@ def _check_teacher(table, start: int, split: str, teacher_dim: int, ids: list[st
         ("teacher_image_embeds", np.arange(len(captions))),
         ("teacher_text_embeds", row_of_caption),
     ):
-        norms = np.linalg.norm(rows_to_numpy(table[column]).astype(np.float32), axis=1)
+        norms = np.linalg.norm(teacher_features(table, column).astype(np.float32), axis=1)
         for i in np.flatnonzero(~np.isfinite(norms) | (norms == 0))[:1]:
             fail(row_of[i], f"{column} is NaN, infinite or zero: make the teacher's features again.")
 

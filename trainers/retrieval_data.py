@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
+
+from .images import load_rgb, random_view
 
 
 TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds")
+TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # beside int8 features, one for each of their rows
 
 
 def id_hash(text: str) -> int:
@@ -20,46 +23,14 @@ def id_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def load_rgb(image: dict) -> Image.Image:
-    """Decodes the undecoded value of an `Image` column (`{"bytes", "path"}`) to RGB.
-
-    Raises:
-        ValueError: where the image cannot be read or is a decompression bomb.
-    """
-    try:
-        return datasets.Image(mode="RGB").decode_example(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"unreadable image: {error}") from error
-
-
-def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: float) -> Image.Image:
-    """A shifted and zoomed view of the same size; what lies outside the image repeats its edge.
-
-    Args:
-        image: RGB.
-        rng: where the randomness comes from.
-        shift: largest shift in each direction, as a fraction of the side, in [0, 1).
-        zoom: the side of the view is the image's times a factor in [1 - zoom, 1 + zoom], zoom in [0, 1).
-    """
-    if not shift and not zoom:
-        return image
-    width, height = image.size
-    factor = 1 + rng.uniform(-zoom, zoom)
-    center_x = width * (0.5 + rng.uniform(-shift, shift))
-    center_y = height * (0.5 + rng.uniform(-shift, shift))
-    box = [
-        center_x - width * factor / 2,
-        center_y - height * factor / 2,
-        center_x + width * factor / 2,
-        center_y + height * factor / 2,
-    ]
-    pad = max(0, int(np.ceil(max(-box[0], -box[1], box[2] - width, box[3] - height))))
-    padded = Image.fromarray(np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="edge"))
-    return padded.resize((width, height), Image.Resampling.BILINEAR, box=[side + pad for side in box])
-
-
 def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The innermost values of a (nested) list column of equal widths, as an array `[rows, D]` of their dtype."""
+    values, rows = _innermost(column)
+    return values.reshape(rows, -1)
+
+
+def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
+    """All values of a (nested) list column in a row, and how many innermost lists they stand in."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     rows = len(array)
     while (
@@ -67,7 +38,71 @@ def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     ):
         rows = len(array)
         array = array.flatten()
-    return array.to_numpy(zero_copy_only=False).reshape(rows, -1)
+    return array.to_numpy(zero_copy_only=False), rows
+
+
+def teacher_features(table: pa.Table, name: str) -> np.ndarray:
+    """Raw teacher features `[rows, D]` of a column of TEACHER_COLUMNS: float16 as stored, float32 where it is int8."""
+    features = rows_to_numpy(table[name])
+    if features.dtype != np.int8:
+        return features
+    scale = TEACHER_SCALES[TEACHER_COLUMNS.index(name)]
+    if scale not in table.column_names:
+        raise ValueError(f"{name} is int8, and there is no {scale} to multiply it by.")
+    return features * _innermost(table[scale])[0].astype(np.float32)[:, None]
+
+
+def undecoded_rows(
+    dataset: datasets.Dataset | datasets.IterableDataset, with_teacher: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The columns that training reads, as arrow tables for [`make_examples`], images not decoded."""
+    optional = ("group_id", *(TEACHER_SCALES if with_teacher else ()))
+    columns = ["image", "captions", "image_id", *(TEACHER_COLUMNS if with_teacher else ())]
+    columns += [name for name in optional if name in dataset.column_names]
+    dataset = dataset.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+    return dataset.with_format("arrow")
+
+
+def make_examples(
+    table: pa.Table,
+    epoch: int,
+    with_teacher: bool,
+    captions_per_image: int | None = None,
+    random_shift: float = 0.0,
+    random_zoom: float = 0.0,
+    seed: int = 42,
+) -> Iterator[dict]:
+    """Training examples of some rows, in their order, each decoded when it is asked for.
+
+    Args:
+        table: of [`undecoded_rows`].
+        epoch: of the draws; the other settings are those of [`RetrievalDataset`].
+    """
+    captions = table["captions"].to_pylist()
+    groups = table["group_id" if "group_id" in table.column_names else "image_id"].to_pylist()
+    if with_teacher:
+        teacher_image = teacher_features(table, "teacher_image_embeds")  # [N, D]
+        teacher_text = teacher_features(table, "teacher_text_embeds")  # [all captions of the N images, D]
+        offsets = np.cumsum([0] + [len(texts) for texts in captions])
+    for i, image_id in enumerate(table["image_id"].to_pylist()):
+        rng = random.Random(f"{seed}/{epoch}/{image_id}")
+        chosen = list(range(len(captions[i])))
+        if captions_per_image is not None and len(chosen) > captions_per_image:
+            chosen = sorted(rng.sample(chosen, captions_per_image))
+        example = {
+            "image_id": image_id,
+            "group": id_hash(groups[i]),
+            "captions": [captions[i][j] for j in chosen],
+        }
+        try:
+            image = load_rgb(table["image"][i].as_py())
+            example["image"] = random_view(image, rng, random_shift, random_zoom)
+        except ValueError as error:
+            example["unreadable"] = str(error)
+        if with_teacher:
+            example["teacher_image"] = teacher_image[i]
+            example["teacher_text"] = teacher_text[offsets[i] + np.array(chosen)]
+        yield example
 
 
 class RetrievalDataset(torch.utils.data.Dataset):
@@ -93,15 +128,14 @@ class RetrievalDataset(torch.utils.data.Dataset):
         random_zoom: float = 0.0,
         seed: int = 42,
     ):
-        columns = ["image", "captions", "image_id", *(TEACHER_COLUMNS if with_teacher else ())]
-        self.group_column = "group_id" if "group_id" in dataset.column_names else "image_id"
-        dataset = dataset.select_columns(list(dict.fromkeys([*columns, self.group_column])))
-        self.rows = dataset.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
-        self.with_teacher = with_teacher
-        self.captions_per_image = captions_per_image
-        self.random_shift = random_shift
-        self.random_zoom = random_zoom
-        self.seed = seed
+        self.rows = undecoded_rows(dataset, with_teacher)
+        self.settings = {
+            "with_teacher": with_teacher,
+            "captions_per_image": captions_per_image,
+            "random_shift": random_shift,
+            "random_zoom": random_zoom,
+            "seed": seed,
+        }
         # In shared memory, so that persistent workers see a new epoch too.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -115,34 +149,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        table = self.rows[list(indices)]
-        captions = table["captions"].to_pylist()
-        groups = table[self.group_column].to_pylist()
-        images = table["image"].to_pylist()
-        if self.with_teacher:
-            teacher_image = rows_to_numpy(table["teacher_image_embeds"])  # [N, D]
-            teacher_text = rows_to_numpy(table["teacher_text_embeds"])  # [all captions of the N images, D]
-            offsets = np.cumsum([0] + [len(texts) for texts in captions])
-        examples = []
-        for i, image_id in enumerate(table["image_id"].to_pylist()):
-            rng = random.Random(f"{self.seed}/{int(self.epoch)}/{image_id}")
-            chosen = list(range(len(captions[i])))
-            if self.captions_per_image is not None and len(chosen) > self.captions_per_image:
-                chosen = sorted(rng.sample(chosen, self.captions_per_image))
-            example = {
-                "image_id": image_id,
-                "group": id_hash(groups[i]),
-                "captions": [captions[i][j] for j in chosen],
-            }
-            try:
-                example["image"] = random_view(load_rgb(images[i]), rng, self.random_shift, self.random_zoom)
-            except ValueError as error:
-                example["unreadable"] = str(error)
-            if self.with_teacher:
-                example["teacher_image"] = teacher_image[i]
-                example["teacher_text"] = teacher_text[offsets[i] + np.array(chosen)]
-            examples.append(example)
-        return examples
+        return list(make_examples(self.rows[list(indices)], int(self.epoch), **self.settings))
 
 
 class RetrievalCollator:
@@ -169,7 +176,9 @@ class RetrievalCollator:
         self.processor = processor
         self.max_length = max_length
 
-    def __call__(self, examples: list[dict]) -> dict:
+    def __call__(self, examples: list[dict | None]) -> dict:
+        if examples[0] is None:  # of a stream's batch that a resumed run skips
+            return {}
         unreadable = [
             f"{example['image_id']}: {example['unreadable']}" for example in examples if "image" not in example
         ]

@@ -1,0 +1,119 @@
+"""Training examples of a streamed dataset: passes without end, other rows for each process and loader worker."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import datasets
+import pyarrow as pa
+import torch
+from datasets.distributed import split_dataset_by_node
+from transformers import TrainerCallback
+
+from .dataset_checks import check_rows
+from .retrieval_data import make_examples, undecoded_rows
+
+
+HEAD_ROWS = 1000
+ROWS_AT_ONCE = 32
+EMPTY_PASSES = 10
+
+
+def stream_head(stream: datasets.IterableDataset, rows: int = HEAD_ROWS) -> datasets.Dataset:
+    """The first rows of a stream, in memory, with all its columns.
+
+    Raises:
+        ValueError: where the stream does not say what columns it has.
+    """
+    if stream.features is None:
+        raise ValueError("The stream's columns are not known: give `features=` to the `map` that made them.")
+    table = next(iter(stream.take(rows).with_format("arrow").iter(rows)), stream.features.arrow_schema.empty_table())
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=stream.features))
+
+
+class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
+    """Training examples of a `datasets.IterableDataset` that follows the row contract, pass after pass without end.
+
+    In a pass every row is read once, by one loader worker of one process; rows are drawn from a shuffle buffer, in
+    another order in each pass, and decoded after it. The order derives from the seed, the pass, the numbers of
+    processes and workers and the size of the buffer; captions and augmentation from (seed, pass, image_id) alone.
+    Processes and workers begin their next pass each when its own share of this one ends.
+
+    Args:
+        stream: as `load_dataset(..., streaming=True)` gives it; see [`RetrievalDataset`] for its columns.
+        shuffle_buffer_size: rows that each worker of each process holds, undecoded, to draw from.
+        teacher_dim: width D that teacher features must have; None where they are not needed.
+        rank, world_size: which of how many processes this is.
+        **settings: `captions_per_image`, `random_shift`, `random_zoom` and `seed`; see [`RetrievalDataset`].
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        shuffle_buffer_size: int,
+        teacher_dim: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 42,
+        **settings,
+    ):
+        with_teacher = teacher_dim is not None
+        rows = undecoded_rows(stream, with_teacher)
+        # A buffer fed from several shards at once makes `datasets` sleep for 5 s at the end of each pass.
+        self.stream = rows.shuffle(seed=seed, buffer_size=shuffle_buffer_size, max_buffer_input_shards=1)
+        self.teacher_dim = teacher_dim
+        self.rank = rank
+        self.world_size = world_size
+        self.settings = {"with_teacher": with_teacher, "seed": seed, **settings}
+        self.batches_to_skip = 0
+        self.batch_size = 1
+
+    def skip(self, batches: int, batch_size: int) -> None:
+        """Lets the loader's first batches be of `None`: their rows are read, but not decoded."""
+        self.batches_to_skip = batches
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[dict | None]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        part, parts = self.rank * workers + worker, self.world_size * workers
+        # As many groups of parts as there are shards for: a group reads its own shards, its parts take rows in turn.
+        groups = max(n for n in range(1, min(parts, self.stream.num_shards) + 1) if parts % n == 0)
+        stream = split_dataset_by_node(self.stream, part % groups, groups, strategy="shards")
+        members, member = parts // groups, part // groups
+        # The loader takes batches from its workers in turn.
+        skipped = len(range(worker, self.batches_to_skip, workers)) * self.batch_size
+        empty_passes = 0
+        for epoch in itertools.count():
+            stream.set_epoch(epoch)
+            read = own_rows = 0
+            # Unlike `__iter__`, `iter` does not share out shards among workers once more.
+            for table in stream.iter(ROWS_AT_ONCE):
+                own = table.take(pa.array(range((member - read) % members, len(table), members), pa.int64()))
+                read += len(table)
+                own_rows += len(own)
+                passed = min(skipped, len(own))
+                skipped -= passed
+                yield from itertools.repeat(None, passed)
+                own = own.slice(passed)
+                if len(own):
+                    check_rows(own, "streamed train", self.teacher_dim)
+                    yield from make_examples(own, epoch, **self.settings)
+            empty_passes = 0 if own_rows else empty_passes + 1
+            if empty_passes == EMPTY_PASSES:
+                raise ValueError(
+                    f"The stream has had no row for worker {worker} of process {self.rank} in {EMPTY_PASSES} passes: "
+                    "it has too few rows, or shards without any."
+                )
+
+
+class SkipTrainedBatches(TrainerCallback):
+    """Lets a stream pass over what a resumed run trained on: Trainer skips the same batches, but would decode them."""
+
+    def __init__(self, dataset: StreamedRetrievalDataset):
+        self.dataset = dataset
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        batches = state.global_step % state.max_steps * args.gradient_accumulation_steps
+        self.dataset.skip(0 if args.ignore_data_skip else batches, args.train_batch_size)

@@ -1,0 +1,67 @@
+"""Teacher features at a smaller width: the projection that keeps their dot products best."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+PCA_FILE = "teacher_pca.safetensors"
+
+
+def fit_pca(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Principal components of the teacher's normalised features, images and captions counting the same.
+
+    Not centred: a retrieval score is a dot product, and the projection on the leading eigenvectors of the second
+    moment keeps dot products best among linear maps of that width. One matrix serves both modalities.
+
+    Args:
+        batches: raw features of images `[n, D]` and of captions `[m, D]`, n and m of any size.
+
+    Returns:
+        `[D, D]` float32, orthonormal columns, the most important first: `features @ components[:, :k]`.
+
+    Raises:
+        ValueError: there is no feature of either kind.
+    """
+    moments: list[torch.Tensor | int] = [0, 0]
+    counts = [0, 0]
+    for batch in batches:
+        for kind, features in enumerate(batch):
+            rows = torch.nn.functional.normalize(features.double(), dim=1)
+            moments[kind] = moments[kind] + rows.T @ rows
+            counts[kind] += len(rows)
+    if min(counts) == 0:
+        raise ValueError(f"PCA needs features of images and of captions, got {counts[0]} and {counts[1]}.")
+    _, vectors = torch.linalg.eigh(moments[0] / counts[0] + moments[1] / counts[1])
+    vectors = vectors.flip(1)
+    # Eigenvectors have no sign: fix it, so that the same features give the same projection.
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return (vectors * signs).float().contiguous()
+
+
+def save_pca(components: torch.Tensor, folder: str | os.PathLike) -> None:
+    """Writes components `[D, k]` to `teacher_pca.safetensors` in a folder."""
+    path = Path(folder) / PCA_FILE
+    save_file({"components": components.contiguous().cpu()}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_pca(folder: str | os.PathLike) -> torch.Tensor | None:
+    """The components `[D, k]` that a folder holds; None where it holds none.
+
+    Raises:
+        ValueError: the file is there and cannot be read.
+    """
+    path = Path(folder) / PCA_FILE
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["components"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the projection is fitted again.") from error
