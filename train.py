@@ -13,14 +13,22 @@ import shutil
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
-from trainers.data_loading import DataArguments, load_data, teacher_description, teacher_width
+from trainers.data_loading import (
+    DataArguments,
+    Splits,
+    license_of,
+    load_data,
+    teacher_description,
+    teacher_projection,
+    teacher_width,
+    training_captions,
+)
 from trainers.distillation_config import settings_that_differ
 from trainers.report import report
 from trainers.retrieval_trainer import RetrievalTrainer
@@ -86,8 +94,9 @@ def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
     return checkpoint
 
 
-def prepare(argv: list[str]) -> tuple[RetrievalTrainer, datasets.DatasetDict, str | None, dict]:
-    """Everything before training: arguments, data, student, trainer; the checkpoint to go on from; facts for the card.
+def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, dict, int | None]:
+    """Everything before training: arguments, data, student, trainer; the checkpoint to go on from; facts for the
+    card; how many test images make a fold.
 
     Raises:
         ValueError: for bad input, saying what to do.
@@ -97,19 +106,22 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, datasets.DatasetDict, st
     checkpoint = last_checkpoint(args)
     if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # accelerate launch leaves one thread on a CPU
-    set_seed(args.seed)
-    with args.main_process_first(desc="data"):
-        rows = load_data(data_args)
-    captions = [caption for texts in rows["train"]["captions"] for caption in texts]
+    rows = load_data(data_args, trust_remote_code=student_args.trust_remote_code)
+    set_seed(args.seed)  # after the data: a teacher that had to be loaded must not change the student
+    captions = training_captions(rows["train"])
     model, processor = build_student(student_args, captions, teacher_width(rows))
-    trainer_class = DSMDTrainer if data_args.method == "distillation" else ContrastiveTrainer
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        train_dataset=rows["train"] if args.do_train else None,
-        eval_dataset=rows["validation"],
-        processing_class=processor,
-    )
+    settings = {
+        "model": model,
+        "args": args,
+        "train_dataset": rows["train"] if args.do_train else None,
+        "eval_dataset": rows["validation"],
+        "processing_class": processor,
+    }
+    if data_args.method == "distillation":
+        projection = teacher_projection(rows, data_args, model.config.projection_dim)
+        trainer = DSMDTrainer(**settings, teacher_projection=projection)
+    else:
+        trainer = ContrastiveTrainer(**settings)
     towers = (student_args.vision_model_name_or_path, student_args.text_model_name_or_path)
     facts = {
         "dataset_name": Path(data_args.dataset_name).name
@@ -118,17 +130,18 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, datasets.DatasetDict, st
         "method": data_args.method,
         "towers": [tower for tower in towers if tower is not None and not Path(tower).is_dir()],
         "teacher": teacher_description(rows) if data_args.method == "distillation" else None,
-        "images": len(rows["train"]),
-        "captions": len(captions),
+        "license": data_args.data_license or license_of(rows, data_args.dataset_name),
+        "images": None if data_args.streaming else len(rows["train"]),
+        "captions": None if data_args.streaming else len(captions),
         "settings": settings_that_differ(args),
         "projection_dim": model.config.projection_dim,
     }
-    return trainer, rows, checkpoint, facts
+    return trainer, rows, checkpoint, facts, data_args.test_fold_size
 
 
 def main(argv: list[str]) -> None:
     try:
-        trainer, rows, checkpoint, facts = prepare(argv)
+        trainer, rows, checkpoint, facts, fold_size = prepare(argv)
     except ValueError as error:
         sys.exit(f"error: {error}")  # bad input: the message says what to do, a traceback would hide it
     metrics = {}
@@ -136,7 +149,7 @@ def main(argv: list[str]) -> None:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
         trainer.save_model()
     metrics.update(trainer.evaluate())
-    metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test"))
+    metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
     report(trainer, metrics, trained=trainer.args.do_train, facts=facts)
     if trainer.args.do_train and trainer.args.push_to_hub:
         trainer.push_to_hub()

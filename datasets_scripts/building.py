@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow.compute as pc
 from datasets import DatasetDict, DatasetInfo, Features, Image, List, Value, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image as PILImage
-from PIL import ImageOps
 from tqdm.auto import tqdm
+
+from trainers.images import to_rgb
 
 
 # A split's usual names, and Karpathy's second part of the training images -> the split.
@@ -102,16 +102,8 @@ def rgb_bytes(data: bytes) -> bytes:
     upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
     if file_format in ("JPEG", "PNG") and image.mode == "RGB" and upright and not image.has_transparency_data:
         return data
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would clip: all but the darkest pixels white.
-        image = PILImage.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        white = PILImage.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
     buffer = io.BytesIO()
-    rgb = image.convert("RGB")
+    rgb = to_rgb(image)
     if file_format in ("JPEG", "MPO"):
         rgb.save(buffer, format="JPEG", quality=95)
     else:

@@ -23,8 +23,9 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from datasets_scripts.icons import fingerprint, load_icons
+from trainers.images import load_rgb
 from trainers.retrieval import metrics_from_ranks, ranks
-from trainers.retrieval_data import id_hash, load_rgb
+from trainers.retrieval_data import id_hash
 
 
 def features_file() -> Path:

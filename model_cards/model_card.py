@@ -37,8 +37,9 @@ def write_model_card(
     method: str,
     towers: list[str],
     teacher: dict | None,
-    images: int,
-    captions: int,
+    license: str | None,
+    images: int | None,
+    captions: int | None,
     settings: dict[str, object],
     projection_dim: int,
 ) -> None:
@@ -52,7 +53,8 @@ def write_model_card(
         method: "distillation" or "contrastive".
         towers: Hub ids the towers started from; empty from scratch.
         teacher: the teacher's description from the dataset, where there was one.
-        images, captions: how many were trained on.
+        license: of the data.
+        images, captions: how many were trained on; None where they were streamed.
         settings: training settings that differ from their defaults.
         projection_dim: width of the embeddings.
     """
@@ -79,7 +81,8 @@ def write_model_card(
             if key.startswith("test_") and (key.endswith(("_r1", "_r5", "_r10")) or key == "test_rsum")
         ],
     )
-    training = f"{images:,} images and {captions:,} captions of `{dataset_name}`"
+    amount = "a stream" if images is None else f"{images:,} images and {captions:,} captions"
+    training = f"{amount} of `{dataset_name}` (licence of the data: {license or 'not stated'})"
     if teacher is not None:
         training = (
             f"Learned the stored output features of a teacher on {training}.\n\nThe teacher: {_sentence(teacher)}"

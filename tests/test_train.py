@@ -7,9 +7,11 @@ import sys
 import datasets
 import pytest
 import yaml
-from conftest import make_rows
+from conftest import DIM, make_rows, make_student
 
 import train
+from trainers.retrieval_data import TEACHER_COLUMNS
+from trainers.teacher_pca import load_pca
 
 
 RECIPE = {
@@ -140,3 +142,82 @@ def test_command_line_wins_over_the_recipe(tmp_path, data):
 def test_shipped_recipes_hold_known_settings(name):
     _, data, args = train.parse_arguments(["--config", f"recipes/{name}"])
     assert data.dataset_name == "icons" and args.load_best_model_at_end and args.metric_for_best_model == "rsum"
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    model, processor = make_student(text={**RECIPE["text_config"], "model_type": "distilbert"})
+    model.save_pretrained(tmp_path / "tiny-teacher")
+    processor.save_pretrained(tmp_path / "tiny-teacher")
+    return tmp_path / "tiny-teacher"
+
+
+def test_missing_features_are_made_once_and_the_student_may_be_narrower(tmp_path, data, teacher, monkeypatch, capsys):
+    rows = datasets.load_from_disk(data)
+    plain = datasets.DatasetDict({split: part.remove_columns(TEACHER_COLUMNS) for split, part in rows.items()})
+    plain["train"].info.license = "cc0-1.0"
+    plain.save_to_disk(tmp_path / "plain")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    settings = {"dataset_name": str(tmp_path / "plain"), "teacher_model_name_or_path": str(teacher)}
+    recipe = write_recipe(tmp_path, data, **settings, projection_dim=8, num_train_epochs=1, test_fold_size=4)
+    train.main(recipe)
+    run = tmp_path / "run"
+    results = json.loads((run / "all_results.json").read_text())
+    assert results["teacher_reduced_test_rsum"] > 0 and results["teacher_index_test_rsum"] > 0
+    assert results["test_4_rsum"] > results["test_rsum"] and results["test_images"] == 12
+    table = capsys.readouterr().out
+    assert "rsum at the student's width" in table and "| 4 rsum" in table
+    assert load_pca(run).shape == (DIM, 8)
+    card = (run / "README.md").read_text()
+    assert "tiny-teacher" in card and "(licence of the data: cc0-1.0)" in card
+    assert str(tmp_path) not in card
+    monkeypatch.setattr("datasets_scripts.add_teacher_features.load_teacher", None)  # a second run finds them
+    train.main([*recipe, "--overwrite_output_dir", "True", "--data_license", "mine"])
+    again = json.loads((run / "all_results.json").read_text())
+    assert again["test_rsum"] == results["test_rsum"]
+    assert "licence of the data: mine" in (run / "README.md").read_text()
+
+
+def test_features_of_another_teacher_than_asked_for_are_refused(tmp_path, data, teacher):
+    recipe = write_recipe(tmp_path, data, teacher_model_name_or_path=str(teacher))
+    assert "features of an unnamed teacher, not of tiny-teacher" in refused(recipe)
+
+
+def test_a_student_wider_than_its_teacher_is_refused(tmp_path, data):
+    assert "projection_dim=20 is more than the 16" in refused(write_recipe(tmp_path, data, projection_dim=20))
+
+
+def parquet_folder(folder, rows, splits=("train", "validation", "test")):
+    for split in splits:
+        for i in range(2):
+            path = folder / "data" / f"{split}-{i:05d}-of-00002.parquet"
+            rows[split].shard(2, i, contiguous=True).to_parquet(path)
+    return folder
+
+
+def test_a_streamed_run(tmp_path, data):
+    folder = parquet_folder(tmp_path / "parquet", datasets.load_from_disk(data))
+    settings = {"dataset_name": str(folder), "streaming": True, "max_steps": 4, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "shuffle_buffer_size": 20}
+    train.main(write_recipe(tmp_path, data, **settings))
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["test_images"] == 12 and results["teacher_test_rsum"] > 0
+    assert "a stream of `parquet`" in (tmp_path / "run" / "README.md").read_text()
+    recipe = write_recipe(tmp_path, data, **settings, projection_dim=8)
+    assert "no teacher_pca.safetensors" in refused([*recipe, "--output_dir", str(tmp_path / "other")])
+
+
+def test_a_stream_needs_max_steps_and_ready_features(tmp_path, data, teacher):
+    folder = parquet_folder(tmp_path / "parquet", datasets.load_from_disk(data))
+    settings = {"dataset_name": str(folder), "streaming": True}
+    assert "max_steps" in refused(write_recipe(tmp_path, data, **settings))
+    recipe = write_recipe(tmp_path, data, **settings, max_steps=2, teacher_model_name_or_path=str(teacher))
+    assert "do not go together" in refused(recipe)
+
+
+@pytest.mark.parametrize("name", ["flickr30k_beit3.yaml", "coco_beit3.yaml", "flickr30k_siglip2.yaml"])
+def test_recipes_for_real_data_hold_known_settings(name):
+    student, data, args = train.parse_arguments(["--config", f"recipes/{name}", "--use_cpu"])
+    assert data.dataset_name.startswith("data/") and data.teacher_model_name_or_path
+    assert student.vision_model_name_or_path and args.metric_for_best_model == "rsum"
+    assert (data.test_fold_size == 1000) == ("coco" in name)

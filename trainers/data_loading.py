@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import json
+import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import torch
+from accelerate import PartialState
+from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
+from .teacher_pca import PCA_FILE, fit_pca, load_pca
+
+
+Splits = datasets.DatasetDict | datasets.IterableDatasetDict
+STREAM_HEAD = 20_000  # rows of a stream whose captions train a tokenizer
 
 
 @dataclass
@@ -22,34 +38,115 @@ class DataArguments:
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "'icons', a Hub id, or a folder written by `DatasetDict.save_to_disk`."},
+        metadata={"help": "'icons', a Hub id, or a folder: of `save_to_disk`, or of parquet files as on the Hub."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Trained on."})
     validation_split: str = field(default="validation", metadata={"help": "Chooses the best checkpoint."})
     test_split: str = field(default="test", metadata={"help": "Evaluated once, at the end."})
+    test_fold_size: int | None = field(
+        default=None,
+        metadata={"help": "Also report the mean over consecutive folds of this many test images (COCO 1K: 1000)."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Stream the training split, never storing it; needs max_steps."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Where the dataset has no teacher features, make them with this model, and keep them."},
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Of the teacher on the Hub."})
+    data_license: str | None = field(
+        default=None, metadata={"help": "Licence of the data, for the card; default: what the dataset says."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
 
+    def __post_init__(self):
+        if self.test_fold_size is not None and self.test_fold_size < 1:
+            raise ValueError(f"test_fold_size={self.test_fold_size}: expected 1 or more images, or none.")
+        if self.streaming and self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                "streaming and teacher_model_name_or_path do not go together: the features are kept with the rows. "
+                "Run `datasets_scripts/add_teacher_features.py --streaming` first, and stream what it writes."
+            )
 
-def load_data(args: DataArguments) -> datasets.DatasetDict:
-    """The dataset's splits, named train, validation and test; the icons with their teacher's features.
+
+def open_dataset(name: str, config_name: str | None = None, streaming: bool = False) -> Splits:
+    """All splits of a dataset.
+
+    Args:
+        name: 'icons', a folder written by `save_to_disk`, a folder of data files as on the Hub, or a Hub id.
+        config_name: of a Hub dataset.
+        streaming: read as it is used, from data files or the Hub.
 
     Raises:
-        ValueError: where the dataset is not named or lacks a split.
+        ValueError: it cannot be streamed, or is a single split.
     """
-    if args.dataset_name is None:
-        raise ValueError("dataset_name is missing: 'icons', a Hub id, or a folder written by `save_to_disk`.")
-    if args.dataset_name == "icons":
+    if name == "icons":
         from datasets_scripts.icons import load_icons
-        from datasets_scripts.icons_teacher import add_teacher_features, features_file
 
         rows = load_icons()
-        if args.method == "distillation" or features_file().is_file():
-            rows = add_teacher_features(rows)
-    elif Path(args.dataset_name).is_dir():
-        rows = datasets.load_from_disk(args.dataset_name)
+    elif (Path(name) / "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(name)
+    elif (Path(name) / "state.json").is_file():
+        raise ValueError(f"{name} is a single split: save a `DatasetDict` with its splits.")
     else:
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        rows = datasets.load_dataset(name, config_name, streaming=streaming)
+        if not streaming:
+            return rows
+        unknown = [split for split, part in rows.items() if part.column_names is None]
+        if unknown:
+            raise ValueError(
+                f"{name} does not say what columns its {', '.join(unknown)} split has: it cannot be streamed."
+            )
+        return type(rows)({split: _webdataset_rows(part) for split, part in rows.items()})
+    if streaming:
+        return datasets.IterableDatasetDict({split: part.to_iterable_dataset() for split, part in rows.items()})
+    return rows
+
+
+def _webdataset_rows(part: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Samples of a webdataset (KEY.jpg with KEY.txt, or KEY.json with captions) as rows; any other stream as it is."""
+    names = part.column_names
+    if "__key__" not in names:
+        return part
+    image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in names), None)
+    if image is None:
+        raise ValueError(f"The webdataset has no jpg, jpeg, png or webp files (it has {', '.join(names)}).")
+
+    def to_row(sample: dict) -> dict:
+        described = sample.get("json") or {}
+        captions = next((described[name] for name in ("captions", "caption", "text") if described.get(name)), None)
+        captions = captions or sample.get("txt") or []
+        return {
+            "image": sample[image],
+            "captions": [captions] if isinstance(captions, str) else captions,
+            # Keys may start again in every tar.
+            "image_id": str(described.get("image_id") or f"{Path(sample['__url__']).stem}/{sample['__key__']}"),
+        }
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "captions": datasets.List(datasets.Value("string")),
+            "image_id": datasets.Value("string"),
+        }
+    )
+    part = part.cast_column(image, datasets.Image(decode=False))
+    return part.map(to_row, remove_columns=names, features=features)
+
+
+def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
+    """The dataset's splits, named train, validation and test, with the teacher's features where there are any.
+
+    Raises:
+        ValueError: where the dataset is not named or lacks a split, or has another teacher's features than asked for.
+    """
+    if args.dataset_name is None:
+        raise ValueError("dataset_name is missing: 'icons', a Hub id, or a folder.")
+    state = PartialState()
+    with state.main_process_first():  # what one process has prepared, the others find
+        rows = open_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     wanted = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
     missing = [split for split in wanted.values() if split not in rows]
     if missing:
@@ -57,18 +154,142 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
             f"{args.dataset_name} has no split {', '.join(missing)} (it has {', '.join(rows)}): "
             "name its splits by train_split, validation_split and test_split."
         )
-    return datasets.DatasetDict({split: rows[name] for split, name in wanted.items()})
+    rows = type(rows)({split: rows[name] for split, name in wanted.items()})
+    if args.streaming:
+        return datasets.IterableDatasetDict(
+            {split: part if split == "train" else _stored(part) for split, part in rows.items()}
+        )
+    if args.teacher_model_name_or_path is not None:
+        return _with_teacher(rows, args, trust_remote_code)
+    if args.dataset_name == "icons":
+        from datasets_scripts.icons_teacher import add_teacher_features, features_file
+
+        if args.method == "distillation" or features_file().is_file():
+            with state.main_process_first():
+                rows = add_teacher_features(rows)
+    return rows
 
 
-def teacher_width(rows: datasets.DatasetDict) -> int | None:
+def _stored(stream: datasets.IterableDataset) -> datasets.Dataset:
+    """A streamed split on disk until the process ends: evaluation needs its rows in order, several times."""
+    folder = tempfile.TemporaryDirectory(prefix="dsmd-")
+    atexit.register(folder.cleanup)
+    stream = stream.cast_column("image", datasets.Image(decode=False))
+    rows = datasets.Dataset.from_generator(
+        lambda: iter(stream),
+        features=stream.features,
+        cache_dir=folder.name,
+        fingerprint=os.path.basename(folder.name),
+    )
+    return rows.cast_column("image", datasets.Image())
+
+
+def _with_teacher(rows: datasets.DatasetDict, args: DataArguments, trust_remote_code: bool) -> datasets.DatasetDict:
+    """The rows with the features of `teacher_model_name_or_path`: their own, kept from an earlier run, or made now."""
+    teacher_id = args.teacher_model_name_or_path
+    shown = Path(teacher_id).name if Path(teacher_id).is_dir() else teacher_id
+    present = [split for split, part in rows.items() if set(TEACHER_COLUMNS) <= set(part.column_names)]
+    if len(present) == len(rows):
+        description = teacher_description(rows) or {}
+        if description.get("id") != shown:
+            raise ValueError(
+                f"{args.dataset_name} has features of {description.get('id', 'an unnamed teacher')}, not of {shown}: "
+                "leave teacher_model_name_or_path out, or make others with add_teacher_features.py."
+            )
+        return rows
+    from datasets_scripts.add_teacher_features import cached_teacher_features
+
+    folder = cached_teacher_features(
+        rows, teacher_id, args.teacher_revision, source=args.dataset_name, trust_remote_code=trust_remote_code
+    )
+    with PartialState().main_process_first():
+        featured = datasets.load_dataset(str(folder))
+    for split, part in featured.items():
+        part.info.license = rows[split].info.license  # parquet files keep none
+    return featured
+
+
+def teacher_projection(rows: Splits, args: DataArguments, projection_dim: int | None) -> torch.Tensor | None:
+    """`[D, projection_dim]`, which brings the teacher's features to the student's width; None where they have it.
+
+    The projection that came with the dataset, or one fitted on the training split's features; see [`fit_pca`].
+
+    Raises:
+        ValueError: the student would be wider than its teacher; or a stream came without a projection.
+    """
+    width = teacher_width(rows)
+    if width is None or projection_dim is None or projection_dim == width:
+        return None
+    if projection_dim > width:
+        raise ValueError(f"projection_dim={projection_dim} is more than the {width} of the teacher's features.")
+    if Path(args.dataset_name).is_dir():
+        components = load_pca(args.dataset_name)
+    else:
+        components = None
+        if args.dataset_name != "icons":
+            try:
+                components = load_pca(
+                    os.path.dirname(hf_hub_download(args.dataset_name, PCA_FILE, repo_type="dataset"))
+                )
+            except EntryNotFoundError:
+                pass
+    if components is None:
+        if args.streaming:
+            raise ValueError(
+                f"projection_dim={projection_dim} is less than the teacher's {width}, and the dataset brings no "
+                f"{PCA_FILE} to project with: add its features with datasets_scripts/add_teacher_features.py."
+            )
+        components = fit_pca(_teacher_features(rows["train"]))
+    if components.shape[0] != width:
+        raise ValueError(f"{PCA_FILE} is for features of width {components.shape[0]}, these have {width}: remove it.")
+    return components[:, :projection_dim].contiguous()
+
+
+def _teacher_features(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in part.column_names]
+    for table in part.select_columns(columns).with_format("arrow").iter(5000):
+        yield tuple(torch.from_numpy(teacher_features(table, name).astype("float32")) for name in TEACHER_COLUMNS)
+
+
+def first_row(rows: Splits, columns: list[str]) -> dict | None:
+    """Some columns of the first training row; None where there is none, or a column is missing."""
+    part = rows["train"]
+    if not set(columns) <= set(part.column_names):
+        return None
+    return next(iter(part.select_columns(columns)), None)
+
+
+def teacher_width(rows: Splits) -> int | None:
     """Width D of the stored teacher features; None where there are none."""
-    if "teacher_image_embeds" not in rows["train"].column_names or len(rows["train"]) == 0:
-        return None
-    return len(rows["train"].select_columns("teacher_image_embeds")[0]["teacher_image_embeds"])
+    row = first_row(rows, ["teacher_image_embeds"])
+    return None if row is None else len(row["teacher_image_embeds"])
 
 
-def teacher_description(rows: datasets.DatasetDict) -> dict | None:
+def teacher_description(rows: Splits) -> dict | None:
     """What the constant column `teacher` says of the teacher; None where the column is missing."""
-    if "teacher" not in rows["train"].column_names:
+    row = first_row(rows, ["teacher"])
+    return None if row is None else json.loads(row["teacher"])
+
+
+def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """All captions of a training split; of a stream those of its first 20,000 rows."""
+    rows = part["captions"] if isinstance(part, datasets.Dataset) else _head(part)
+    return [caption for captions in rows for caption in captions]
+
+
+def _head(stream: datasets.IterableDataset) -> Iterator[list[str]]:
+    for row in itertools.islice(stream.select_columns(["captions"]), STREAM_HEAD):
+        yield row["captions"]
+
+
+def license_of(rows: Splits, name: str) -> str | None:
+    """The licence that a dataset states: in its information, else on its card."""
+    stated = next(iter(rows.values())).info.license
+    if stated or name == "icons":
+        return stated or None
+    card = Path(name) / "README.md" if Path(name).is_dir() else name
+    try:
+        data = DatasetCard.load(card).data
+    except (OSError, ValueError):  # no card, or one that is not well-formed, states nothing
         return None
-    return json.loads(rows["train"].select_columns("teacher")[0]["teacher"])
+    return getattr(data, "license_details", None) or data.license

@@ -63,6 +63,9 @@ class DSMDTrainingArguments(TrainingArguments):
     captions_per_image: int | None = field(
         default=None, metadata={"help": "Captions drawn for each image in an epoch; all by default."}
     )
+    shuffle_buffer_size: int = field(
+        default=2000, metadata={"help": "Rows of a stream that each loader worker shuffles among, images undecoded."}
+    )
     max_caption_length: int = field(default=64, metadata={"help": "Captions are cut at this many tokens."})
     random_shift: float = field(
         default=0.0, metadata={"help": "Largest shift of an image, as a fraction of its side."}
@@ -104,6 +107,8 @@ class DSMDTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number in [0, 1).")
         if self.queue_size < 0:
             raise ValueError(f"queue_size={self.queue_size}: expected 0 or more.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size={self.shuffle_buffer_size}: expected 1 (in order) or more.")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image={self.captions_per_image}: expected 1 or more, or none for all.")
         super().__post_init__()

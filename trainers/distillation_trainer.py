@@ -6,6 +6,7 @@ import logging
 import os
 from collections import defaultdict
 
+import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerCallback
@@ -22,6 +23,7 @@ from .losses import (
     similarity_distillation,
 )
 from .retrieval_trainer import RetrievalTrainer
+from .teacher_pca import load_pca, save_pca
 
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,10 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "_distillation_state.safetensors"  # the underscore keeps it out of the model repository's root
 
 
-def normalize(features: torch.Tensor) -> torch.Tensor:
-    """Stored teacher features `[N, D]` as unit rows in float32."""
-    return torch.nn.functional.normalize(features.float(), dim=-1)
+def normalize(features: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
+    """Stored teacher features `[N, D]` as unit rows in float32, of the projection's width where there is one."""
+    features = features.float() if projection is None else features.float() @ projection
+    return torch.nn.functional.normalize(features, dim=-1)
 
 
 class DSMDTrainer(RetrievalTrainer):
@@ -41,15 +44,30 @@ class DSMDTrainer(RetrievalTrainer):
     queues. The weights of the losses are constant within a step and set by the balancer after it.
 
     Args:
-        model: a [`DSMDModel`] whose `projection_dim` is the width of the teacher's features.
+        model: a [`DSMDModel`] whose `projection_dim` is the width of the teacher's features, projected or not.
         args: [`DSMDTrainingArguments`].
+        teacher_projection: `[D, projection_dim]`, where the student is narrower than the teacher's D; see [`fit_pca`].
         train_dataset: rows with `teacher_image_embeds` and `teacher_text_embeds`.
         eval_dataset, processing_class, **kwargs: see [`RetrievalTrainer`].
     """
 
     needs_teacher = True
 
-    def __init__(self, model, args: DSMDTrainingArguments, train_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: DSMDTrainingArguments,
+        train_dataset=None,
+        teacher_projection: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        if teacher_projection is not None:
+            if teacher_projection.shape[1] != model.config.projection_dim:
+                raise ValueError(
+                    f"teacher_projection is {list(teacher_projection.shape)}; expected [teacher's width, "
+                    f"{model.config.projection_dim}], the student's."
+                )
+            self.teacher_projection = teacher_projection.to(args.device)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         settings = {}
         if args.balancer == "dynamic":
@@ -61,7 +79,9 @@ class DSMDTrainer(RetrievalTrainer):
         self.balancer = make_balancer(args.balancer, args.losses, **settings).to(args.device)
         self.balancer_is_set = False
         sizes = (0, 0)
-        if train_dataset is not None:
+        if isinstance(train_dataset, datasets.IterableDataset):
+            sizes = (args.queue_size, args.queue_size)  # nobody knows how long a stream is
+        elif train_dataset is not None:
             sizes = len(train_dataset), sum(len(captions) for captions in train_dataset["captions"])
         self.image_queue, self.text_queue = (
             FeatureQueue(min(args.queue_size, size), model.config.projection_dim, device=args.device) for size in sizes
@@ -80,7 +100,7 @@ class DSMDTrainer(RetrievalTrainer):
         super().begin_step(batches)
         for batch in batches:
             for name in ("teacher_image", "teacher_text"):
-                batch[name] = normalize(batch[name])
+                batch[name] = normalize(batch[name], self.teacher_projection)
         groups = torch.cat([batch["image_groups"] for batch in batches])
         text_groups = torch.cat([batch["image_groups"][batch["caption_to_image"]] for batch in batches])
         self.step_rows = {
@@ -193,6 +213,12 @@ class DSMDTrainer(RetrievalTrainer):
             self._history.clear()
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """With the student travels the projection that brings the teacher's features into its space."""
+        super()._save(output_dir, state_dict)
+        if self.teacher_projection is not None and self.args.should_save:
+            save_pca(self.teacher_projection, output_dir or self.args.output_dir)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Trainer saves neither balancer nor queues; a run resumed without them is another run."""
         super()._save_optimizer_and_scheduler(output_dir)
@@ -211,10 +237,17 @@ class DSMDTrainer(RetrievalTrainer):
             raise ValueError(
                 f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of a distillation to resume from."
             )
+        projection = load_pca(checkpoint)
+        if (projection is None) != (self.teacher_projection is None) or (
+            projection is not None and not torch.equal(projection, self.teacher_projection.cpu())
+        ):
+            raise ValueError(
+                f"{checkpoint} was trained on teacher features with another projection: resume with its dataset."
+            )
         parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-        for name, tensor in load_file(path, device=str(self.args.device)).items():
+        for name, tensor in load_file(path).items():
             part, _, key = name.partition(".")
-            parts[part][key] = tensor
+            parts[part][key] = tensor.to(self.args.device)
         self.balancer.load_state_dict(parts["balancer"])
         self.image_queue.load_state_dict(parts["image_queue"])
         self.text_queue.load_state_dict(parts["text_queue"])

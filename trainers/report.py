@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -57,16 +58,26 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
 def results_table(metrics: dict[str, float], split: str = "test") -> str:
     """A Markdown table that reads well as plain text: recalls of student and teacher, size and speed."""
     has_teacher = f"teacher_{split}_rsum" in metrics
-    header = [f"{split} split", "student", *(["teacher", "share kept"] if has_teacher else [])]
+    has_across = f"teacher_index_{split}_rsum" in metrics
+    header = [f"{split} split, {metrics[f'{split}_images']:,} images", "student"]
+    header += ["teacher", "share kept"] if has_teacher else []
+    header += ["student on teacher's index", "teacher on student's index"] if has_across else []
     rows = [header]
-    for name in (*RECALLS, "rsum"):
+    blank = [""] * (len(header) - 2)
+    # "" for the whole split, and "1k_" where folds of 1,000 were evaluated too.
+    prefixes = [name[len(split) + 1 : -len("rsum")] for name in metrics if re.fullmatch(rf"{split}_(\w+_)?rsum", name)]
+    for name in (prefix + name for prefix in prefixes for name in (*RECALLS, "rsum")):
         student = metrics[f"{split}_{name}"]
         row = [name.replace("_", " "), f"{student:.1f}"]
         if has_teacher:
             teacher = metrics[f"teacher_{split}_{name}"]
             row += [f"{teacher:.1f}", f"{100 * student / teacher:.1f} %" if teacher else "-"]
+        for index in ("teacher", "student") if has_across else ():
+            across = metrics.get(f"{index}_index_{split}_{name}")
+            row.append("" if across is None else f"{across:.1f}")
         rows.append(row)
-    blank = [""] * (len(header) - 2)
+    if f"teacher_reduced_{split}_rsum" in metrics:
+        rows.append(["rsum at the student's width", "", f"{metrics[f'teacher_reduced_{split}_rsum']:.1f}", *blank[1:]])
     rows.append(["parameters", f"{metrics['parameters'] / 1e6:.2f} M", *blank])
     for name, label in (("image", "image"), ("caption", "caption")):
         for batch in (1, 64):

@@ -18,8 +18,17 @@ from transformers.trainer_utils import speed_metrics
 from . import distributed
 from .dataset_checks import check_dataset
 from .distillation_config import DSMDTrainingArguments
-from .retrieval import retrieval_metrics
-from .retrieval_data import TEACHER_COLUMNS, RetrievalCollator, RetrievalDataset, id_hash, load_rgb, rows_to_numpy
+from .images import load_rgb
+from .retrieval import fold_metrics, retrieval_metrics
+from .retrieval_data import (
+    TEACHER_COLUMNS,
+    TEACHER_SCALES,
+    RetrievalCollator,
+    RetrievalDataset,
+    id_hash,
+    teacher_features,
+)
+from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +43,9 @@ class RetrievalTrainer(Trainer):
     Args:
         model: a [`DSMDModel`], or any whose output has `image_embeds` and `text_embeds`, L2-normalised.
         args: the run's settings.
-        train_dataset, eval_dataset: rows as the contract has them (`image`, `captions`, `image_id`, ...).
+        train_dataset: rows as the contract has them (`image`, `captions`, `image_id`, ...); a streamed dataset
+            needs `max_steps`, and its first 1,000 rows are checked beforehand.
+        eval_dataset: such rows, not streamed.
         processing_class: processor with `image_processor` and `tokenizer`; saved with the model.
         **kwargs: `callbacks` and `optimizers` as in `Trainer`.
     """
@@ -42,39 +53,52 @@ class RetrievalTrainer(Trainer):
     # compute_loss divides by the counts of the whole step: nothing is left for Trainer to divide by.
     loss_is_scaled_for_ga = True
     needs_teacher = False
+    teacher_projection: torch.Tensor | None = None  # [teacher's width, D] where the student is narrower
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: DSMDTrainingArguments,
-        train_dataset: datasets.Dataset | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         eval_dataset: datasets.Dataset | None = None,
         processing_class=None,
         **kwargs,
     ):
         if processing_class is None:
             raise ValueError("processing_class is missing: give the processor (image_processor and tokenizer).")
+        limit = processing_class.tokenizer.model_max_length
+        if args.max_caption_length > limit:
+            raise ValueError(
+                f"max_caption_length={args.max_caption_length}: the text tower takes {limit} tokens at most; lower it."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs, and DataParallel would tear images from their captions. "
                 f"Type `accelerate launch --num_processes {args.n_gpu} train.py ...`, or set CUDA_VISIBLE_DEVICES=0."
             )
         if train_dataset is not None:
-            check_dataset(train_dataset, "train", self._teacher_dim(model) if self.needs_teacher else None)
+            streamed = isinstance(train_dataset, datasets.IterableDataset)
+            teacher_dim = self._teacher_dim(model) if self.needs_teacher else None
+            check_dataset(stream_head(train_dataset) if streamed else train_dataset, "train", teacher_dim)
             step = args.per_device_train_batch_size * args.world_size
-            if len(train_dataset) < step:
+            if not streamed and len(train_dataset) < step:
                 raise ValueError(
                     f"The training split has {len(train_dataset)} images, fewer than one step's {step}: "
                     "lower per_device_train_batch_size."
                 )
-            train_dataset = RetrievalDataset(
-                train_dataset,
-                with_teacher=self.needs_teacher,
-                captions_per_image=args.captions_per_image,
-                random_shift=args.random_shift,
-                random_zoom=args.random_zoom,
-                seed=args.data_seed if args.data_seed is not None else args.seed,
-            )
+            settings = {
+                "captions_per_image": args.captions_per_image,
+                "random_shift": args.random_shift,
+                "random_zoom": args.random_zoom,
+                "seed": args.data_seed if args.data_seed is not None else args.seed,
+            }
+            if streamed:
+                share = {"rank": args.process_index, "world_size": args.world_size}
+                train_dataset = StreamedRetrievalDataset(
+                    train_dataset, args.shuffle_buffer_size, teacher_dim, **share, **settings
+                )
+            else:
+                train_dataset = RetrievalDataset(train_dataset, with_teacher=self.needs_teacher, **settings)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "validation", None)
         super().__init__(
@@ -86,14 +110,15 @@ class RetrievalTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.train_dataset is not None:
+        if isinstance(self.train_dataset, StreamedRetrievalDataset):
+            self.add_callback(SkipTrainedBatches(self.train_dataset))
+        elif self.train_dataset is not None:
             self.add_callback(_SetEpoch(self.train_dataset))
         self.unreadable: dict[str, None] = {}
         self._teacher_metrics: dict[str, dict[str, float]] = {}
 
-    @staticmethod
-    def _teacher_dim(model: PreTrainedModel) -> int:
-        return model.config.projection_dim
+    def _teacher_dim(self, model: PreTrainedModel) -> int:
+        return model.config.projection_dim if self.teacher_projection is None else len(self.teacher_projection)
 
     # Optimiser
 
@@ -124,6 +149,23 @@ class RetrievalTrainer(Trainer):
         return self.optimizer
 
     # Batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A stream's loader stays as it is: its rows are split among the processes already.
+
+        accelerate would let one process read for all and cut up its batches, captions by the number of images.
+        """
+        if not isinstance(self.train_dataset, StreamedRetrievalDataset):
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, counted: losses are means over the whole step.
@@ -162,11 +204,16 @@ class RetrievalTrainer(Trainer):
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", fold_size: int | None = None
+    ) -> dict[str, float]:
         """Recall in both directions over a whole split, each row once on any number of processes.
 
         Trainer's loop would compare within batches only. Where the split has teacher features, the teacher's own
-        figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent.
+        figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent. With
+        `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images. A distilled
+        student is also evaluated across: `teacher_index_{prefix}_*` are its queries on the teacher's index,
+        `student_index_{prefix}_*` the teacher's queries on the student's.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -174,15 +221,33 @@ class RetrievalTrainer(Trainer):
         started = time.time()
         image_embeds, text_embeds = self.encode(dataset)
         groups, caption_to_image = rows_and_captions(dataset)
-        metrics = retrieval_metrics(image_embeds, text_embeds, groups, groups[caption_to_image])
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        of_student = _figures(image_embeds, text_embeds, groups, caption_to_image, fold_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in of_student.items()}
+        metrics[f"{metric_key_prefix}_images"] = len(image_embeds)
+        metrics[f"{metric_key_prefix}_captions"] = len(text_embeds)
         if set(TEACHER_COLUMNS) <= set(dataset.column_names):
+            teacher_image, teacher_text = (rows.to(image_embeds.device) for rows in teacher_rows(dataset))
             if metric_key_prefix not in self._teacher_metrics:
-                self._teacher_metrics[metric_key_prefix] = teacher_metrics(dataset)
-            teacher = self._teacher_metrics[metric_key_prefix]
-            metrics.update({f"teacher_{metric_key_prefix}_{name}": value for name, value in teacher.items()})
-            share = 100 * metrics[f"{metric_key_prefix}_rsum"] / teacher["rsum"] if teacher["rsum"] else float("nan")
-            metrics[f"{metric_key_prefix}_share_of_teacher"] = share
+                self._teacher_metrics[metric_key_prefix] = {
+                    f"teacher_{metric_key_prefix}_{name}": value
+                    for name, value in _figures(
+                        teacher_image, teacher_text, groups, caption_to_image, fold_size
+                    ).items()
+                }
+            metrics.update(self._teacher_metrics[metric_key_prefix])
+            teacher_rsum = metrics[f"teacher_{metric_key_prefix}_rsum"]
+            metrics[f"{metric_key_prefix}_share_of_teacher"] = (
+                100 * of_student["rsum"] / teacher_rsum if teacher_rsum else float("nan")
+            )
+            if self.needs_teacher:
+                if self.teacher_projection is not None:
+                    teacher_image = teacher_image @ self.teacher_projection
+                    teacher_text = teacher_text @ self.teacher_projection
+                    reduced = retrieval_metrics(teacher_image, teacher_text, groups, groups[caption_to_image])
+                    metrics[f"teacher_reduced_{metric_key_prefix}_rsum"] = reduced["rsum"]
+                across = _across(image_embeds, text_embeds, teacher_image, teacher_text, groups, caption_to_image)
+                for index, figures in across.items():
+                    metrics.update({f"{index}_{metric_key_prefix}_{name}": value for name, value in figures.items()})
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -217,7 +282,7 @@ class RetrievalTrainer(Trainer):
                 embeds = self.model(pixel_values=pixel_values.to(self.args.device)).image_embeds.float()
                 image_embeds.append(embeds)
                 bar.update(len(embeds) * distributed.world_size())
-            text_embeds = torch.empty((len(own), self._teacher_dim(self.model)), device=self.args.device)
+            text_embeds = torch.empty((len(own), self.model.config.projection_dim), device=self.args.device)
             for start in range(0, len(own), self.args.eval_batch_size):
                 rows = by_length[start : start + self.args.eval_batch_size]
                 text = tokenizer(
@@ -296,12 +361,35 @@ def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Te
     return groups, torch.repeat_interleave(torch.arange(len(groups)), counts)
 
 
-def teacher_metrics(dataset: datasets.Dataset) -> dict[str, float]:
-    """The teacher's own recall on a split, from its stored features."""
-    table = dataset.select_columns(list(TEACHER_COLUMNS)).with_format("arrow")[:]
-    image, text = (torch.from_numpy(rows_to_numpy(table[name]).astype("float32")) for name in TEACHER_COLUMNS)
-    groups, caption_to_image = rows_and_captions(dataset)
-    return retrieval_metrics(image, text, groups, groups[caption_to_image])
+def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
+    columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in dataset.column_names]
+    table = dataset.select_columns(columns).with_format("arrow")[:]
+    return tuple(torch.from_numpy(teacher_features(table, name).astype("float32")) for name in TEACHER_COLUMNS)
+
+
+def _figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:
+    """Recall over all rows, and as `{1k}_*` the means over folds."""
+    figures = retrieval_metrics(image, text, groups, groups[caption_to_image])
+    if fold_size is not None:
+        folds = fold_metrics(image, text, groups, caption_to_image, fold_size)
+        label = f"{fold_size // 1000}k" if fold_size % 1000 == 0 else str(fold_size)
+        figures |= {f"{label}_{name}": value for name, value in folds.items()}
+    return figures
+
+
+def _across(image, text, teacher_image, teacher_text, groups, caption_to_image) -> dict[str, dict[str, float]]:
+    """Recall of one model's queries on the other's index: {"teacher_index": figures, "student_index": figures}."""
+    text_groups = groups[caption_to_image]
+    on_images = retrieval_metrics(teacher_image, text, groups, text_groups)  # student's captions, teacher's images
+    on_texts = retrieval_metrics(image, teacher_text, groups, text_groups)  # student's images, teacher's captions
+    ways = {"teacher_index": (on_texts, on_images), "student_index": (on_images, on_texts)}
+    across = {}
+    for index, (image_queries, text_queries) in ways.items():
+        recalls = {name: value for name, value in image_queries.items() if name.startswith("image_to_text_r")}
+        recalls |= {name: value for name, value in text_queries.items() if name.startswith("text_to_image_r")}
+        across[index] = {**recalls, "rsum": sum(recalls.values())}
+    return across
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

@@ -6,7 +6,8 @@ import torch
 from conftest import make_rows, make_student
 from PIL import Image
 
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, id_hash, random_view
+from trainers.images import random_view
+from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, id_hash
 
 
 SETTINGS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}

@@ -1,0 +1,135 @@
+"""Brings features made by DSMD's published scripts into the row contract.
+
+python -m datasets_scripts.import_teacher_features --dataset D --features train IMAGES.pt TEXTS.pt \
+    --features test IMAGES.pt TEXTS.pt --teacher NAME --output DIR
+
+Each file holds one tensor with a row for every caption of a split, in the order of the rows and of their captions; an
+image's row stands once for each of its captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+
+from datasets_scripts.building import parse_arguments, write_beside
+from trainers.data_loading import open_dataset
+from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES
+
+
+def read_tensor(path: Path) -> torch.Tensor:
+    """The one tensor `[rows, D]` in a file of `torch.save`, in float32.
+
+    Raises:
+        ValueError: it holds anything else; a pickle that would run code is not read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} was not read: it is missing, damaged or a pickle of more than tensors, which can run any code. "
+            "Expected one tensor saved by torch.save."
+        ) from error
+    if isinstance(content, (list, tuple)) and content and all(isinstance(part, torch.Tensor) for part in content):
+        content = torch.cat([part if part.ndim == 2 else part[None] for part in content])
+    if not isinstance(content, torch.Tensor) or content.ndim != 2 or not content.is_floating_point():
+        found = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
+        raise ValueError(f"{path} holds {found}: expected one tensor of features, [captions, width].")
+    return content.float()
+
+
+def keyed_features(
+    part: datasets.Dataset, image: torch.Tensor, text: torch.Tensor, split: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Features of a split's rows: images `[N, D]`, and a `[captions, D]` for each row, as float16.
+
+    Args:
+        part: the split, its rows in the order that the features were made in.
+        image, text: `[C, D]`, one row a caption.
+
+    Raises:
+        ValueError: the counts or widths differ, rows are NaN, infinite or zero, or an image's rows differ among
+            themselves: the features then belong to rows in another order.
+    """
+    counts = np.array([len(captions) for captions in part["captions"]])
+    for name, features in (("image", image), ("text", text)):
+        if len(features) != counts.sum():
+            raise ValueError(
+                f"{len(features)} {name} features for the {counts.sum()} captions of the {split} split: they are of "
+                "other data, or of captions cut to another number an image."
+            )
+        stored = features.half().float()
+        bad = torch.nonzero(~torch.isfinite(stored).all(1) | (stored == 0).all(1)).flatten()
+        if len(bad):
+            raise ValueError(f"{name} feature {bad[0]} of the {split} split is NaN, infinite or zero in float16.")
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(f"Image features are {image.shape[1]} wide, text features {text.shape[1]}.")
+    first = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)[:-1]]))
+    of_row = image[first]
+    apart = (image - of_row.repeat_interleave(torch.from_numpy(counts), dim=0)).abs().amax(1)
+    wrong = torch.nonzero(apart > 1e-2 * image.abs().amax())
+    if len(wrong):
+        row = int(np.searchsorted(np.cumsum(counts), int(wrong[0]), side="right"))
+        raise ValueError(
+            f"{split} split, row {row} (image_id {part[row]['image_id']!r}): the image features of its captions "
+            "differ, so they are not in the order of these rows."
+        )
+    texts = np.split(text.half().numpy(), np.cumsum(counts)[:-1])
+    return of_row.half().numpy(), texts
+
+
+def with_features(
+    part: datasets.Dataset, image: np.ndarray, text: list[np.ndarray], teacher: dict
+) -> datasets.Dataset:
+    """The rows with `teacher_image_embeds`, `teacher_text_embeds` and `teacher`, in the place of any they had."""
+    vector = datasets.List(datasets.Value("float16"), length=image.shape[1])
+    columns = datasets.Dataset.from_dict(
+        {"teacher_image_embeds": image, "teacher_text_embeds": text, "teacher": [json.dumps(teacher)] * len(part)},
+        features=datasets.Features(
+            {
+                "teacher_image_embeds": vector,
+                "teacher_text_embeds": datasets.List(vector),
+                "teacher": datasets.Value("string"),
+            }
+        ),
+    )
+    old = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES, "teacher") if name in part.column_names]
+    return datasets.concatenate_datasets([part.remove_columns(old), columns], axis=1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", required=True, help="folder or Hub id of the rows, in their published order")
+    parser.add_argument("--features", nargs=3, action="append", required=True, metavar=("SPLIT", "IMAGES", "TEXTS"))
+    parser.add_argument("--teacher", required=True, help="what made the features, for the card")
+    options = parse_arguments(parser, arguments)
+    try:
+        rows = open_dataset(options.dataset)
+        named = {split: (Path(image), Path(text)) for split, image, text in options.features}
+        if set(named) != set(rows):
+            raise ValueError(
+                f"--features names {', '.join(named)}; the dataset has {', '.join(rows)}. Give each once."
+            )
+        result = datasets.DatasetDict()
+        for split, (image_path, text_path) in named.items():
+            image, text = keyed_features(rows[split], read_tensor(image_path), read_tensor(text_path), split)
+            teacher = {"id": options.teacher, "revision": None, "dim": image.shape[1], "preprocessing": "not known"}
+            result[split] = with_features(rows[split], image, text, teacher)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    with write_beside(options.output) as beside:
+        result.save_to_disk(beside)
+    if options.push_to_hub:
+        result.push_to_hub(options.push_to_hub)
+    print(f"{options.output}: " + ", ".join(f"{len(part):,} {split} rows" for split, part in result.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""Teacher features: those of a direct call, the same however the work was split, stopped or read."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_rows, make_student
+from PIL import Image
+from torch.nn.functional import cosine_similarity, normalize
+
+from datasets_scripts import add_teacher_features as script
+from datasets_scripts.teacher_features import Encoding, encode_dataset, join, quantize
+from teachers import load_teacher
+from trainers import retrieval_metrics
+from trainers.dataset_checks import check_dataset
+from trainers.retrieval_data import TEACHER_COLUMNS, RetrievalDataset, teacher_features
+from trainers.retrieval_trainer import rows_and_captions, teacher_rows
+from trainers.teacher_pca import load_pca
+
+
+def save_teacher(folder: Path, seed: int) -> Path:
+    """A tiny dual encoder, as a folder. DSMDModel is one of the models that load_teacher knows."""
+    model, processor = make_student()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teachers") / "tiny", 1)
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teachers") / "other", 2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Rows without features, saved: 23 to train on, a twin image and twin captions among them, and 12 each."""
+    parts = {"train": make_rows(23), "validation": make_rows(12, seed=1), "test": make_rows(12, seed=2)}
+    parts = {split: part.remove_columns(TEACHER_COLUMNS) for split, part in parts.items()}
+    examples = list(parts["train"])
+    examples[5] = {**examples[5], "image": examples[2]["image"], "captions": examples[2]["captions"] + ["one more"]}
+    parts["train"] = datasets.Dataset.from_list(examples, features=parts["train"].features)
+    folder = tmp_path_factory.mktemp("source") / "data"
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    return folder
+
+
+def arguments(source, teacher, output, *more) -> list[str]:
+    sizes = ["--shard_rows", "5", "--batch_size", "4", "--num_workers", "0"]
+    return ["--dataset", str(source), "--teacher", str(teacher), "--output", str(output), *sizes, *map(str, more)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def output(source, teacher_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output") / "features"
+    script.main(arguments(source, teacher_folder, folder))
+    return folder
+
+
+def test_features_are_those_of_a_direct_call(output, source, teacher_folder):
+    teacher = load_teacher(str(teacher_folder))
+    rows, before = datasets.load_dataset(str(output)), datasets.load_from_disk(source)
+    assert {split: len(part) for split, part in rows.items()} == {"train": 23, "validation": 12, "test": 12}
+    for split, part in rows.items():
+        plain = part.remove_columns([*TEACHER_COLUMNS, "teacher"])
+        for row, old in zip(plain, before[split]):
+            assert np.array_equal(row.pop("image"), old.pop("image")) and row == old
+        assert part.features["teacher_image_embeds"] == datasets.List(datasets.Value("float16"), length=16)
+        for row in part:
+            image = teacher.embed_images([row["image"]])[0]
+            text = teacher.embed_texts(row["captions"])
+            torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), image, rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(row["teacher_text_embeds"]), text, rtol=2e-3, atol=1e-4)
+        check_dataset(part, split, 16)
+
+
+def test_what_the_folder_says_of_itself(output, teacher_folder):
+    card = (output / "README.md").read_text()
+    assert "teacher-features" in yaml.safe_load(card.split("---")[1])["tags"]
+    assert "| train | 23 |" in card and str(teacher_folder.parent) not in card
+    rows = datasets.load_dataset(str(output))
+    described = json.loads(rows["train"][0]["teacher"])
+    assert described["id"] == "tiny" and described["dim"] == 16 and described["revision"] is None
+    assert {part["teacher"] for split in rows.values() for part in split} == {rows["train"][0]["teacher"]}
+    assert not (output / "settings.json").exists() and not list(output.rglob("*.part"))
+    for name, content in contents(output).items():
+        assert str(teacher_folder.parent).encode() not in content, name
+    image, text = teacher_rows(rows["test"])
+    groups, caption_to_image = rows_and_captions(rows["test"])
+    assert f"| test | {retrieval_metrics(image, text, groups, groups[caption_to_image])['rsum']:.2f} |" in card
+
+
+def test_streamed_output_has_the_same_rows(output):
+    rows = datasets.load_dataset(str(output))["train"].cast_column("image", datasets.Image(decode=False))
+    stream = datasets.load_dataset(str(output), streaming=True)["train"]
+    assert list(stream.cast_column("image", datasets.Image(decode=False))) == list(rows)
+
+
+def test_a_streamed_source_gives_the_same_files(output, source, teacher_folder, tmp_path):
+    script.main(arguments(source, teacher_folder, tmp_path / "streamed", "--streaming"))
+    assert contents(tmp_path / "streamed") == contents(output)
+
+
+def test_loader_workers_change_nothing(output, source, teacher_folder, tmp_path):
+    script.main([*arguments(source, teacher_folder, tmp_path / "workers"), "--num_workers", "2"])
+    assert contents(tmp_path / "workers") == contents(output)
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_give_the_files_of_one(output, source, teacher_folder, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", "localhost:0", script.__file__]
+    result = run([*torchrun, *arguments(source, teacher_folder, tmp_path / "two")])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert contents(tmp_path / "two") == contents(output)
+
+
+KILLER = """
+import os, signal, sys
+from datasets_scripts import add_teacher_features as script, teacher_features
+left, replace = int(sys.argv.pop(1)), os.replace
+def replace_or_die(source, target):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_or_die
+script.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 4, 9])  # as the settings, a file in the first split or the last is finished
+def test_killed_and_started_again_it_goes_on(output, source, teacher_folder, tmp_path, moment, monkeypatch):
+    killed = run(["-c", KILLER, str(moment), *arguments(source, teacher_folder, tmp_path / "again")])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "again").exists()
+    whole = len(list((tmp_path / "again.partial").rglob("*.parquet")))
+    assert whole == max(moment - 2, 0)
+    encoded = []
+    write = sys.modules["datasets_scripts.teacher_features"].write_shard
+    monkeypatch.setattr(
+        "datasets_scripts.teacher_features.write_shard", lambda shard, *rest: (encoded.append(1), write(shard, *rest))
+    )
+    script.main(arguments(source, teacher_folder, tmp_path / "again"))
+    assert len(encoded) == 11 - whole
+    assert contents(tmp_path / "again") == contents(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_other_settings_are_not_mixed_with_partial_work(source, teacher_folder, other_folder, tmp_path, capsys):
+    killed = run(["-c", KILLER, "4", *arguments(source, teacher_folder, tmp_path / "out")])
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(SystemExit, match="work with another teacher"):
+        script.main(arguments(source, other_folder, tmp_path / "out"))
+    script.main(arguments(source, other_folder, tmp_path / "out", "--overwrite"))
+    row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
+    expected = load_teacher(str(other_folder)).embed_images([row["image"]])[0]
+    torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
+
+
+def test_finished_output_is_not_overwritten(output, source, teacher_folder, capsys):
+    before = contents(output)
+    with pytest.raises(SystemExit):
+        script.main(arguments(source, teacher_folder, output))
+    assert "exists" in capsys.readouterr().err
+    assert contents(output) == before
+
+
+class Counting:
+    """A teacher that counts what it encodes, and can be told what to answer."""
+
+    def __init__(self, teacher, change=lambda features: features):
+        self.teacher, self.change = teacher, change
+        self.encoded = {"image": 0, "text": 0}
+
+    def __getattr__(self, name):
+        return getattr(self.teacher, name)
+
+    def image_features(self, prepared):
+        features = self.teacher.image_features(prepared)
+        self.encoded["image"] += len(features)
+        return self.change(features)
+
+    def text_features(self, prepared):
+        features = self.teacher.text_features(prepared)
+        self.encoded["text"] += len(features)
+        return features
+
+
+def add(rows, teachers, folder, encoding=None):
+    encoding = encoding or Encoding(weights=[1 / len(teachers)] * len(teachers), batch_size=4)
+    script.add_teacher_features(rows, teachers, ["x"] * len(teachers), folder, encoding, "rows", num_workers=0)
+
+
+def test_each_distinct_image_and_caption_is_encoded_once(source, teacher_folder, tmp_path):
+    rows = datasets.DatasetDict({"train": datasets.load_from_disk(source)["train"]})
+    teacher = Counting(load_teacher(str(teacher_folder)))
+    add(rows, [teacher], tmp_path / "out")
+    distinct = {caption for captions in rows["train"]["captions"] for caption in captions}
+    assert teacher.encoded == {"image": 22, "text": len(distinct)}
+    out = datasets.load_dataset(str(tmp_path / "out"))["train"]
+    assert out[5]["teacher_image_embeds"] == out[2]["teacher_image_embeds"]
+
+
+def test_one_row_and_one_caption(teacher_folder, tmp_path):
+    rows = datasets.DatasetDict({"train": make_rows(1).remove_columns(TEACHER_COLUMNS)})
+    add(rows, [load_teacher(str(teacher_folder))], tmp_path / "out")
+    assert len(datasets.load_dataset(str(tmp_path / "out"))["train"]) == 1
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.2, 0.8]])
+def test_a_dot_product_of_joined_features_is_the_mean_of_the_cosines(
+    source, teacher_folder, other_folder, tmp_path, weights
+):
+    teachers = [load_teacher(str(folder)) for folder in (teacher_folder, other_folder)]
+    rows = datasets.DatasetDict({"train": datasets.load_from_disk(source)["train"].select(range(6))})
+    add(rows, teachers, tmp_path / "out", Encoding(weights=weights))
+    joined = datasets.load_dataset(str(tmp_path / "out"))["train"]
+    image, text = teacher_rows(joined)
+    assert image.shape == (6, 32)
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(6), rtol=1e-3, atol=0)
+    first = [caption[0] for caption in joined["captions"]]
+    offsets = np.cumsum([0] + [len(captions) for captions in joined["captions"]])[:-1]
+    expected = sum(
+        weight * cosine_similarity(teacher.embed_images(list(joined["image"])), teacher.embed_texts(first))
+        for weight, teacher in zip(weights, teachers)
+    )
+    torch.testing.assert_close((image * text[offsets]).sum(dim=1), expected, rtol=0, atol=2e-3)
+    described = json.loads(joined[0]["teacher"])
+    assert described["id"] == "tiny + other" and described["weights"] == weights and described["dim"] == 32
+
+
+def test_join_leaves_one_teacher_as_it_is():
+    features = torch.tensor([[3.0, 4.0]])
+    assert join([features], [1.0]) is features
+    expected = torch.tensor([[0.6, 0.8, 0.0, 1.0]]) / 2**0.5
+    torch.testing.assert_close(join([features, torch.tensor([[0.0, 2.0]])], [0.5, 0.5]), expected)
+
+
+def test_int8_is_close_is_read_as_float_and_its_cost_is_shown(source, output, teacher_folder, tmp_path, capsys):
+    script.main(arguments(source, teacher_folder, tmp_path / "int8", "--int8"))
+    assert "before int8" in capsys.readouterr().out
+    rows, exact = datasets.load_dataset(str(tmp_path / "int8")), datasets.load_dataset(str(output))
+    assert rows["train"].features["teacher_image_embeds"].feature == datasets.Value("int8")
+    assert not (tmp_path / "int8" / "exact").exists()
+    for split in rows:
+        check_dataset(rows[split], split, 16)
+        for got, expected in zip(teacher_rows(rows[split]), teacher_rows(exact[split])):
+            assert not torch.equal(got, expected)
+            assert (cosine_similarity(got, expected) > 0.9999).all()
+            assert (got - expected).abs().max() <= expected.abs().max() / 127
+    examples = RetrievalDataset(rows["train"], with_teacher=True).__getitems__([3, 1])
+    image, text = teacher_rows(rows["train"].select([3, 1]))
+    assert np.array_equal(np.stack([example["teacher_image"] for example in examples]), image.numpy())
+    assert np.array_equal(np.concatenate([example["teacher_text"] for example in examples]), text.numpy())
+    assert (tmp_path / "int8" / "README.md").read_text().count("before int8") == 1
+
+
+def test_quantize_by_hand():
+    values, scale = quantize(torch.tensor([[1.27, -0.635, 0.01], [0.0, 0.0, 0.0]]))
+    assert values.tolist() == [[127, -64, 1], [0, 0, 0]] or values.tolist() == [[127, -63, 1], [0, 0, 0]]
+    assert scale[0].item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, 1e6])
+def test_features_that_are_none_name_their_rows(source, teacher_folder, tmp_path, value):
+    def change(features):
+        features = features.clone()
+        features[1:2] = value
+        return features
+
+    teacher = Counting(load_teacher(str(teacher_folder)), change)
+    rows = datasets.DatasetDict({"train": datasets.load_from_disk(source)["train"].select(range(3))})
+    with pytest.raises(ValueError, match="1 image features of the train split are NaN.*image_id '0/1'"):
+        add(rows, [teacher], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_cannot_be_encoded_are_named(source, teacher_folder, tmp_path):
+    rows = datasets.load_from_disk(source)["train"].cast_column("image", datasets.Image(decode=False))
+    teacher = load_teacher(str(teacher_folder))
+
+    def with_row(index, **values):
+        examples = [{**row, **(values if i == index else {})} for i, row in enumerate(rows)]
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(examples, features=rows.features)})
+
+    for values, message in (
+        ({"image": {"bytes": b"no image", "path": None}}, "image_id '0/9': unreadable image"),
+        ({"captions": []}, "image_id '0/9' has captions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add(with_row(9, **values), [teacher], tmp_path / next(iter(values)))
+    with pytest.raises(ValueError, match="no column captions .*own_data"):
+        add(datasets.DatasetDict({"train": rows.rename_column("captions", "text")}), [teacher], tmp_path / "new")
+
+
+def test_files_outside_the_dataset_are_brought_in_without_their_path(teacher_folder, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    rows = datasets.Dataset.from_dict(
+        {"image": [str(tmp_path / "red.png")], "captions": [["red"]], "image_id": ["a"]}
+    ).cast_column("image", datasets.Image())
+    add(datasets.DatasetDict({"train": rows}), [load_teacher(str(teacher_folder))], tmp_path / "out")
+    stored = datasets.load_dataset(str(tmp_path / "out"))["train"].cast_column("image", datasets.Image(decode=False))
+    assert stored[0]["image"]["bytes"] == (tmp_path / "red.png").read_bytes()
+    for content in contents(tmp_path / "out").values():
+        assert str(tmp_path).encode() not in content
+    assert stored[0]["image"]["path"] in (None, "red.png")
+
+
+def test_features_of_another_teacher_are_replaced(output, other_folder, tmp_path):
+    script.main(arguments(output, other_folder, tmp_path / "new"))
+    row = datasets.load_dataset(str(tmp_path / "new"))["train"][0]
+    expected = load_teacher(str(other_folder)).embed_images([row["image"]])[0]
+    torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
+    assert json.loads(row["teacher"])["id"] == "other"
+
+
+def test_the_projection_is_fitted_on_the_training_features(output):
+    components = load_pca(output)
+    image, text = teacher_rows(datasets.load_dataset(str(output))["train"])
+    rows = np.concatenate(
+        [normalize(part, dim=1).double().numpy() / len(part) ** 0.5 for part in (image, text)]
+    )  # each modality counts the same
+    _, _, expected = np.linalg.svd(rows)
+    for k in (1, 4, 9):
+        ours = components[:, :k].double().numpy()
+        assert np.allclose(ours @ ours.T, expected[:k].T @ expected[:k], atol=1e-5)
+
+
+def test_weights_and_revisions_must_be_one_a_teacher(source, teacher_folder, tmp_path, capsys):
+    for more in (["--weights", "1", "2"], ["--weights", "-1"], ["--teacher_revision", "a", "--teacher_revision", "b"]):
+        with pytest.raises(SystemExit):
+            script.main(arguments(source, teacher_folder, tmp_path / "out", *more))
+        assert more[0] in capsys.readouterr().err
+
+
+def test_memory_holds_one_file_and_what_the_loader_reads_ahead(teacher_folder, tmp_path, monkeypatch):
+    """However many rows there are: at no time are more files planned than the loader can have asked for."""
+    alive, most = set(), [0]
+    plan = sys.modules["datasets_scripts.teacher_features"].plan
+    write = sys.modules["datasets_scripts.teacher_features"].write_shard
+
+    def counted_plan(split, number, *rest):
+        alive.add(number)
+        most[0] = max(most[0], len(alive))
+        return plan(split, number, *rest)
+
+    def counted_write(shard, *rest):
+        alive.discard(shard.number)
+        return write(shard, *rest)
+
+    monkeypatch.setattr("datasets_scripts.teacher_features.plan", counted_plan)
+    monkeypatch.setattr("datasets_scripts.teacher_features.write_shard", counted_write)
+    rows = datasets.DatasetDict({"train": make_rows(40).remove_columns(TEACHER_COLUMNS)})
+    (tmp_path / "out").mkdir()
+    teachers = [load_teacher(str(teacher_folder))]
+    files = encode_dataset(rows, teachers, "{}", Encoding(batch_size=4, shard_rows=4), tmp_path / "out", num_workers=0)
+    assert files == {"train": 10} and most == [1]
+
+
+def test_teacher_features_reads_what_was_stored():
+    with pytest.raises(ValueError, match="no teacher_image_scale"):
+        teacher_features(
+            datasets.Dataset.from_dict(
+                {"teacher_image_embeds": [[1, 2]]},
+                features=datasets.Features({"teacher_image_embeds": datasets.List(datasets.Value("int8"), length=2)}),
+            ).with_format("arrow")[:],
+            "teacher_image_embeds",
+        )
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other(teacher_folder, tmp_path):
+    """`datasets` caches a local folder by its name alone where its card names the data files: ours must not."""
+    for place, count in (("a", 3), ("b", 5)):
+        (tmp_path / place).mkdir()
+        rows = datasets.DatasetDict({"dev": make_rows(count).remove_columns(TEACHER_COLUMNS)})
+        add(rows, [load_teacher(str(teacher_folder))], tmp_path / place / "same")
+        loaded = datasets.load_dataset(str(tmp_path / place / "same"))
+        assert {split: len(part) for split, part in loaded.items()} == {"dev": count}
+
+
+def test_pushed_to_the_hub_it_loads_and_streams(output, source, teacher_folder, tmp_path, hub):
+    script.main(arguments(source, teacher_folder, tmp_path / "again", "--push_to_hub", "user/features"))
+    assert set(hub.files("datasets/user/features")) >= set(contents(output))
+    rows = datasets.load_dataset("user/features").cast_column("image", datasets.Image(decode=False))
+    local = datasets.load_dataset(str(output)).cast_column("image", datasets.Image(decode=False))
+    for split in local:
+        assert list(rows[split]) == list(local[split])
+    stream = datasets.load_dataset("user/features", streaming=True)["train"]
+    assert [row["image_id"] for row in stream] == local["train"]["image_id"]
+    for content in hub.files("datasets/user/features").values():
+        assert str(tmp_path).encode() not in content
+
+
+def test_a_webdataset_is_read_as_a_stream(teacher_folder, tmp_path):
+    """Keys that start again in every tar, captions in txt or json."""
+    rows = make_rows(6)
+    for split in ("train", "test"):
+        for shard in range(2):
+            (tmp_path / "tars").mkdir(exist_ok=True)
+            with tarfile.open(tmp_path / "tars" / f"{split}-{shard:04d}.tar", "w") as tar:
+                for i in range(3):
+                    row = rows[3 * shard + i]
+                    buffer = io.BytesIO()
+                    row["image"].save(buffer, "PNG")
+                    captions = json.dumps({"captions": row["captions"]})
+                    for name, content in ((f"{i}.png", buffer.getvalue()), (f"{i}.json", captions.encode())):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    script.main(arguments(tmp_path / "tars", teacher_folder, tmp_path / "out", "--streaming"))
+    out = datasets.load_dataset(str(tmp_path / "out"))
+    teacher = load_teacher(str(teacher_folder))
+    for split, part in out.items():
+        check_dataset(part, split, 16)
+        assert part["image_id"] == [f"{split}-{shard:04d}/{i}" for shard in range(2) for i in range(3)]
+        assert part["captions"] == rows["captions"]
+        for row, old in zip(part, rows):
+            expected = teacher.embed_images([old["image"]])[0]
+            torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
