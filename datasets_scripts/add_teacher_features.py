@@ -16,14 +16,18 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
 
 from datasets_scripts.building import license_fields
@@ -31,21 +35,23 @@ from datasets_scripts.teacher_features import Encoding, encode_dataset, shard_fi
 from teachers import Teacher, load_teacher
 from trainers import retrieval_metrics
 from trainers.data_loading import license_of, open_dataset
-from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, id_hash, teacher_features
-from trainers.teacher_pca import fit_pca, save_pca
+from trainers.distributed import use_the_cores
+from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, id_hash, teacher_tensors
+from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
 
 
+EVALUATED = 10_000  # images of a split, in whole files
 WIDTHS = (512, 256, 128)  # at which the teacher is evaluated too: the width is the size of a user's index
 
 
 def add_teacher_features(
     rows: datasets.DatasetDict | datasets.IterableDatasetDict,
     teachers: list[Teacher],
-    fingerprints: list[str],
+    identity: dict,
     output: Path,
     encoding: Encoding,
     source: str,
-    num_workers: int = 2,
+    num_workers: int,
     overwrite: bool = False,
     license: str | None = None,
 ) -> None:
@@ -56,7 +62,8 @@ def add_teacher_features(
     Args:
         rows: the splits, map-style or streamed: `image`, `captions`, `image_id` and any others.
         teachers: one, or several whose features are joined.
-        fingerprints: of the teachers, see [`fingerprint`]: partial work is taken up only with the same.
+        identity: what tells these rows and teachers from others, see [`identity_of`]: partial work is taken up only
+            with the same.
         output: a folder that does not exist, or is replaced with `overwrite`.
         encoding: how features are made and stored.
         source: what the rows are, for the card.
@@ -65,41 +72,67 @@ def add_teacher_features(
         license: of the data, for the card.
 
     Raises:
-        ValueError: `output` exists, or the partial work there was done with other settings; see [`encode_dataset`].
+        ValueError: `output` exists, or another process is at work on it, or the partial work there was done with other
+            settings; see [`encode_dataset`].
     """
     state = PartialState()
     partial = output.with_name(output.name + ".partial")
     described = describe(teachers, encoding)
-    settings = {
-        "rows": {split: getattr(part, "_fingerprint", None) or source for split, part in rows.items()},
-        "teacher": described,
-        "teacher files": fingerprints,
-        **asdict(encoding),
-    }
-    with state.main_process_first():
+    settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
+    with _alone(partial) if state.is_main_process else nullcontext():
         if output.exists() and not overwrite:
             raise ValueError(f"{output} exists: name another --output, or replace it with --overwrite.")
         if state.is_main_process:
             _take_up(partial, settings, overwrite)
-    files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, num_workers)
+        state.wait_for_everyone()
+        files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, num_workers)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            figures = assemble(partial, files, described, source, license, encoding.int8)
+            # From here to the end a kill loses nothing: the files under `partial` are still there.
+            if output.exists():
+                shutil.rmtree(partial / "replaced", ignore_errors=True)
+                os.rename(output, partial / "replaced")
+            os.rename(partial / "dataset", output)
+            shutil.rmtree(partial)
+            print(f"\n{figures_table(figures)}\n" if figures else "")
+            print(f"The dataset is in {output}: train.py --dataset_name {output}")
     state.wait_for_everyone()
-    if state.is_main_process:
-        figures = finish(partial, files, described, encoding.int8)
-        write_card(partial, files, described, figures, source, license, encoding.int8)
-        for split, count in files.items():
-            for number in range(count):
-                # As the Hub names files. Splits are read off the names; named in the card instead, `datasets` would
-                # take any local folder of the same name for this one (its cache then knows only the card).
-                name = f"{split}-{number:05d}-of-{count:05d}.parquet"
-                os.replace(shard_file(partial, split, number), partial / "data" / name)
-        shutil.rmtree(partial / "exact", ignore_errors=True)
-        (partial / "settings.json").unlink()
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(partial, output)
-        print(f"\n{figures_table(figures)}\n" if figures else "")
-        print(f"The dataset is in {output}: train.py --dataset_name {output}")
-    state.wait_for_everyone()
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """While no other process is at work on the folder."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{partial}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"Another process is at work on {partial}: wait for it, or name another --output.") from error
+    try:
+        yield
+    finally:
+        os.unlink(lock.lock_file)
+        lock.release()
+
+
+def identity_of(rows: datasets.DatasetDict | datasets.IterableDatasetDict, name: str, teachers: list[str]) -> dict:
+    """What tells rows and teachers from others: fingerprints of the splits, and of the teachers' files.
+
+    Args:
+        rows: the splits. A stream has no fingerprint: its files stand for it, or the dataset's commit on the Hub.
+        name: as given to [`open_dataset`].
+        teachers: [`fingerprint`] of each.
+    """
+    if isinstance(rows, datasets.DatasetDict):
+        return {"rows": {split: part._fingerprint for split, part in rows.items()}, "teacher files": teachers}
+    if Path(name).exists():
+        found = [(path, path.stat()) for path in sorted(Path(name).resolve().rglob("*")) if path.is_file()]
+        which = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+    else:
+        which = [name, HfApi().dataset_info(name).sha]
+    columns = {split: str(part.features) for split, part in rows.items()}
+    return {"rows": which, "columns": columns, "teacher files": teachers}
 
 
 def describe(teachers: list[Teacher], encoding: Encoding) -> dict:
@@ -119,13 +152,18 @@ def describe(teachers: list[Teacher], encoding: Encoding) -> dict:
 
 
 def fingerprint(model_id: str, revision: str | None) -> str:
-    """The teacher's commit on the Hub, or a digest of a folder's weights and settings."""
+    """The teacher's commit on the Hub, or a digest of the files in a folder that have to do with features."""
     folder = Path(model_id)
     if not folder.is_dir():
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=["*.json"])).name
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".txt", ".model"):
+    # Beside the model: one folder deep those of sentence-transformers' modules. A run's results and logs are not.
+    for path in sorted([*folder.glob("*"), *folder.glob("[0-9]*/*")]):
+        if (
+            path.is_file()
+            and path.suffix not in (".md", ".png")
+            and not path.name.endswith(("_results.json", "_args.json"))
+        ):
             digest.update(path.relative_to(folder).as_posix().encode())
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
@@ -138,21 +176,33 @@ def cached_teacher_features(
 ) -> Path:
     """Folder of the rows with a teacher's features, made unless an earlier run has made them.
 
-    They are kept in the cache of `datasets`, by the fingerprint of the rows and the teacher's revision.
+    They are kept in the cache of `datasets`, by the fingerprint of the rows, the teacher's revision and the dtype.
     """
     state = PartialState()
-    digest = fingerprint(model_id, revision)
-    key = {"rows": {split: part._fingerprint for split, part in rows.items()}, "teacher": digest}
-    name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    identity = identity_of(rows, source, [fingerprint(model_id, revision)])
+    key = json.dumps([identity, str(default_dtype()), asdict(Encoding())], sort_keys=True)
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
-    if not folder.is_dir():
-        teacher = load_teacher(
-            model_id, revision, dtype=default_dtype(), device=state.device, trust_remote_code=trust_remote_code
-        )
-        add_teacher_features(rows, [teacher], [digest], folder, Encoding(), source, license=license_of(rows, source))
-        del teacher
-        if state.device.type == "cuda":
-            torch.cuda.empty_cache()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.run")  # a second run of the same waits for the first, then finds its folder
+    if state.is_main_process:
+        lock.acquire()
+    state.wait_for_everyone()
+    try:
+        if not folder.is_dir():
+            teacher = load_teacher(
+                model_id, revision, dtype=default_dtype(), device=state.device, trust_remote_code=trust_remote_code
+            )
+            shown = Path(source).name if Path(source).exists() else source
+            licence = license_of(rows, source)
+            add_teacher_features(
+                rows, [teacher], identity, folder, Encoding(), shown, default_workers(), license=licence
+            )
+            del teacher
+            if state.device.type == "cuda":
+                torch.cuda.empty_cache()
+    finally:
+        lock.release()
     return folder
 
 
@@ -160,75 +210,107 @@ def default_dtype() -> torch.dtype:
     return torch.bfloat16 if PartialState().device.type == "cuda" else torch.float32
 
 
+def default_workers() -> int:
+    """Loader workers of a process: its share of the cores, 8 at most."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // PartialState().num_processes))
+
+
 def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
     """Makes the partial folder, or checks that what it holds was made with the same settings."""
     path = partial / "settings.json"
-    if partial.exists():
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        if before == json.loads(json.dumps(settings)):
+    if partial.exists() and {file.name for file in partial.iterdir()} - {"settings.json.part"}:
+        if not path.is_file():
+            raise ValueError(f"{partial} is in the way, and is no partial work of this program: move it.")
+        before = json.loads(path.read_text())
+        if before == settings:
             return
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if before and not overwrite:
+        if not overwrite:
+            differing = [name for name in settings if before.get(name) != settings[name]]
             raise ValueError(
                 f"{partial} holds work with another {', '.join(differing)}: finish it with the settings it was begun "
                 "with, remove it, or start afresh with --overwrite."
             )
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(exist_ok=True)
     beside = partial / "settings.json.part"
     beside.write_text(json.dumps(settings))
     os.replace(beside, path)
+
+
+def assemble(
+    partial: Path, files: dict[str, int], described: dict, source: str, license: str | None, int8: bool
+) -> dict[str, dict[str, float]]:
+    """Makes the finished dataset, `partial/dataset`, of the files under `partial`: they stay, as hard links.
+
+    Returns:
+        The teacher's figures by split, see [`evaluate_teacher`].
+    """
+    folder = partial / "dataset"
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped here
+    (folder / "data").mkdir(parents=True)
+    components = None
+    if files.get("train"):
+        components = fit_pca(stored_features(partial, "train", number) for number in range(files["train"]))
+        save_pca(components, folder)
+    figures = {
+        split: evaluate_teacher(partial, split, count, components, described["dim"], int8)
+        for split, count in files.items()
+        if split != "train"
+    }
+    write_card(folder, partial, files, described, figures, source, license, int8)
+    for split, count in files.items():
+        for number in range(count):
+            # As the Hub names files. Splits are read off the names; named in the card instead, `datasets` would take
+            # any local folder of the same name for this one (its cache then knows only the card).
+            target = folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+            try:
+                os.link(shard_file(partial, split, number), target)
+            except OSError:  # a disk without hard links
+                shutil.copy(shard_file(partial, split, number), target)
+    return figures
 
 
 def stored_features(folder: Path, split: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw features of images `[N, D]` and captions `[C, D]` of one file, as a reader of the dataset gets them."""
     names = pq.read_schema(shard_file(folder, split, number)).names
     columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
-    table = pq.read_table(shard_file(folder, split, number), columns=columns)
-    return tuple(torch.from_numpy(teacher_features(table, name).astype(np.float32)) for name in TEACHER_COLUMNS)
+    return teacher_tensors(pq.read_table(shard_file(folder, split, number), columns=columns))
 
 
-def finish(folder: Path, files: dict[str, int], described: dict, int8: bool) -> dict[str, dict[str, float]]:
-    """Fits the projection to smaller widths on the training features; the teacher's RSUM on the other splits.
+def evaluate_teacher(
+    folder: Path, split: str, count: int, components: torch.Tensor | None, dim: int, int8: bool
+) -> dict[str, float]:
+    """The teacher's own retrieval on a split, on its first 10,000 images at most.
 
     Returns:
-        For each split but train: `rsum`, `rsum_{width}` for the widths below the teacher's, `rsum_before_int8`.
+        `images`, `rsum`, `rsum_{width}` for the widths below the teacher's, and `rsum_before_int8`.
     """
-
-    def features(split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return (stored_features(folder, split, number) for number in range(files[split]))
-
-    components = None
-    if files.get("train"):
-        components = fit_pca(features("train"))
-        save_pca(components, folder)
-    figures = {}
-    for split in (split for split, count in files.items() if split != "train" and count):
-        image, text = map(torch.cat, zip(*features(split)))
-        groups, text_groups = _groups(folder, split, files[split])
-        figures[split] = {"rsum": retrieval_metrics(image, text, groups, text_groups)["rsum"]}
-        for width in WIDTHS:
-            if components is not None and width < described["dim"]:
-                reduced = (image @ components[:, :width], text @ components[:, :width])
-                figures[split][f"rsum_{width}"] = retrieval_metrics(*reduced, groups, text_groups)["rsum"]
-        if int8:
-            exact = [np.load(folder / "exact" / f"{split}-{number:05d}.npz") for number in range(files[split])]
-            image, text = (
-                torch.from_numpy(np.concatenate([part[kind] for part in exact])).float() for kind in ("image", "text")
-            )
-            figures[split]["rsum_before_int8"] = retrieval_metrics(image, text, groups, text_groups)["rsum"]
-    return figures
-
-
-def _groups(folder: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    groups, counts = [], []
+    image, text, groups, counts, exact = [], [], [], [], []
     for number in range(count):
+        part_image, part_text = stored_features(folder, split, number)
         path = shard_file(folder, split, number)
         column = "group_id" if "group_id" in pq.read_schema(path).names else "image_id"
         table = pq.read_table(path, columns=[column, "captions"])
+        image.append(part_image)
+        text.append(part_text)
         groups += [id_hash(group) for group in table[column].to_pylist()]
-        counts += [len(texts) for texts in table["captions"].to_pylist()]
-    return np.array(groups), np.repeat(groups, counts)
+        counts += pc.list_value_length(table["captions"]).to_pylist()
+        if int8:
+            exact.append(np.load(path.with_suffix(".npz")))
+        if len(groups) >= EVALUATED:
+            break
+    groups = torch.tensor(groups)
+    text_groups = torch.repeat_interleave(groups, torch.tensor(counts))
+    image, text = torch.cat(image), torch.cat(text)
+    figures = {"images": len(groups), "rsum": retrieval_metrics(image, text, groups, text_groups)["rsum"]}
+    for width in WIDTHS:
+        if components is not None and width < dim:
+            reduced = (image @ components[:, :width], text @ components[:, :width])
+            figures[f"rsum_{width}"] = retrieval_metrics(*reduced, groups, text_groups)["rsum"]
+    if int8:
+        image, text = (torch.from_numpy(np.concatenate([part[kind] for part in exact])) for kind in ("image", "text"))
+        figures["rsum_before_int8"] = retrieval_metrics(image, text, groups, text_groups)["rsum"]
+    return figures
 
 
 def figures_table(figures: dict[str, dict[str, float]]) -> str:
@@ -236,14 +318,17 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
     labels = {"rsum": "teacher's RSUM", "rsum_before_int8": "before int8"}
     labels |= {f"rsum_{width}": f"at {width} dimensions" for width in WIDTHS}
     names = [name for name in labels if any(name in row for row in figures.values())]
-    lines = ["| split | " + " | ".join(labels[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| split | images | " + " | ".join(labels[name] for name in names) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
     for split, row in figures.items():
-        lines.append(f"| {split} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |")
+        cells = " | ".join(f"{row[name]:.2f}" for name in names)
+        lines.append(f"| {split} | {row['images']:,} | {cells} |")
     return "\n".join(lines)
 
 
 def write_card(
     folder: Path,
+    partial: Path,
     files: dict[str, int],
     described: dict,
     figures: dict[str, dict[str, float]],
@@ -254,8 +339,11 @@ def write_card(
     """The dataset's card: what is in it, which teacher, how good the teacher is on it."""
     counts = {}
     for split, count in files.items():
-        tables = [pq.read_table(shard_file(folder, split, number), columns=["captions"]) for number in range(count)]
-        counts[split] = sum(map(len, tables)), sum(len(texts) for table in tables for texts in table["captions"])
+        captions = [
+            pc.list_value_length(pq.read_table(shard_file(partial, split, number), columns=["captions"])["captions"])
+            for number in range(count)
+        ]
+        counts[split] = sum(map(len, captions)), sum(pc.sum(lengths).as_py() for lengths in captions)
     data = DatasetCardData(
         **(license_fields(license) if license else {}),
         tags=["image-text-retrieval", "distillation", "teacher-features"],
@@ -272,9 +360,10 @@ def write_card(
         if int8
         else "float16 `teacher_image_embeds` `[D]` and `teacher_text_embeds` `[captions, D]`"
     )
+    reduced = ", at its width and reduced by `teacher_pca.safetensors`" if (folder / PCA_FILE).is_file() else ""
     evaluated = (
         "The teacher's own retrieval on the other splits (RSUM: the sum of recall at 1, 5 and 10 both ways, at most "
-        f"600), at its width and reduced by `teacher_pca.safetensors`:\n\n{figures_table(figures)}\n"
+        f"600){reduced}:\n\n{figures_table(figures)}\n"
     )
     card = f"""---
 {data.to_yaml()}
@@ -316,8 +405,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="of the teacher's arithmetic; auto: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
     parser.add_argument("--int8", action="store_true", help="store int8 with a scale a row: half of float16")
     parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
-    parser.add_argument("--shard_rows", type=int, default=4096, help="rows in a file")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode, for each process")
+    parser.add_argument("--shard_rows", type=int, default=1024, help="rows in a file")
+    parser.add_argument("--num_workers", type=int, help="processes that decode, for each process; default: its cores")
     parser.add_argument("--license", help="of the data; default: what the dataset says")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the teachers' repositories run code")
     options = parser.parse_args(arguments)
@@ -330,53 +419,63 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: {len(values)} values for {len(options.teacher)} teachers")
     if options.weights is not None and min(options.weights) <= 0:
         parser.error(f"--weights {options.weights}: expected numbers above 0")
-    if options.output.exists() and not options.overwrite:  # before a teacher is loaded
-        parser.error(f"--output {options.output} exists: name another, or replace it with --overwrite")
+    if options.output.exists():  # before a teacher is loaded
+        if not options.overwrite and not options.push_to_hub:
+            parser.error(f"--output {options.output} exists: name another, or replace it with --overwrite")
+        if not list(options.output.glob("data/*.parquet")) or not (options.output / "README.md").is_file():
+            parser.error(f"--output {options.output} exists and was not made by this program: name another")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # left to itself it joins no processes on a CPU
+    # Left to itself accelerate joins no processes on a CPU, and gives up on a process that waits for ten minutes.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    use_the_cores(state.device, state.num_processes)
+    if options.push_to_hub and state.is_main_process:
+        HfApi().create_repo(options.push_to_hub, repo_type="dataset", exist_ok=True)  # now, not after hours
+    if options.overwrite or not options.output.exists():
+        try:
+            make(options, state)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    if options.push_to_hub and state.is_main_process:
+        HfApi().upload_folder(
+            folder_path=options.output,
+            repo_id=options.push_to_hub,
+            repo_type="dataset",
+            delete_patterns=["data/*.parquet"],  # of an earlier push, with another number of files
+        )
+
+
+def make(options: argparse.Namespace, state: PartialState) -> None:
     dtype = default_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
     revisions = options.teacher_revision or [None] * len(options.teacher)
-    try:
-        with state.main_process_first():
-            rows = open_dataset(options.dataset, options.dataset_config_name, options.streaming)
-        teachers = [
-            load_teacher(
-                name,
-                revision=revision,
-                dtype=dtype,
-                device=state.device,
-                trust_remote_code=options.trust_remote_code,
-            )
-            for name, revision in zip(options.teacher, revisions)
-        ]
-        weights = options.weights or [1.0] * len(teachers)
-        source = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
-        add_teacher_features(
-            rows,
-            teachers,
-            [fingerprint(name, revision) for name, revision in zip(options.teacher, revisions)],
-            options.output,
-            Encoding(
-                weights=[weight / sum(weights) for weight in weights],
-                int8=options.int8,
-                batch_size=options.batch_size,
-                shard_rows=options.shard_rows,
-            ),
-            source=source,
-            num_workers=options.num_workers,
-            overwrite=options.overwrite,
-            license=options.license or license_of(rows, options.dataset),
+    weights = options.weights or [1.0] * len(options.teacher)
+    with state.main_process_first():
+        rows = open_dataset(options.dataset, options.dataset_config_name, options.streaming)
+    teachers = [
+        load_teacher(
+            name, revision=revision, dtype=dtype, device=state.device, trust_remote_code=options.trust_remote_code
         )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if options.push_to_hub and state.is_main_process:
-        api = HfApi()
-        api.create_repo(options.push_to_hub, repo_type="dataset", exist_ok=True)
-        api.upload_folder(folder_path=options.output, repo_id=options.push_to_hub, repo_type="dataset")
+        for name, revision in zip(options.teacher, revisions)
+    ]
+    add_teacher_features(
+        rows,
+        teachers,
+        identity_of(rows, options.dataset, [fingerprint(*which) for which in zip(options.teacher, revisions)]),
+        options.output,
+        Encoding(
+            weights=[weight / sum(weights) for weight in weights],
+            int8=options.int8,
+            batch_size=options.batch_size,
+            shard_rows=options.shard_rows,
+        ),
+        source=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
+        num_workers=default_workers() if options.num_workers is None else options.num_workers,
+        overwrite=options.overwrite,
+        license=options.license or license_of(rows, options.dataset),
+    )
 
 
 if __name__ == "__main__":

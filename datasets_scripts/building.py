@@ -23,7 +23,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from trainers.images import to_rgb
+from trainers.images import open_image, to_rgb
 
 
 # A split's usual names, and Karpathy's second part of the training images -> the split.
@@ -37,7 +37,7 @@ SPLIT_OF = {
     "test": "test",
 }
 SPLITS = ("train", "validation", "test")
-IMAGES_AT_ONCE = 128
+IMAGES_AT_ONCE = 32
 BROKEN_SHOWN = 20
 
 
@@ -75,7 +75,7 @@ def file_in(folder: Path, name: str) -> Path:
     if not inside:
         raise ValueError(
             f"the file name {name!r} does not stay in the folder {folder}; expected a path below it, without '..' and "
-            "without links that leave it"
+            "without links that leave it (copy or mount what they lead to)"
         )
     return path
 
@@ -96,9 +96,8 @@ def rgb_bytes(data: bytes) -> bytes:
     Raises:
         Exception: of many types, where the file is broken or a decompression bomb.
     """
-    image = PILImage.open(io.BytesIO(data))
+    image = open_image(data)
     file_format = image.format
-    image.load()
     upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
     if file_format in ("JPEG", "PNG") and image.mode == "RGB" and upright and not image.has_transparency_data:
         return data
@@ -267,7 +266,7 @@ def _write_rows(parts: dict[str, list[Row]], folder: Path, license: str) -> list
         (folder / split).mkdir()
         name = "data-00000-of-00001.arrow"
         content = hashlib.blake2b(digest_size=8)
-        with ArrowWriter(features=features, path=str(folder / split / name)) as writer:
+        with ArrowWriter(features=features, path=str(folder / split / name), writer_batch_size=16) as writer:
             for row, image, reason in _read_images(rows, split):
                 if reason is not None:
                     broken.append(f"{split} {row.image_id}: {reason}")

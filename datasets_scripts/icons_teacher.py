@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from datasets_scripts.icons import fingerprint, load_icons
+from datasets_scripts.teacher_features import quantize
 from trainers.images import load_rgb
 from trainers.retrieval import metrics_from_ranks, ranks
 from trainers.retrieval_data import id_hash
@@ -104,12 +105,6 @@ def extract(model, processor, rows: datasets.DatasetDict) -> dict[str, torch.Ten
     tensors["image_keys"] = torch.tensor([id_hash(image_id) for image_id in everything["image_id"]])
     tensors["text_keys"] = torch.tensor([id_hash(name) for name in names])
     return tensors
-
-
-def quantize(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 rows `[N, D]` and their float16 scales `[N]`: embeds are about int8 times scale."""
-    scale = (embeds.abs().amax(dim=1) / 127).clamp(min=1e-6).half()
-    return (embeds / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def ranks_on(tensors: dict[str, torch.Tensor], test: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:

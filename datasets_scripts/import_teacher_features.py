@@ -17,9 +17,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 
 from datasets_scripts.building import parse_arguments, write_beside
+from datasets_scripts.teacher_features import feature_columns
 from trainers.data_loading import open_dataset
 from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES
 
@@ -45,10 +47,10 @@ def read_tensor(path: Path) -> torch.Tensor:
     return content.float()
 
 
-def keyed_features(
-    part: datasets.Dataset, image: torch.Tensor, text: torch.Tensor, split: str
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Features of a split's rows: images `[N, D]`, and a `[captions, D]` for each row, as float16.
+def with_features(
+    part: datasets.Dataset, image: torch.Tensor, text: torch.Tensor, split: str, teacher: dict
+) -> datasets.Dataset:
+    """A split's rows with `teacher_image_embeds`, `teacher_text_embeds` and `teacher`, in the place of any they had.
 
     Args:
         part: the split, its rows in the order that the features were made in.
@@ -65,43 +67,25 @@ def keyed_features(
                 f"{len(features)} {name} features for the {counts.sum()} captions of the {split} split: they are of "
                 "other data, or of captions cut to another number an image."
             )
-        stored = features.half().float()
-        bad = torch.nonzero(~torch.isfinite(stored).all(1) | (stored == 0).all(1)).flatten()
-        if len(bad):
-            raise ValueError(f"{name} feature {bad[0]} of the {split} split is NaN, infinite or zero in float16.")
     if image.shape[1] != text.shape[1]:
         raise ValueError(f"Image features are {image.shape[1]} wide, text features {text.shape[1]}.")
-    first = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)[:-1]]))
-    of_row = image[first]
-    apart = (image - of_row.repeat_interleave(torch.from_numpy(counts), dim=0)).abs().amax(1)
-    wrong = torch.nonzero(apart > 1e-2 * image.abs().amax())
-    if len(wrong):
-        row = int(np.searchsorted(np.cumsum(counts), int(wrong[0]), side="right"))
-        raise ValueError(
-            f"{split} split, row {row} (image_id {part[row]['image_id']!r}): the image features of its captions "
-            "differ, so they are not in the order of these rows."
-        )
-    texts = np.split(text.half().numpy(), np.cumsum(counts)[:-1])
-    return of_row.half().numpy(), texts
-
-
-def with_features(
-    part: datasets.Dataset, image: np.ndarray, text: list[np.ndarray], teacher: dict
-) -> datasets.Dataset:
-    """The rows with `teacher_image_embeds`, `teacher_text_embeds` and `teacher`, in the place of any they had."""
-    vector = datasets.List(datasets.Value("float16"), length=image.shape[1])
-    columns = datasets.Dataset.from_dict(
-        {"teacher_image_embeds": image, "teacher_text_embeds": text, "teacher": [json.dumps(teacher)] * len(part)},
-        features=datasets.Features(
-            {
-                "teacher_image_embeds": vector,
-                "teacher_text_embeds": datasets.List(vector),
-                "teacher": datasets.Value("string"),
-            }
-        ),
-    )
+    stops = np.cumsum(counts)
+    starts = stops - counts
+    ids = part["image_id"][:]
+    noise = 1e-2 * image.abs().amax()
+    for row, (start, stop) in enumerate(zip(starts, stops)):
+        if (image[start:stop] - image[start]).abs().amax() > noise:
+            raise ValueError(
+                f"{split} split, row {row} (image_id {ids[row]!r}): the image features of its captions differ, so "
+                "they are not in the order of these rows."
+            )
+    columns = feature_columns(image[torch.from_numpy(starts)], text, counts, ids)
+    columns["teacher"] = pa.array([json.dumps(teacher)] * len(part)), datasets.Value("string")
+    features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
+    table = pa.table({name: array for name, (array, _) in columns.items()}).cast(features.arrow_schema)
+    added = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
     old = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES, "teacher") if name in part.column_names]
-    return datasets.concatenate_datasets([part.remove_columns(old), columns], axis=1)
+    return datasets.concatenate_datasets([part.remove_columns(old), added], axis=1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,9 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
         result = datasets.DatasetDict()
         for split, (image_path, text_path) in named.items():
-            image, text = keyed_features(rows[split], read_tensor(image_path), read_tensor(text_path), split)
+            image, text = read_tensor(image_path), read_tensor(text_path)
             teacher = {"id": options.teacher, "revision": None, "dim": image.shape[1], "preprocessing": "not known"}
-            result[split] = with_features(rows[split], image, text, teacher)
+            result[split] = with_features(rows[split], image, text, split, teacher)
     except ValueError as error:
         sys.exit(f"error: {error}")
     with write_beside(options.output) as beside:

@@ -62,7 +62,7 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
         raise ValueError(f"the image folder {images} is not a folder")
     try:
         entries = list(json.loads(path.read_text(encoding="utf-8"))["images"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a Karpathy split file, expected {{'images': [...]}}: {error!r}") from None
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     seen = set()
@@ -86,9 +86,9 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
     return parts
 
 
-def read_hub(hub_id: str, columns: Columns, benchmark: Benchmark) -> dict[str, list[Row]]:
+def read_hub(hub_id: str, revision: str | None, columns: Columns, benchmark: Benchmark) -> dict[str, list[Row]]:
     """Rows of a copy on the Hub, in its order."""
-    parts = rows_by_split(tables_of_datasets(datasets.load_dataset(hub_id), columns))
+    parts = rows_by_split(tables_of_datasets(datasets.load_dataset(hub_id, revision=revision), columns))
     for rows in parts.values():
         for row in rows:
             row.image_id = benchmark.image_id_of_hub(row.image_id)
@@ -124,6 +124,7 @@ def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> 
     parser.add_argument("--karpathy", type=Path, metavar="JSON", help="Karpathy's split file; needs --images")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with the images")
     parser.add_argument("--hub_id", help=f"instead of the two: a copy on the Hub, e.g. {benchmark.hub_id}")
+    parser.add_argument("--revision", help="of the Hub's copy: a branch such as refs/convert/parquet, a tag, a commit")
     parser.add_argument("--image_column", default=benchmark.hub_columns.image, help="of the Hub's copy")
     parser.add_argument("--caption_column", default=benchmark.hub_columns.caption, help="of the Hub's copy")
     parser.add_argument("--id_column", default=benchmark.hub_columns.id, help="of the Hub's copy")
@@ -135,7 +136,7 @@ def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> 
         parser.error("expected either --karpathy and --images, or --hub_id")
     if options.hub_id:
         columns = Columns(options.image_column, options.caption_column, options.id_column)
-        parts = read_hub(options.hub_id, columns, benchmark)
+        parts = read_hub(options.hub_id, options.revision, columns, benchmark)
         how_made = f"{benchmark.title} under Karpathy's split, from the Hub's `{options.hub_id}`, in its order."
     elif options.karpathy and options.images:
         parts = read_karpathy(options.karpathy, options.images, benchmark)

@@ -35,6 +35,8 @@ import datasets
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
+from trainers.data_loading import license_on_card
+
 from .building import SPLIT_OF, SPLITS, Row, build, file_in, fold, parse_arguments, read_file
 
 
@@ -46,13 +48,14 @@ CAPTION_NAMES = "captions caption text texts txt alt_text sentences sentence".sp
 ID_NAMES = "image_id cocoid img_id imgid".split()
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LONGEST_TEXT = 1 << 20  # bytes, of a .txt or .json in a tar
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what; None: look for the usual names (group: there is none)."""
+    """Which columns hold what; None: look for the usual names (group: `group_id`, or none)."""
 
     image: str | None = None
     caption: str | None = None
@@ -233,6 +236,8 @@ def _table_of_dataset(
         for i, cells in enumerate(_plain_rows(texts)):
             if isinstance(described, dict):
                 cells |= cells["json"] or {}
+            if "__url__" in cells:  # where it lies on this machine, or on the Hub
+                cells["__url__"] = PurePosixPath(cells["__url__"]).name
             if columns.image in with_images:
                 cells[columns.image] = partial(_read_cell, images, i, columns.image)
             yield cells
@@ -268,7 +273,7 @@ def _read_cell(images: datasets.Dataset, i: int, column: str) -> bytes:
 def _table_of_file(file: Path, root: Path, columns: Columns, cache: Path) -> Table:
     is_metadata = file.name in METADATA
     place = file.relative_to(root)
-    split = _split_of_path(place.parent) if is_metadata else _split_of_path(place)
+    split = _split_of_path(place)
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(cache))
@@ -329,6 +334,8 @@ def _table_of_tar(file: Path, root: Path, columns: Columns) -> Table:
                 suffix = PurePosixPath(path.name.lower()).suffix
                 if not member.isreg() or not stem or suffix not in (*IMAGE_SUFFIXES, ".txt", ".json"):
                     continue
+                if member.issparse() or (suffix not in IMAGE_SUFFIXES and member.size > LONGEST_TEXT):
+                    raise ValueError(f"a sparse file or a text of {member.size:,} bytes, expected a plain one of less")
                 key = (path.parent / stem).as_posix()
                 cells = samples.setdefault(key, {"__key__": key, "__url__": str(place)})
                 if suffix in IMAGE_SUFFIXES:
@@ -362,8 +369,10 @@ def _no_image(key: str) -> bytes:
 
 
 def _split_of_path(path: Path | PurePosixPath) -> str | None:
-    """Split that a folder's or a file's name says: `val/x`, `coco-train-0001.tar`."""
-    words = [word for part in path.parts for word in re.split(r"[^a-z]+", part.lower())]
+    """Split that a folder's name (`val/x`) or a word in a table's or tar's (`coco-train-0001.tar`) says."""
+    words = [part.lower() for part in path.parent.parts]
+    if path.suffix in (*TABLE_SUFFIXES, ".tar"):
+        words += re.split(r"[^a-z]+", path.stem.lower())
     return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
 
 
@@ -375,7 +384,7 @@ def _find_columns(names: list[str], columns: Columns, where: str) -> Columns:
         _find_column(names, columns.image, IMAGE_NAMES, "images", "--image_column", where),
         _find_column(names, columns.caption, CAPTION_NAMES, "captions", "--caption_column", where),
         columns.id or next((name for name in ID_NAMES if name in names), None),
-        columns.group,
+        columns.group or ("group_id" if "group_id" in names else None),
     )
 
 
@@ -405,7 +414,7 @@ def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
         place = file.relative_to(table.root)
         image_id = place.as_posix()
         if table.split_by_folder:
-            split = next((SPLIT_OF[part] for part in place.parent.parts if part in SPLIT_OF), split)
+            split = _split_of_path(place) or split
     if "split" in cells:
         if cells["split"] not in SPLIT_OF:
             raise ValueError(f"unknown split {cells['split']!r}, expected {', '.join(SPLIT_OF)}; or rename the column")
@@ -438,6 +447,18 @@ def _same_image(first: Row, second: Row) -> bool:
         return False
 
 
+def license_of_source(source: str) -> str | None:
+    """What a dataset or a folder's card says of its licence; None for other sources."""
+    path = Path(source)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(source)
+        part = loaded if isinstance(loaded, datasets.Dataset) else next(iter(loaded.values()))
+        return part.info.license or None
+    if path.exists() and not (path / "README.md").is_file():
+        return None
+    return license_on_card(source) if path.exists() or re.fullmatch(HUB_ID, source) else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE")
@@ -447,7 +468,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--group_column", help="images that count as the same thing")
     parser.add_argument("--validation_share", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--test_share", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--license", default="unknown", help="of the data, default: %(default)s")
+    parser.add_argument("--license", help="of the data; default: what the source says, or 'unknown'")
     parser.add_argument("--skip_broken", action="store_true", help="leave out missing and broken images")
     options = parse_arguments(parser, arguments)
     shares = options.validation_share, options.test_share
@@ -464,7 +485,8 @@ def main(arguments: list[str] | None = None) -> None:
         # Of a path, only the last part is published.
         how_made = f"Made from `{options.source if is_on_hub else Path(options.source).resolve().name}`."
         title = options.output.name
-        build(parts, options.output, title, how_made, options.license, options.skip_broken, options.push_to_hub)
+        license = options.license or license_of_source(options.source) or "unknown"
+        build(parts, options.output, title, how_made, license, options.skip_broken, options.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""A teacher's output features for every row of a dataset, shard by shard."""
+"""A teacher's output features for every row of a dataset, file by file."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from teachers import Teacher
+from trainers.dataset_checks import check_rows
 from trainers.images import load_rgb
 from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES
 
@@ -43,7 +44,7 @@ class Encoding:
     weights: list[float] = field(default_factory=lambda: [1.0])
     int8: bool = False
     batch_size: int = 64
-    shard_rows: int = 4096
+    shard_rows: int = 1024
 
 
 @dataclass
@@ -53,14 +54,21 @@ class Shard:
     split: str
     number: int
     table: pa.Table  # images as bytes
-    image_rows: list[int]  # [N] each row's place among the distinct images
-    caption_rows: list[int]  # [C] each caption's place among the distinct captions, longest first
-    batches: list[tuple[str, list]]  # ("image", bytes) or ("text", captions), in order
+    distinct_images: list[int]  # row of each distinct image
+    image_of_row: list[int]  # [N] which of the distinct images
+    distinct_captions: list[str]  # longest first
+    text_of_caption: list[int]  # [C] which of the distinct captions
+    batches: list[tuple[str, range]]  # ("image" or "text", places among the distinct ones), in order
     features: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"image": [], "text": []})
 
     @property
     def is_encoded(self) -> bool:
         return len(self.features["image"]) + len(self.features["text"]) == len(self.batches)
+
+    def contents(self, kind: str, places: range) -> tuple[str, list[bytes] | list[str]]:
+        if kind == "text":
+            return kind, [self.distinct_captions[i] for i in places]
+        return kind, [self.table["image"][self.distinct_images[i]].as_py()["bytes"] for i in places]
 
 
 def encode_dataset(
@@ -71,10 +79,11 @@ def encode_dataset(
     folder: Path,
     num_workers: int,
 ) -> dict[str, int]:
-    """Writes `folder/data/{split}-{number}.parquet` for every `shard_rows` rows that have no such file yet.
+    """Writes `folder/{split}-{number}.parquet` for every `shard_rows` rows that have no such file yet.
 
     Every process takes its share of the files. What is in a file does not depend on the number of processes or on what
-    stood there before: a file is made of its own rows alone, and is whole or absent.
+    stood there before: a file is made of its own rows alone, and is whole or absent. An image is encoded once for all
+    its captions; of what occurs several times in a file, once.
 
     Args:
         rows: the splits; columns `image`, `captions`, `image_id` and any others, which are kept.
@@ -87,21 +96,24 @@ def encode_dataset(
         The number of files of each split.
 
     Raises:
-        ValueError: a column is missing, a row has no captions, an image cannot be read, a feature is NaN or zero.
+        ValueError: a column is missing, a split is empty, a row breaks the contract, an image cannot be read, a
+            feature is NaN or zero.
     """
-    (folder / "data").mkdir(exist_ok=True)
     files = dict.fromkeys(rows, 0)
     pending: deque[Shard] = deque()
-    bar = _progress_bar(rows, folder, encoding.shard_rows)
+    parts = {split: _undecoded(part, split) for split, part in rows.items()}
+    bar = _progress_bar(parts, folder, encoding.shard_rows)
 
     def work() -> Iterator[tuple[str, list]]:
         """Read ahead of the model by what the loader's workers hold, and no more."""
-        for split, part in rows.items():
-            for number, chunk in _chunks(_undecoded(part, split), encoding.shard_rows):
+        turn = 0
+        for split, part in parts.items():
+            for number, chunk in _chunks(part, encoding.shard_rows):
                 files[split] = number + 1
-                if _is_own(number) and not shard_file(folder, split, number).is_file():
-                    pending.append(plan(split, number, chunk(), encoding.batch_size))
-                    yield from pending[-1].batches
+                if _is_own(turn) and not shard_file(folder, split, number).is_file():
+                    pending.append(plan(split, number, chunk(), encoding))
+                    yield from (pending[-1].contents(*batch) for batch in pending[-1].batches)
+                turn += 1
 
     loader = DataLoader(
         Preparation(teachers),
@@ -111,18 +123,28 @@ def encode_dataset(
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    for kind, prepared in loader:
-        shard = pending[0]
-        if kind == "error":
-            raise ValueError(f"{shard.split} split: {_row_of_image(shard, len(shard.features['image']), prepared)}")
-        make = "image_features" if kind == "image" else "text_features"
-        parts = [getattr(teacher, make)(inputs) for teacher, inputs in zip(teachers, prepared)]
-        shard.features[kind].append(join(parts, encoding.weights))
-        if shard.is_encoded:
-            write_shard(shard, description, encoding.int8, folder)
-            bar.update(len(shard.table))
-            pending.popleft()
+    with ThreadPoolExecutor(1) as writer:
+        written: Future | None = None  # the file before is written while the next is encoded
+        for kind, prepared in loader:
+            shard = pending[0]
+            if kind == "error":
+                raise ValueError(_unreadable_row(shard, *prepared))
+            make = "image_features" if kind == "image" else "text_features"
+            parts_of_row = [getattr(teacher, make)(inputs) for teacher, inputs in zip(teachers, prepared)]
+            shard.features[kind].append(join(parts_of_row, encoding.weights))
+            if kind == "image":
+                bar.update(len(shard.features[kind][-1]))
+            if shard.is_encoded:
+                if written is not None:
+                    written.result()
+                written = writer.submit(write_shard, pending.popleft(), description, encoding.int8, folder)
+                bar.update(len(shard.table) - len(shard.distinct_images))
+        if written is not None:
+            written.result()
     bar.close()
+    empty = [split for split, count in files.items() if count == 0]
+    if empty:
+        raise ValueError(f"The {', '.join(empty)} split is empty: leave it out.")
     return files
 
 
@@ -138,95 +160,121 @@ def join(features: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def plan(split: str, number: int, rows: datasets.Dataset, batch_size: int) -> Shard:
+def plan(split: str, number: int, rows: datasets.Dataset, encoding: Encoding) -> Shard:
     """Batches of the distinct images, and of the distinct captions by length: padding costs as much as words."""
-    table = embed_table_storage(rows.with_format("arrow")[:])
-    images: dict[bytes, bytes] = {}
-    image_rows = []
+    table = rows.with_format("arrow")[:]
+    check_rows(table.drop_columns("image"), split, None, number * encoding.shard_rows)
+    try:
+        table = embed_table_storage(table).combine_chunks()
+    except OSError as error:
+        raise ValueError(f"An image file of the {split} split cannot be read: {error}") from error
     places: dict[bytes, int] = {}
-    for image in table["image"].to_pylist():
-        content = (image or {}).get("bytes") or b""
-        key = hashlib.blake2b(content, digest_size=16).digest()
-        image_rows.append(places.setdefault(key, len(places)))
-        images[key] = content
+    distinct_images, image_of_row = [], []
+    for row, content in enumerate(table["image"].combine_chunks().field("bytes")):
+        digest = hashlib.blake2b(content.as_buffer() or b"", digest_size=16).digest()
+        if digest not in places:
+            places[digest] = len(places)
+            distinct_images.append(row)
+        image_of_row.append(places[digest])
     captions = table["captions"].to_pylist()
-    for image_id, texts in zip(table["image_id"].to_pylist(), captions):
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"{split} split, image_id {image_id!r} has captions {texts!r}: expected strings, one or more."
-            )
     distinct = sorted({text for texts in captions for text in texts}, key=lambda text: (-len(text), text))
     place = {text: i for i, text in enumerate(distinct)}
-    contents = list(images.values())
-    batches = [("image", contents[i : i + batch_size]) for i in range(0, len(contents), batch_size)]
-    batches += [("text", batch) for batch in _batches_by_length(distinct, batch_size)]
-    return Shard(split, number, table, image_rows, [place[text] for texts in captions for text in texts], batches)
+    size = encoding.batch_size
+    batches = [("image", range(i, min(i + size, len(distinct_images)))) for i in range(0, len(distinct_images), size)]
+    start = 0
+    while start < len(distinct):  # about `size` times 256 characters, with their padding
+        stop = min(len(distinct), start + max(1, size * 256 // max(len(distinct[start]), 16)))
+        batches.append(("text", range(start, stop)))
+        start = stop
+    text_of_caption = [place[text] for texts in captions for text in texts]
+    return Shard(split, number, table, distinct_images, image_of_row, distinct, text_of_caption, batches)
 
 
 def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> None:
     """The shard's rows with the teacher's columns as one parquet file, written beside and renamed.
 
-    With int8, splits other than train also leave their exact float16 features in `folder/exact`, to tell what int8
-    costs.
+    With int8, splits other than train also leave their exact float16 features as `.npz`, to tell what int8 costs.
 
     Raises:
-        ValueError: features that are NaN, infinite or zero as they would be stored, naming their rows.
+        ValueError: features that are NaN, infinite or zero as they are stored, naming their rows.
     """
-    image = torch.cat(shard.features["image"]).cpu()[shard.image_rows]  # [N, D]
-    text = torch.cat(shard.features["text"]).cpu()[shard.caption_rows]  # [C, D]
+    image = torch.cat(shard.features["image"]).cpu()[shard.image_of_row]  # [N, D]
+    text = torch.cat(shard.features["text"]).cpu()[shard.text_of_caption]  # [C, D]
     counts = pa.compute.list_value_length(shard.table["captions"]).to_numpy()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    for kind, features, row_of in (("image", image, np.arange(len(image))), ("text", text, None)):
-        row_of = np.repeat(np.arange(len(image)), counts) if row_of is None else row_of
-        stored = features.half().float()
-        bad = np.flatnonzero(~(torch.isfinite(stored).all(1) & (stored != 0).any(1)).numpy())
-        if len(bad):
-            ids = shard.table["image_id"].to_pylist()
-            names = list(dict.fromkeys(repr(ids[row_of[i]]) for i in bad))
-            raise ValueError(
-                f"{len(bad)} {kind} features of the {shard.split} split are NaN, infinite or zero in float16, of "
-                f"image_id {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}: try another --dtype, "
-                "or the teacher cannot be used on these rows."
-            )
-    columns: dict[str, tuple[pa.Array, object]] = {}
-    for name, scale_name, features, is_text in zip(TEACHER_COLUMNS, TEACHER_SCALES, (image, text), (False, True)):
-        kind = "int8" if int8 else "float16"
-        values, scale = quantize(features) if int8 else (features.half(), None)
-        vector = datasets.List(datasets.Value(kind), length=features.shape[1])
-        array = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), features.shape[1])
-        if is_text:
-            array = pa.ListArray.from_arrays(offsets, array)
-        columns[name] = array, datasets.List(vector) if is_text else vector
-        if scale is not None:
-            array, one = pa.array(scale.numpy()), datasets.Value("float16")
-            columns[scale_name] = (
-                (pa.ListArray.from_arrays(offsets, array), datasets.List(one)) if is_text else (array, one)
-            )
-    columns["teacher"] = pa.array([description] * len(image)), datasets.Value("string")
+    ids = shard.table["image_id"].to_pylist()
+    try:
+        columns = feature_columns(image, text, counts, ids, int8)
+    except ValueError as error:
+        raise ValueError(f"{shard.split} split: {error} Try another --dtype, or another teacher.") from None
+    columns["teacher"] = pa.array([description] * len(ids)), datasets.Value("string")
     table, schema = shard.table, datasets.Features.from_arrow_schema(shard.table.schema)
     schema["image"] = datasets.Image()  # decoded again for a reader
     for name, (array, feature) in columns.items():
         table = table.append_column(name, array)
         schema[name] = feature
+    path = shard_file(folder, shard.split, shard.number)
     if int8 and shard.split != "train":
-        (folder / "exact").mkdir(exist_ok=True)
-        exact = folder / "exact" / f"{shard.split}-{shard.number:05d}.npz"
+        exact = path.with_suffix(".npz")
         np.savez(f"{exact}.part.npz", image=image.half().numpy(), text=text.half().numpy())
         os.replace(f"{exact}.part.npz", exact)
-    path = shard_file(folder, shard.split, shard.number)
     table = table.cast(schema.arrow_schema).replace_schema_metadata(schema.arrow_schema.metadata)
     pq.write_table(table, f"{path}.part", row_group_size=ROWS_IN_GROUP)
     os.replace(f"{path}.part", path)
 
 
-def shard_file(folder: Path, split: str, number: int) -> Path:
-    return folder / "data" / f"{split}-{number:05d}.parquet"
+def feature_columns(
+    image: torch.Tensor, text: torch.Tensor, counts: np.ndarray, image_ids: list[str], int8: bool = False
+) -> dict[str, tuple[pa.Array, object]]:
+    """Features as columns of the row contract: name -> (values, `datasets` feature).
+
+    Args:
+        image: `[N, D]`.
+        text: `[C, D]`, the captions of the N rows one after another.
+        counts: `[N]`, captions of each row.
+        image_ids: `[N]`, for the message.
+        int8: as int8 with a float16 scale beside each row; float16 otherwise.
+
+    Raises:
+        ValueError: features that are NaN, infinite or zero as they are stored.
+    """
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    columns: dict[str, tuple[pa.Array, object]] = {}
+    row_of = {"image": np.arange(len(image)), "text": np.repeat(np.arange(len(image)), counts)}
+    for name, scale_name, features in zip(TEACHER_COLUMNS, TEACHER_SCALES, (image, text)):
+        kind = "image" if features is image else "text"
+        values, scale = quantize(features) if int8 else (features.half(), None)
+        good = torch.isfinite(features.half()).all(1) & (values != 0).any(1)
+        bad = np.flatnonzero(~good.numpy())
+        if len(bad):
+            names = list(dict.fromkeys(repr(image_ids[row_of[kind][i]]) for i in bad))
+            more = ", ..." if len(names) > 10 else ""
+            raise ValueError(
+                f"{len(bad)} {kind} features are NaN, infinite or zero as stored, of image_id "
+                f"{', '.join(names[:10])}{more}."
+            )
+        vector = datasets.List(datasets.Value("int8" if int8 else "float16"), length=features.shape[1])
+        array = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), features.shape[1])
+        columns[name] = _by_row(array, vector, offsets, kind)
+        if scale is not None:
+            columns[scale_name] = _by_row(pa.array(scale.numpy()), datasets.Value("float16"), offsets, kind)
+    return columns
+
+
+def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str) -> tuple[pa.Array, object]:
+    """A value an image as it is; a value a caption as one list a row."""
+    if kind == "image":
+        return array, feature
+    return pa.ListArray.from_arrays(offsets, array), datasets.List(feature)
 
 
 def quantize(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 rows `[N, D]` and their float16 scales `[N]`: embeds are about int8 times scale."""
     scale = (embeds.abs().amax(dim=1) / 127).clamp(min=1e-6).half()
     return (embeds / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def shard_file(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}.parquet"
 
 
 class Preparation(torch.utils.data.Dataset):
@@ -242,7 +290,7 @@ class Preparation(torch.utils.data.Dataset):
         images = []
         for i, content in enumerate(contents):
             try:
-                images.append(load_rgb({"bytes": content, "path": None}))
+                images.append(load_rgb({"bytes": content or b"", "path": None}))
             except ValueError as error:
                 return "error", (i, str(error))
         return kind, [teacher.prepare_images(images) for teacher in self.teachers]
@@ -252,20 +300,10 @@ def _as_it_is(batch):
     return batch
 
 
-def _row_of_image(shard: Shard, batches_before: int, error: tuple[int, str]) -> str:
-    place, message = error
-    place += sum(len(contents) for _, contents in shard.batches[:batches_before])
-    image_id = shard.table["image_id"][shard.image_rows.index(place)].as_py()
-    return f"image_id {image_id!r}: {message}. Drop the row."
-
-
-def _batches_by_length(captions: list[str], batch_size: int) -> Iterator[list[str]]:
-    """Captions, longest first, in batches of about `batch_size` times 256 characters with their padding."""
-    start = 0
-    while start < len(captions):
-        count = max(1, batch_size * 256 // max(len(captions[start]), 16))
-        yield captions[start : start + count]
-        start += count
+def _unreadable_row(shard: Shard, place_in_batch: int, message: str) -> str:
+    place = shard.batches[len(shard.features["image"])][1][place_in_batch]
+    image_id = shard.table["image_id"][shard.distinct_images[place]].as_py()
+    return f"{shard.split} split, image_id {image_id!r}: {message}. Drop the row."
 
 
 def _undecoded(part: datasets.Dataset | datasets.IterableDataset, split: str):
@@ -277,40 +315,44 @@ def _undecoded(part: datasets.Dataset | datasets.IterableDataset, split: str):
             f"The {split} split has no column {', '.join(missing)} (it has {', '.join(names)}): "
             "`python -m datasets_scripts.own_data` brings data into these columns."
         )
+    for name in {"image_id", "group_id"} & set(names):
+        if getattr(part.features[name], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"{name} of the {split} split is {part.features[name]}: cast the column to string.")
     part = part.remove_columns([name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES, "teacher") if name in names])
     return part.cast_column("image", datasets.Image(decode=False))
 
 
-def _chunks(part: datasets.Dataset | datasets.IterableDataset, size: int):
+def _chunks(
+    part: datasets.Dataset | datasets.IterableDataset, size: int
+) -> Iterator[tuple[int, Callable[[], datasets.Dataset]]]:
     """Number of each chunk of `size` rows, and what gives its rows. A stream is read through, whoever takes which."""
     if isinstance(part, datasets.Dataset):
         for number in range(math.ceil(len(part) / size)):
             span = range(number * size, min(len(part), (number + 1) * size))
             yield number, lambda span=span: part.select(span)
         return
-    stream = iter(part)
-    for number in itertools.count():
-        examples = list(itertools.islice(stream, size))
-        if not examples:
-            return
-        yield number, lambda examples=examples: datasets.Dataset.from_list(examples, features=part.features)
+    info = datasets.DatasetInfo(features=part.features)
+    for number, table in enumerate(part.with_format("arrow").iter(size)):
+        yield number, lambda table=table: datasets.Dataset(table, info=info)
 
 
-def _is_own(number: int) -> bool:
+def _is_own(turn: int) -> bool:
     state = PartialState()
-    return number % state.num_processes == state.process_index
+    return turn % state.num_processes == state.process_index
 
 
-def _progress_bar(rows, folder: Path, size: int) -> tqdm:
+def _progress_bar(parts: dict, folder: Path, size: int) -> tqdm:
     """Rows of this process that are left to do, with rows/s and the time left where the number of rows is known."""
     left: int | None = 0
-    for split, part in rows.items():
+    turn = 0
+    for split, part in parts.items():
         if not isinstance(part, datasets.Dataset):
             left = None
             break
         for number, start in enumerate(range(0, len(part), size)):
-            if _is_own(number) and not shard_file(folder, split, number).is_file():
+            if _is_own(turn) and not shard_file(folder, split, number).is_file():
                 left += min(size, len(part) - start)
+            turn += 1
     state = PartialState()
     label = f"features, process 1 of {state.num_processes}" if state.num_processes > 1 else "features"
     return tqdm(total=left, desc=label, unit=" rows", disable=None if state.is_main_process else True)

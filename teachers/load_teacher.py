@@ -78,7 +78,7 @@ class Teacher:
         It is measured, since neither configuration nor tokenizer says so: SigLIP pools the last position and sees the
         padding; CLIP and BERT do not. Returns the width of the features.
         """
-        one, longest = "a", "a " * self.text_settings["max_length"]
+        one, longest = "a", "a " * min(self.text_settings["max_length"], 16)
         alone = self.text_features(self.prepare_texts([one]))
         beside = self.text_features(self.prepare_texts([one, longest]))[:1]
         # Half of the type's digits: rounding stays below, a pooled padding token far above.
@@ -110,7 +110,8 @@ class Teacher:
         inputs = {}
         for name, value in prepared.items():
             if isinstance(value, torch.Tensor):
-                value = value.to(self.device, self.dtype if value.is_floating_point() else None)
+                value = value.to(self.device, non_blocking=True)  # first: pinned memory is copied as it is
+                value = value.to(self.dtype) if value.is_floating_point() else value
             inputs[name] = value
         return _pooled(self._forward(modality, inputs))
 
@@ -276,9 +277,16 @@ def _load_sentence_transformers(
 def _check_weights(model_id: str, info: dict) -> None:
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    # Counters that older releases saved with the weights.
+    counters = ("token_type_ids", "position_ids")
+    unexpected = [name for name in wrong.pop("unexpected_keys", []) if not name.endswith(counters)]
     if wrong:
         raise ValueError(
-            f"{model_id} does not hold exactly the model's weights, so its features would be partly random: {wrong}."
+            f"{model_id} does not hold all of the model's weights, so its features would be partly random: {wrong}."
+        )
+    if unexpected:
+        raise ValueError(
+            f"{model_id} holds weights that the model has no place for, so it is another: {unexpected}."
         )
 
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import torch
@@ -17,7 +17,9 @@ from accelerate import PartialState
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
+from model_cards import describe_captions
+
+from .retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_tensors
 from .teacher_pca import PCA_FILE, fit_pca, load_pca
 
 
@@ -58,6 +60,10 @@ class DataArguments:
     teacher_revision: str | None = field(default=None, metadata={"help": "Of the teacher on the Hub."})
     data_license: str | None = field(
         default=None, metadata={"help": "Licence of the data, for the card; default: what the dataset says."}
+    )
+    baseline_results: Path | None = field(
+        default=None,
+        metadata={"help": "all_results.json of the same student trained by --method contrastive, for the table."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
 
@@ -107,6 +113,8 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
 
 def _webdataset_rows(part: datasets.IterableDataset) -> datasets.IterableDataset:
     """Samples of a webdataset (KEY.jpg with KEY.txt, or KEY.json with captions) as rows; any other stream as it is."""
+    from datasets_scripts.own_data import ID_NAMES
+
     names = part.column_names
     if "__key__" not in names:
         return part
@@ -121,8 +129,11 @@ def _webdataset_rows(part: datasets.IterableDataset) -> datasets.IterableDataset
         return {
             "image": sample[image],
             "captions": [captions] if isinstance(captions, str) else captions,
-            # Keys may start again in every tar.
-            "image_id": str(described.get("image_id") or f"{Path(sample['__url__']).stem}/{sample['__key__']}"),
+            "image_id": next(
+                (str(described[name]) for name in ID_NAMES if described.get(name) is not None),
+                # Keys may start again in every tar, tars in every folder.
+                "/".join(PurePosixPath(sample["__url__"]).with_suffix("").parts[-2:]) + f"/{sample['__key__']}",
+            ),
         }
 
     features = datasets.Features(
@@ -155,6 +166,10 @@ def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
             "name its splits by train_split, validation_split and test_split."
         )
     rows = type(rows)({split: rows[name] for split, name in wanted.items()})
+    if args.test_fold_size and not args.streaming and len(rows["test"]) % args.test_fold_size:
+        raise ValueError(
+            f"test_fold_size={args.test_fold_size} does not divide the {len(rows['test'])} test images: leave it out."
+        )
     if args.streaming:
         return datasets.IterableDatasetDict(
             {split: part if split == "train" else _stored(part) for split, part in rows.items()}
@@ -209,46 +224,53 @@ def _with_teacher(rows: datasets.DatasetDict, args: DataArguments, trust_remote_
     return featured
 
 
-def teacher_projection(rows: Splits, args: DataArguments, projection_dim: int | None) -> torch.Tensor | None:
+def teacher_projection(
+    rows: Splits, args: DataArguments, projection_dim: int, saved: str | None
+) -> torch.Tensor | None:
     """`[D, projection_dim]`, which brings the teacher's features to the student's width; None where they have it.
 
-    The projection that came with the dataset, or one fitted on the training split's features; see [`fit_pca`].
+    The projection that the student was trained under, else the one that came with the dataset, else one fitted on the
+    training split's features; see [`fit_pca`].
+
+    Args:
+        saved: folder or Hub id of the student or checkpoint that is gone on from.
 
     Raises:
         ValueError: the student would be wider than its teacher; or a stream came without a projection.
     """
     width = teacher_width(rows)
-    if width is None or projection_dim is None or projection_dim == width:
+    if width is None or projection_dim == width:
         return None
     if projection_dim > width:
         raise ValueError(f"projection_dim={projection_dim} is more than the {width} of the teacher's features.")
-    if Path(args.dataset_name).is_dir():
-        components = load_pca(args.dataset_name)
-    else:
-        components = None
-        if args.dataset_name != "icons":
-            try:
-                components = load_pca(
-                    os.path.dirname(hf_hub_download(args.dataset_name, PCA_FILE, repo_type="dataset"))
-                )
-            except EntryNotFoundError:
-                pass
+    components = None if saved is None else _stored_pca(saved, "model")
+    if components is None and args.dataset_name != "icons":
+        components = _stored_pca(args.dataset_name, "dataset")
+    if components is None and args.streaming:
+        raise ValueError(
+            f"projection_dim={projection_dim} is less than the teacher's {width}, and the dataset brings no "
+            f"{PCA_FILE} to project with: add its features with datasets_scripts/add_teacher_features.py."
+        )
     if components is None:
-        if args.streaming:
-            raise ValueError(
-                f"projection_dim={projection_dim} is less than the teacher's {width}, and the dataset brings no "
-                f"{PCA_FILE} to project with: add its features with datasets_scripts/add_teacher_features.py."
-            )
         components = fit_pca(_teacher_features(rows["train"]))
-    if components.shape[0] != width:
-        raise ValueError(f"{PCA_FILE} is for features of width {components.shape[0]}, these have {width}: remove it.")
+    if components.shape[0] != width or components.shape[1] < projection_dim:
+        raise ValueError(f"{PCA_FILE} is {list(components.shape)}, expected [{width}, {projection_dim} or more].")
     return components[:, :projection_dim].contiguous()
+
+
+def _stored_pca(name: str, repo_type: str) -> torch.Tensor | None:
+    if Path(name).is_dir():
+        return load_pca(name)
+    try:
+        return load_pca(os.path.dirname(hf_hub_download(name, PCA_FILE, repo_type=repo_type)))
+    except EntryNotFoundError:
+        return None
 
 
 def _teacher_features(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in part.column_names]
     for table in part.select_columns(columns).with_format("arrow").iter(5000):
-        yield tuple(torch.from_numpy(teacher_features(table, name).astype("float32")) for name in TEACHER_COLUMNS)
+        yield teacher_tensors(table)
 
 
 def first_row(rows: Splits, columns: list[str]) -> dict | None:
@@ -287,9 +309,47 @@ def license_of(rows: Splits, name: str) -> str | None:
     stated = next(iter(rows.values())).info.license
     if stated or name == "icons":
         return stated or None
+    return license_on_card(name)
+
+
+def license_on_card(name: str) -> str | None:
+    """The licence on the card of a folder or Hub dataset."""
     card = Path(name) / "README.md" if Path(name).is_dir() else name
     try:
         data = DatasetCard.load(card).data
     except (OSError, ValueError):  # no card, or one that is not well-formed, states nothing
         return None
-    return getattr(data, "license_details", None) or data.license
+    stated = getattr(data, "license_details", None) or data.license
+    return ", ".join(stated) if isinstance(stated, list) else stated
+
+
+def data_facts(rows: Splits, args: DataArguments) -> dict[str, dict]:
+    """Of each split that is known whole, by its own name: how many images, captions and words."""
+    names = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
+    return {
+        names[split]: describe_captions(part["captions"])
+        for split, part in rows.items()
+        if isinstance(part, datasets.Dataset) and len(part)
+    }
+
+
+def read_baseline(path: Path | None, test_images: int) -> dict[str, float] | None:
+    """The figures of a contrastive run, where one is named.
+
+    Raises:
+        ValueError: the file is not such a run's, or was not of as many test images.
+    """
+    if path is None:
+        return None
+    try:
+        figures = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--baseline_results {path} cannot be read: {error}") from error
+    if not isinstance(figures, dict) or "test_rsum" not in figures:
+        raise ValueError(f"--baseline_results {path} has no test_rsum: name the all_results.json of a run.")
+    if figures["test_images"] != test_images:
+        raise ValueError(
+            f"--baseline_results {path} is of {figures['test_images']} test images, and this run has {test_images}: "
+            "the two cannot stand in one table."
+        )
+    return figures

@@ -43,8 +43,8 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
         )
     if len(dataset) == 0:
         raise ValueError(f"The {split} split is empty.")
-    scales = [name for name in TEACHER_SCALES if teacher_dim is not None and name in dataset.column_names]
-    plain = dataset.select_columns([*needed, *scales])
+    optional = ("group_id", *(TEACHER_SCALES if teacher_dim is not None else ()))
+    plain = dataset.select_columns([*needed, *(name for name in optional if name in dataset.column_names)])
     plain = plain.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
     without_images = plain.remove_columns("image")
     row_of_id: dict[str, int] = {}
@@ -93,6 +93,10 @@ def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int 
             fail(i, f"it has captions {texts!r}: expected one string or more. Drop the row.")
         if any(not isinstance(text, str) or not text.strip() for text in texts):
             fail(i, f"it has an empty caption in {texts!r}: drop or fill it.")
+    if "group_id" in table.column_names:
+        for i, group in enumerate(table["group_id"].to_pylist()):
+            if not isinstance(group, str) or not group:
+                fail(i, f"group_id is {group!r}: expected a string that is not empty, such as its image_id.")
     if teacher_dim is not None:
         _check_teacher(table, teacher_dim, captions, fail)
 
@@ -107,6 +111,9 @@ def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]],
         fail(row, f"teacher_image_embeds has width {image_widths[row]}, expected {teacher_dim} (projection_dim).")
     for row in np.flatnonzero(text_counts != expected_counts)[:1]:
         fail(row, f"{text_counts[row]} teacher_text_embeds for {expected_counts[row]} captions.")
+    if "teacher_text_scale" in table.column_names:
+        for row in np.flatnonzero(_list_lengths(table["teacher_text_scale"]) != expected_counts)[:1]:
+            fail(row, f"teacher_text_scale has another length than its {expected_counts[row]} captions.")
     row_of_caption = np.repeat(np.arange(len(captions)), expected_counts)
     for caption in np.flatnonzero(text_widths != teacher_dim)[:1]:
         fail(

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
+
+
+def use_the_cores(device: torch.device, processes: int) -> None:
+    """`accelerate launch` leaves one thread on a CPU; a single process takes the cores it may use."""
+    if device.type == "cpu" and processes == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def world_size() -> int:
@@ -46,6 +54,14 @@ def gather_rows(rows: torch.Tensor, counts: list[int] | None = None, differentia
         gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded.detach().contiguous())
     return torch.cat([part[:count] for part, count in zip(gathered, counts)])
+
+
+def from_first_rank(value: torch.Tensor) -> torch.Tensor:
+    """The first rank's tensor, on every rank."""
+    value = value.contiguous()
+    if world_size() > 1:
+        dist.broadcast(value, 0)
+    return value
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import random
 
-import datasets
+import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+# Not those for which Pillow starts other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image, of any mode, in RGB as a person sees it: turned upright by its EXIF tag, 16 bits scaled to 8, what is
-    transparent on white. Colour profiles are not applied.
+    transparent on white. Colour profiles are not applied; numbers with a point are taken for 0 to 255.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits (PGM files open as 32); PIL would clip at 255, nearly all to white
@@ -23,6 +28,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_image(data: bytes) -> Image.Image:
+    """An image file, decoded, in its own mode.
+
+    Raises:
+        Exception: of many types (OSError, SyntaxError, ValueError, others of Pillow's decoders), where it is broken,
+            of a format that others than Pillow would have to read, or of more pixels than `Image.MAX_IMAGE_PIXELS`.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns, up to twice as many
+        raise ValueError(f"{image.width} x {image.height} pixels, expected {Image.MAX_IMAGE_PIXELS:,} at most")
+    image.load()
+    return image
+
+
 def load_rgb(image: dict) -> Image.Image:
     """Decodes the undecoded value of an `Image` column (`{"bytes", "path"}`) to RGB, see [`to_rgb`].
 
@@ -30,10 +49,14 @@ def load_rgb(image: dict) -> Image.Image:
         ValueError: where the image cannot be read or is a decompression bomb.
     """
     try:
-        return to_rgb(datasets.Image().decode_example(image))
+        data = image["bytes"]
+        if data is None:
+            with fsspec.open(image["path"], "rb") as file:  # a path may lead into an archive or to the Hub
+                data = file.read()
+        return to_rgb(open_image(data))
     except UnidentifiedImageError as error:  # its own message names an address in memory, another each time
         raise ValueError("unreadable image: of no format that Pillow knows") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
         raise ValueError(f"unreadable image: {error}") from error
 
 

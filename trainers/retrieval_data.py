@@ -52,6 +52,11 @@ def teacher_features(table: pa.Table, name: str) -> np.ndarray:
     return features * _innermost(table[scale])[0].astype(np.float32)[:, None]
 
 
+def teacher_tensors(table: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw teacher features of a table's images `[N, D]` and captions `[C, D]`, float32."""
+    return tuple(torch.from_numpy(teacher_features(table, name).astype(np.float32)) for name in TEACHER_COLUMNS)
+
+
 def undecoded_rows(
     dataset: datasets.Dataset | datasets.IterableDataset, with_teacher: bool
 ) -> datasets.Dataset | datasets.IterableDataset:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
 from datasets_scripts import add_teacher_features as script
-from datasets_scripts.teacher_features import Encoding, encode_dataset, join, quantize
+from datasets_scripts.teacher_features import Encoding, encode_dataset, join, quantize, write_shard
 from teachers import load_teacher
 from trainers import retrieval_metrics
 from trainers.dataset_checks import check_dataset
@@ -109,7 +110,7 @@ def test_what_the_folder_says_of_itself(output, teacher_folder):
         assert str(teacher_folder.parent).encode() not in content, name
     image, text = teacher_rows(rows["test"])
     groups, caption_to_image = rows_and_captions(rows["test"])
-    assert f"| test | {retrieval_metrics(image, text, groups, groups[caption_to_image])['rsum']:.2f} |" in card
+    assert f"| test | 12 | {retrieval_metrics(image, text, groups, groups[caption_to_image])['rsum']:.2f} |" in card
 
 
 def test_streamed_output_has_the_same_rows(output):
@@ -129,7 +130,11 @@ def test_loader_workers_change_nothing(output, source, teacher_folder, tmp_path)
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)]),
+    }
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
@@ -142,41 +147,100 @@ def test_two_processes_give_the_files_of_one(output, source, teacher_folder, tmp
 
 
 KILLER = """
-import os, signal, sys
-from datasets_scripts import add_teacher_features as script, teacher_features
-left, replace = int(sys.argv.pop(1)), os.replace
-def replace_or_die(source, target):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = replace_or_die
-script.main(sys.argv[1:])
+import sys
+from datasets_scripts import add_teacher_features as script
+from test_add_teacher_features import count_changes
+count_changes(int(sys.argv[1]))
+script.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("moment", [1, 4, 9])  # as the settings, a file in the first split or the last is finished
-def test_killed_and_started_again_it_goes_on(output, source, teacher_folder, tmp_path, moment, monkeypatch):
-    killed = run(["-c", KILLER, str(moment), *arguments(source, teacher_folder, tmp_path / "again")])
+def count_changes(moment: int) -> list[int]:
+    """From now on the process kills itself before its n-th change of a file's name or removal of a folder."""
+    made = [0]
+
+    def deadly(call):
+        def wrapper(*arguments, **settings):
+            made[0] += 1
+            if made[0] == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **settings)
+
+        return wrapper
+
+    os.replace, os.rename, os.link, shutil.rmtree = map(deadly, (os.replace, os.rename, os.link, shutil.rmtree))
+    return made
+
+
+def kill_at(moment: int, command: list[str]) -> None:
+    killed = run(["-c", KILLER, str(moment), *command])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert not (tmp_path / "again").exists()
-    whole = len(list((tmp_path / "again.partial").rglob("*.parquet")))
-    assert whole == max(moment - 2, 0)
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Runs the program and stops it before its third file."""
+
+    def run_to_the_third(command: list[str]) -> None:
+        written = []
+
+        def write(shard, *rest):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(write_shard(shard, *rest))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("datasets_scripts.teacher_features.write_shard", write)
+            with pytest.raises(KeyboardInterrupt):
+                script.main(command)
+
+    return run_to_the_third
+
+
+def old_output(folder: Path) -> Path:
+    """What --overwrite may replace."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("the old one")
+    (folder / "data" / "train-00000.parquet").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def changes(source, teacher_folder, tmp_path_factory):
+    folder = old_output(tmp_path_factory.mktemp("changes") / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((os, "replace"), (os, "rename"), (os, "link"), (shutil, "rmtree")):
+            patch.setattr(module, name, getattr(module, name))  # put back at the end
+        made = count_changes(-1)
+        script.main(arguments(source, teacher_folder, folder, "--overwrite"))
+    return made[0]
+
+
+# As a file in the first split is written, and in what follows all files: counted from the end.
+@pytest.mark.parametrize("moment", [4, -1, -2, -8])
+def test_killed_and_started_again_it_goes_on(
+    output, source, teacher_folder, tmp_path, moment, changes, monkeypatch, capsys
+):
+    command = arguments(source, teacher_folder, old_output(tmp_path / "again"), "--overwrite")
+    moment = moment if moment > 0 else changes + moment + 1
+    kill_at(moment, command)
+    whole = len(list((tmp_path / "again.partial").glob("*.parquet")))
+    assert whole == min(max(moment - 2, 0), 11)
     encoded = []
     write = sys.modules["datasets_scripts.teacher_features"].write_shard
     monkeypatch.setattr(
         "datasets_scripts.teacher_features.write_shard", lambda shard, *rest: (encoded.append(1), write(shard, *rest))
     )
-    script.main(arguments(source, teacher_folder, tmp_path / "again"))
+    if not (tmp_path / "again").exists():  # killed between the two last renames
+        command.remove("--overwrite")
+    script.main(command)
     assert len(encoded) == 11 - whole
     assert contents(tmp_path / "again") == contents(output)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-def test_other_settings_are_not_mixed_with_partial_work(source, teacher_folder, other_folder, tmp_path, capsys):
-    killed = run(["-c", KILLER, "4", *arguments(source, teacher_folder, tmp_path / "out")])
-    assert killed.returncode == -signal.SIGKILL
+def test_other_settings_are_not_mixed_with_partial_work(source, teacher_folder, other_folder, tmp_path, stopped):
+    stopped(arguments(source, teacher_folder, tmp_path / "out"))
     with pytest.raises(SystemExit, match="work with another teacher"):
         script.main(arguments(source, other_folder, tmp_path / "out"))
     script.main(arguments(source, other_folder, tmp_path / "out", "--overwrite"))
@@ -216,7 +280,8 @@ class Counting:
 
 def add(rows, teachers, folder, encoding=None):
     encoding = encoding or Encoding(weights=[1 / len(teachers)] * len(teachers), batch_size=4)
-    script.add_teacher_features(rows, teachers, ["x"] * len(teachers), folder, encoding, "rows", num_workers=0)
+    identity = script.identity_of(rows, "rows", ["x"] * len(teachers))
+    script.add_teacher_features(rows, teachers, identity, folder, encoding, "rows", num_workers=0)
 
 
 def test_each_distinct_image_and_caption_is_encoded_once(source, teacher_folder, tmp_path):
@@ -298,7 +363,7 @@ def test_features_that_are_none_name_their_rows(source, teacher_folder, tmp_path
 
     teacher = Counting(load_teacher(str(teacher_folder)), change)
     rows = datasets.DatasetDict({"train": datasets.load_from_disk(source)["train"].select(range(3))})
-    with pytest.raises(ValueError, match="1 image features of the train split are NaN.*image_id '0/1'"):
+    with pytest.raises(ValueError, match="train split: 1 image features are NaN.*image_id '0/1'"):
         add(rows, [teacher], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -311,12 +376,19 @@ def test_rows_that_cannot_be_encoded_are_named(source, teacher_folder, tmp_path)
         examples = [{**row, **(values if i == index else {})} for i, row in enumerate(rows)]
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(examples, features=rows.features)})
 
-    for values, message in (
-        ({"image": {"bytes": b"no image", "path": None}}, "image_id '0/9': unreadable image"),
-        ({"captions": []}, "image_id '0/9' has captions"),
+    for i, (values, message) in enumerate(
+        (
+            ({"image": {"bytes": b"no image", "path": None}}, "image_id '0/9': unreadable image"),
+            ({"captions": []}, r"Row 9 .*\(image_id '0/9'\): it has captions"),
+            ({"captions": ["a", " "]}, r"Row 9 .*\(image_id '0/9'\): it has an empty caption"),
+            (
+                {"image": {"bytes": None, "path": "no/there.png"}},
+                "image file of the train split cannot be .*there.png",
+            ),
+        )
     ):
         with pytest.raises(ValueError, match=message):
-            add(with_row(9, **values), [teacher], tmp_path / next(iter(values)))
+            add(with_row(9, **values), [teacher], tmp_path / str(i))
     with pytest.raises(ValueError, match="no column captions .*own_data"):
         add(datasets.DatasetDict({"train": rows.rename_column("captions", "text")}), [teacher], tmp_path / "new")
 
@@ -361,8 +433,9 @@ def test_weights_and_revisions_must_be_one_a_teacher(source, teacher_folder, tmp
         assert more[0] in capsys.readouterr().err
 
 
-def test_memory_holds_one_file_and_what_the_loader_reads_ahead(teacher_folder, tmp_path, monkeypatch):
-    """However many rows there are: at no time are more files planned than the loader can have asked for."""
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_memory_holds_what_the_loader_reads_ahead(teacher_folder, tmp_path, monkeypatch, num_workers):
+    """However many rows there are: few files are planned and not yet written at any time."""
     alive, most = set(), [0]
     plan = sys.modules["datasets_scripts.teacher_features"].plan
     write = sys.modules["datasets_scripts.teacher_features"].write_shard
@@ -373,16 +446,16 @@ def test_memory_holds_one_file_and_what_the_loader_reads_ahead(teacher_folder, t
         return plan(split, number, *rest)
 
     def counted_write(shard, *rest):
+        write(shard, *rest)
         alive.discard(shard.number)
-        return write(shard, *rest)
 
     monkeypatch.setattr("datasets_scripts.teacher_features.plan", counted_plan)
     monkeypatch.setattr("datasets_scripts.teacher_features.write_shard", counted_write)
-    rows = datasets.DatasetDict({"train": make_rows(40).remove_columns(TEACHER_COLUMNS)})
+    rows = datasets.DatasetDict({"train": make_rows(96).remove_columns(TEACHER_COLUMNS)})
     (tmp_path / "out").mkdir()
-    teachers = [load_teacher(str(teacher_folder))]
-    files = encode_dataset(rows, teachers, "{}", Encoding(batch_size=4, shard_rows=4), tmp_path / "out", num_workers=0)
-    assert files == {"train": 10} and most == [1]
+    encoding = Encoding(batch_size=4, shard_rows=16)  # five batches a file or more; the loader holds eight
+    files = encode_dataset(rows, [load_teacher(str(teacher_folder))], "{}", encoding, tmp_path / "out", num_workers)
+    assert files == {"train": 6} and most[0] <= 4
 
 
 def test_teacher_features_reads_what_was_stored():
@@ -440,8 +513,75 @@ def test_a_webdataset_is_read_as_a_stream(teacher_folder, tmp_path):
     teacher = load_teacher(str(teacher_folder))
     for split, part in out.items():
         check_dataset(part, split, 16)
-        assert part["image_id"] == [f"{split}-{shard:04d}/{i}" for shard in range(2) for i in range(3)]
+        assert part["image_id"] == [f"tars/{split}-{shard:04d}/{i}" for shard in range(2) for i in range(3)]
         assert part["captions"] == rows["captions"]
         for row, old in zip(part, rows):
             expected = teacher.embed_images([old["image"]])[0]
             torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
+
+
+def test_a_stream_that_has_changed_is_not_mixed_with_partial_work(teacher_folder, tmp_path, stopped):
+    for place in ("a", "b"):
+        rows = datasets.DatasetDict({"train": make_rows(12, seed=ord(place)).remove_columns(TEACHER_COLUMNS)})
+        rows.save_to_disk(tmp_path / place / "data")
+    options = ["--streaming"]
+    stopped(arguments(tmp_path / "a" / "data", teacher_folder, tmp_path / "out", *options))
+    with pytest.raises(SystemExit, match="work with another rows"):
+        script.main(arguments(tmp_path / "b" / "data", teacher_folder, tmp_path / "out", *options))
+
+
+def test_the_fingerprint_is_of_all_that_makes_features(teacher_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(teacher_folder, folder)
+    before = script.fingerprint(str(folder), None)
+    assert before == script.fingerprint(str(teacher_folder), None)
+    (folder / "eval_results.json").write_text("{}")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "model.safetensors").touch()
+    assert script.fingerprint(str(folder), None) == before
+    for name in ("pytorch_model.bin", "modeling_dsmd.py", "tokenizer.json"):
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        (folder / name).write_bytes(content + b" ")
+        assert script.fingerprint(str(folder), None) != before, name
+        (folder / name).write_bytes(content) if content else (folder / name).unlink()
+        assert script.fingerprint(str(folder), None) == before
+
+
+def test_two_processes_do_not_write_one_folder(source, teacher_folder, tmp_path):
+    with script._alone(tmp_path / "out.partial"):
+        with pytest.raises(SystemExit, match="Another process is at work"):
+            script.main(arguments(source, teacher_folder, tmp_path / "out"))
+
+
+def test_what_is_in_the_way_is_left_alone(source, teacher_folder, tmp_path, capsys):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is in the way"):
+        script.main(arguments(source, teacher_folder, tmp_path / "out", "--overwrite"))
+    with pytest.raises(SystemExit):
+        script.main(arguments(source, teacher_folder, tmp_path, "--overwrite"))
+    assert "was not made by this program" in capsys.readouterr().err
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_an_empty_split_and_ids_of_another_type_are_named(source, teacher_folder, tmp_path):
+    rows = datasets.load_from_disk(source)
+    teacher = load_teacher(str(teacher_folder))
+    with pytest.raises(ValueError, match="test split is empty"):
+        add(datasets.DatasetDict({"train": rows["train"], "test": rows["test"].select([])}), [teacher], tmp_path / "a")
+    numbers = rows["train"].remove_columns("image_id").add_column("image_id", list(range(23)))
+    with pytest.raises(ValueError, match="image_id of the train split is .*int64.*cast"):
+        add(datasets.DatasetDict({"train": numbers}), [teacher], tmp_path / "b")
+
+
+def test_a_second_push_leaves_no_files_of_the_first(output, source, teacher_folder, tmp_path, hub):
+    first = arguments(source, teacher_folder, tmp_path / "out", "--push_to_hub", "user/features")
+    first[first.index("--shard_rows") + 1] = "3"
+    script.main(first)
+    script.main(arguments(source, teacher_folder, tmp_path / "out", "--overwrite", "--push_to_hub", "user/features"))
+    files = {name for name in hub.files("datasets/user/features") if name.startswith("data/")}
+    assert files == {name for name in contents(output) if name.startswith("data/")}
+    before = hub.commits("datasets/user/features")
+    script.main([*first, "--push_to_hub", "user/other"])  # what is there is pushed, not made again
+    assert hub.files("datasets/user/other").keys() >= files
+    assert hub.commits("datasets/user/features") == before

@@ -262,7 +262,7 @@ def hub_copy(splits) -> datasets.DatasetDict:
 )
 def test_flickr30k_of_the_hub(tmp_path, monkeypatch, splits):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or hub_copy(splits))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: asked.append(name) or hub_copy(splits))
     monkeypatch.chdir(tmp_path)
     flickr30k.main(["--hub_id", "AnyModal/flickr30k", "--output", "out", "--allow_other_counts"])
     built = datasets.load_from_disk("out")
@@ -294,7 +294,7 @@ def test_coco_of_the_hub(tmp_path, monkeypatch):
         "validation": webdataset("val", [3]),
         "test": webdataset("test", [2]),
     }
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: datasets.DatasetDict(parts))
     coco.main(["--hub_id", "someone/coco", "--output", str(tmp_path / "out"), "--allow_other_counts"])
     built = datasets.load_from_disk(tmp_path / "out")
     assert built["train"]["image_id"] == ["1004", "1001"] and built["train"]["captions"][0] == ["caption 4", "a cat"]
