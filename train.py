@@ -13,24 +13,27 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from model_cards import RunFacts
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.data_loading import (
     DataArguments,
     Splits,
+    data_facts,
     license_of,
     load_data,
+    read_baseline,
     teacher_description,
     teacher_projection,
     teacher_width,
     training_captions,
 )
-from trainers.distillation_config import settings_that_differ
-from trainers.report import report
+from trainers.distributed import use_the_cores
+from trainers.hub_push import fetch_last_checkpoint
+from trainers.report import pin_revision, report
 from trainers.retrieval_trainer import RetrievalTrainer
 from trainers.student import StudentArguments, build_student
 
@@ -73,7 +76,8 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, D
 def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
     """Refuses to write a run into the folder of another, unless told to replace it."""
     folder = Path(args.output_dir)
-    if not args.do_train or args.resume_from_checkpoint or not folder.is_dir() or not any(folder.iterdir()):
+    resumes = args.resume_from_checkpoint or args.resume_from_hub
+    if not args.do_train or resumes or not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise ValueError(
@@ -85,7 +89,11 @@ def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
 
 
 def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or the run's last one for 'last' or 'True'."""
+    """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or the
+    run's last one for 'last' or 'True'."""
+    if args.resume_from_hub is not None:
+        with args.main_process_first(desc="checkpoint"):
+            return fetch_last_checkpoint(args.resume_from_hub, args.output_dir, write=args.process_index == 0)
     if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         return args.resume_from_checkpoint
     checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
@@ -94,9 +102,9 @@ def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
     return checkpoint
 
 
-def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, dict, int | None]:
-    """Everything before training: arguments, data, student, trainer; the checkpoint to go on from; facts for the
-    card; how many test images make a fold.
+def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int | None]:
+    """Everything before training: arguments, data, student, trainer; the checkpoint to go on from; how many test
+    images make a fold.
 
     Raises:
         ValueError: for bad input, saying what to do.
@@ -104,8 +112,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, dict
     student_args, data_args, args = parse_arguments(argv)
     prepare_output_dir(args, data_args.overwrite_output_dir)
     checkpoint = last_checkpoint(args)
-    if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # accelerate launch leaves one thread on a CPU
+    use_the_cores(args.device, args.world_size)
     rows = load_data(data_args, trust_remote_code=student_args.trust_remote_code)
     set_seed(args.seed)  # after the data: a teacher that had to be loaded must not change the student
     captions = training_captions(rows["train"])
@@ -118,41 +125,48 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, dict
         "processing_class": processor,
     }
     if data_args.method == "distillation":
-        projection = teacher_projection(rows, data_args, model.config.projection_dim)
+        saved = checkpoint or student_args.model_name_or_path
+        projection = teacher_projection(rows, data_args, model.config.projection_dim, saved)
         trainer = DSMDTrainer(**settings, teacher_projection=projection)
     else:
         trainer = ContrastiveTrainer(**settings)
-    towers = (student_args.vision_model_name_or_path, student_args.text_model_name_or_path)
-    facts = {
-        "dataset_name": Path(data_args.dataset_name).name
-        if Path(data_args.dataset_name).is_dir()
-        else data_args.dataset_name,
-        "method": data_args.method,
-        "towers": [tower for tower in towers if tower is not None and not Path(tower).is_dir()],
-        "teacher": teacher_description(rows) if data_args.method == "distillation" else None,
-        "license": data_args.data_license or license_of(rows, data_args.dataset_name),
-        "images": None if data_args.streaming else len(rows["train"]),
-        "captions": None if data_args.streaming else len(captions),
-        "settings": settings_that_differ(args),
-        "projection_dim": model.config.projection_dim,
-    }
-    return trainer, rows, checkpoint, facts, data_args.test_fold_size
+    starts = (
+        student_args.model_name_or_path,
+        student_args.vision_model_name_or_path,
+        student_args.text_model_name_or_path,
+    )
+    name = data_args.dataset_name
+    trainer.facts = RunFacts(
+        dataset_name=Path(name).name if Path(name).is_dir() else name,
+        splits={"eval": data_args.validation_split, "test": data_args.test_split},
+        data=data_facts(rows, data_args) if args.do_train else {},
+        data_license=data_args.data_license or license_of(rows, name),
+        towers=[start for start in starts if start is not None and not Path(start).is_dir()],
+        teacher=teacher_description(rows) if data_args.method == "distillation" else None,
+        license=student_args.license,
+        languages=student_args.language,
+        baseline=read_baseline(data_args.baseline_results, len(rows["test"])),
+    )
+    return trainer, rows, checkpoint, data_args.test_fold_size
 
 
 def main(argv: list[str]) -> None:
     try:
-        trainer, rows, checkpoint, facts, fold_size = prepare(argv)
+        trainer, rows, checkpoint, fold_size = prepare(argv)
     except ValueError as error:
         sys.exit(f"error: {error}")  # bad input: the message says what to do, a traceback would hide it
     metrics = {}
     if trainer.args.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
     metrics.update(trainer.evaluate())
     metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
-    report(trainer, metrics, trained=trainer.args.do_train, facts=facts)
+    report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
     if trainer.args.do_train and trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        commit = trainer.push_to_hub()
+        if commit is not None:  # only now can the code on the card name the weights' commit
+            pin_revision(trainer, commit.repo_url.repo_id, commit.oid)
+            trainer.push_to_hub("The card names the weights' revision")
 
 
 if __name__ == "__main__":

@@ -1,117 +1,169 @@
-"""Fills the student's card from the run: nothing in it that was not measured or set."""
+"""Fills the template from the record of a run: what was not measured or set is not on the card."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
+import re
 from pathlib import Path
-from string import Template
 
-import accelerate
-import datasets
-import torch
-import transformers
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from .record import RunRecord
+from .tables import RECALLS, across_table, bullets, data_table, figures, results_table, samples_table
 
 
-CITATION = """
-## Citation
-
-```bibtex
-@article{liang2024dsmd,
-  title   = {Dynamic Self-adaptive Multiscale Distillation from Pre-trained Multimodal Large Model for Efficient Cross-modal Representation Learning},
-  author  = {Liang, Zhengyang and Liang, Meiyu and Huang, Wei and Li, Yawen and Xue, Zhe},
-  journal = {arXiv preprint arXiv:2404.10838},
-  year    = {2024}
-}
-```
-"""  # noqa: E501
+TAGS = {"contrastive": ["image-text-retrieval", "dual-encoder", "custom_code"]}
+TAGS["distillation"] = [*TAGS["contrastive"], "distillation"]
+GRIDS = {"text_to_image.png": "Captions and the images found", "image_to_text.png": "Images and the captions found"}
 
 
-def write_model_card(
-    folder: Path,
-    metrics: dict[str, float],
-    results_table: str,
-    dataset_name: str,
-    method: str,
-    towers: list[str],
-    teacher: dict | None,
-    license: str | None,
-    images: int | None,
-    captions: int | None,
-    settings: dict[str, object],
-    projection_dim: int,
-) -> None:
-    """Writes `README.md` into the student's folder.
+def render_card(record: RunRecord) -> str:
+    """The whole `README.md` of a student."""
+    facts, metrics = record.facts, record.metrics
+    usage = facts.usage if facts.usage and "query.png" in record.assets else {}
+    distilled = record.method == "distillation"
+    if not distilled:  # a dataset may bring a teacher that this student never saw
+        metrics = {name: value for name, value in metrics.items() if "teacher" not in name}
+    key = next((key for key in ("test", "eval") if f"{key}_rsum" in metrics), None)
+    split, teacher = key and facts.splits[key], facts.teacher or {}
+    template = Path(__file__).with_name("template.md").read_text(encoding="utf-8")
+    fill = Environment(trim_blocks=True, undefined=StrictUndefined).from_string(template).render
+    text = fill(
+        record=record,
+        distilled=distilled,
+        front_matter=front_matter(record, metrics),
+        title=record.name.split("/")[-1],
+        parameters=f"{record.model['parameters'] / 1e6:.2f}",
+        how_trained=_how_trained(record),
+        status=_status(record),
+        split=split,
+        table=key and results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
+        across=key and across_table(metrics, key),
+        grids=[(file, title) for file, title in GRIDS.items() if file in record.assets],
+        code=usage_code(record.name, usage.get("captions"), facts.revision),
+        output=usage.get("output"),
+        losses=", ".join(name.replace("_", " ") for name in record.settings.get("losses", ())),
+        weights=_weights(record),
+        teacher=bullets(teacher),
+        data=data_table(facts.data),
+        samples=samples_table(facts.samples) if "sample_1.png" in record.assets else "",
+        environment=_environment(record),
+        changed=bullets(record.changed),
+        settings=yaml.safe_dump(record.settings, width=1000).strip(),
+        limits=key and _limits(metrics, key, split, facts.baseline),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
-    Args:
-        folder: the run's folder.
-        metrics: as in `all_results.json`.
-        results_table: the run's table, Markdown.
-        dataset_name: trained on; a folder's own name where it is local.
-        method: "distillation" or "contrastive".
-        towers: Hub ids the towers started from; empty from scratch.
-        teacher: the teacher's description from the dataset, where there was one.
-        license: of the data.
-        images, captions: how many were trained on; None where they were streamed.
-        settings: training settings that differ from their defaults.
-        projection_dim: width of the embeddings.
-    """
-    name = folder.resolve().name
-    is_hub_dataset = "/" in dataset_name
+
+def front_matter(record: RunRecord, metrics: dict[str, float]) -> str:
+    """The card's YAML; `model-index` has every recall and rsum of each split, unrounded."""
+    facts, name = record.facts, record.facts.dataset_name
+    found = [(key, figure) for key in facts.splits for figure in figures(metrics, key)] if name else []
     data = ModelCardData(
+        license=facts.license,
+        language=facts.languages,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=["image-text-retrieval", "dual-encoder", "custom_code", *(["distillation"] if teacher else [])],
-        datasets=[dataset_name] if is_hub_dataset else None,
-        base_model=towers or None,
-        model_name=name,
+        tags=["image-text-retrieval", "dual-encoder", "custom_code"]
+        + ["distillation"] * (record.method == "distillation"),
+        datasets=[name] if name and "/" in name else None,
+        base_model=facts.towers or None,
+        metrics=["recall"] if found else None,
+        co2_eq_emissions=record.emissions,
+        model_name=record.name.split("/")[-1] if found else None,
         eval_results=[
             EvalResult(
                 task_type="image-text-retrieval",
-                dataset_type=dataset_name,
-                dataset_name=dataset_name,
-                dataset_split="test",
-                metric_type=key.removeprefix("test_"),
-                metric_name=key.removeprefix("test_").replace("_", " "),
-                metric_value=round(value, 3),
+                dataset_type=name,
+                dataset_name=name,
+                dataset_split=facts.splits[key],
+                metric_type=figure,
+                metric_name=figure.replace("_", " "),
+                metric_value=metrics[f"{key}_{figure}"],
             )
-            for key, value in metrics.items()
-            if key.startswith("test_") and (key.endswith(("_r1", "_r5", "_r10")) or key == "test_rsum")
-        ],
+            for key, figure in found
+        ]
+        or None,
     )
-    amount = "a stream" if images is None else f"{images:,} images and {captions:,} captions"
-    training = f"{amount} of `{dataset_name}` (licence of the data: {license or 'not stated'})"
-    if teacher is not None:
-        training = (
-            f"Learned the stored output features of a teacher on {training}.\n\nThe teacher: {_sentence(teacher)}"
-        )
-    else:
-        training = f"Trained contrastively, without a teacher, on {training}."
-    how_made = f", distilled from `{teacher['id']}`" if teacher else ", trained without a teacher"
-    text = Template(Path(__file__).with_name("template.md").read_text()).substitute(
-        front_matter=data.to_yaml(),
-        title=name,
-        parameters=f"{metrics['parameters'] / 1e6:.1f} M",
-        how_made=how_made,
-        dim=projection_dim,
-        machine=f"{torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        results_table=results_table,
-        repo=name,
-        training=training,
-        settings="\n".join(f"- `{key}`: {value}" for key, value in sorted(settings.items())),
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__} (5 or later is needed), datasets {datasets.__version__}, accelerate "
-        f"{accelerate.__version__}",
-        citation=CITATION if method == "distillation" else "",
-    )
-    beside = folder / "README.md.part"
-    beside.write_text(text)
-    beside.replace(folder / "README.md")
+    return data.to_yaml()
 
 
-def _sentence(teacher: dict) -> str:
-    return ", ".join(
-        f"{key} {json.dumps(value) if isinstance(value, dict) else value}" for key, value in teacher.items()
-    )
+def usage_code(repo: str, captions: list[str] | None = None, revision: str | None = None) -> str:
+    """The code on the card; without captions it was not run, and is of an image of one's own."""
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    image = f'cached_file(repo, "assets/query.png"{at})' if captions else '"photo.jpg"'
+    captions = captions or ["a first caption", "a second caption"]
+    return f"""import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+{"from transformers.utils import cached_file" + chr(10) if "cached" in image else ""}
+repo = {json.dumps(repo)}
+model = AutoModel.from_pretrained(repo{at}, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(repo{at})
+image = Image.open({image}).convert("RGB")
+captions = {json.dumps(captions, ensure_ascii=False)}
+inputs = processor(text=captions, images=[image], padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    output = model(**inputs)
+for caption, cosine in zip(captions, output.text_embeds @ output.image_embeds[0]):
+    print(f"{{cosine:.3f}}  {{caption}}")"""
+
+
+def _how_trained(record: RunRecord) -> str:
+    facts = record.facts
+    how = "trained on pairs of images and captions"
+    if record.method == "distillation":
+        how = f"distilled from {(facts.teacher or {}).get('id', 'the features of a teacher')}"
+    return f"{how}, on `{facts.dataset_name}`" if facts.dataset_name else how
+
+
+def _status(record: RunRecord) -> str:
+    if not record.step:
+        return ""
+    text = f"Training was at step {record.step} of {record.max_steps}."
+    if not record.in_training:
+        stopped = record.step < record.max_steps
+        text = f"Training {'stopped' if stopped else 'ended'} at step {record.step} of {record.max_steps}."
+    if record.weights_step != record.step:
+        best = record.settings["metric_for_best_model"]
+        text += f" The weights are those of step {record.weights_step}, the best by {best} in validation."
+    if record.resumed_at:
+        text += f" The run was resumed at step {' and '.join(str(step) for step in record.resumed_at)}."
+    return text
+
+
+def _weights(record: RunRecord) -> str:
+    if not record.weights:
+        return ""
+    (first, start), (last, end) = record.weights[0], record.weights[-1]
+    one, other = (" : ".join(f"{value:.3g}" for value in weights.values()) for weights in (start, end))
+    course = f"were {one} at step {first}"
+    if last != first:
+        course = f"moved from {one} at step {first} to {other} at step {last}" if one != other else f"stayed at {one}"
+    return f"The weights of {' : '.join(name.replace('_', ' ') for name in start)} {course}."
+
+
+def _environment(record: RunRecord) -> str:
+    text = f"Trained on {record.hardware}"
+    if record.seconds is not None:
+        text += f" in {record.seconds / 60:.1f} minutes, evaluations included"
+    if record.emissions:
+        text += f"; {record.emissions['emissions']:.3g} g of CO2, as codecarbon measured"
+    return f"{text}. Versions: {', '.join(f'{name} {version}' for name, version in record.versions.items())}."
+
+
+def _limits(metrics: dict[str, float], key: str, split: str, baseline: dict[str, float] | None) -> str:
+    missed = {way: 100 - metrics[f"{key}_{way}_r1"] for way in ("text_to_image", "image_to_text")}
+    text = f"{missed['text_to_image']:.1f} % of the captions of the {split} split do not find a right image first, "
+    text += f"{missed['image_to_text']:.1f} % of its images no right caption."
+    teacher = {name: metrics[f"teacher_{key}_{name}"] for name in RECALLS if metrics.get(f"teacher_{key}_{name}")}
+    if teacher:
+        name = min(teacher, key=lambda name: metrics[f"{key}_{name}"] / teacher[name])
+        own, its, label = metrics[f"{key}_{name}"], teacher[name], name.replace("_", " ")
+        if own < its:
+            text += f" It keeps least of its teacher in {label}: {own:.1f} of {its:.1f}, {100 * own / its:.1f} %."
+    if baseline and baseline.get(f"{key}_rsum", 0) > metrics[f"{key}_rsum"]:
+        text += f" Trained without a teacher it does better: rsum {baseline[f'{key}_rsum']:.1f}."
+    return text + " Other images and other kinds of captions were not measured."

@@ -13,6 +13,13 @@ except ImportError as error:
 
 
 POOLINGS = ("cls", "mean", "pooler")
+# Where a saved folder's own code is found. `register_for_auto_class` knows one entry a class, and the zero-shot
+# pipeline asks for a second.
+AUTO_MAP = {
+    "AutoConfig": "configuration_dsmd.DSMDConfig",
+    "AutoModel": "modeling_dsmd.DSMDModel",
+    "AutoModelForZeroShotImageClassification": "modeling_dsmd.DSMDModel",
+}
 
 
 class DSMDConfig(PreTrainedConfig):
@@ -42,6 +49,7 @@ class DSMDConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
         for name in ("vision_pooling", "text_pooling"):
             if getattr(self, name) not in POOLINGS:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(POOLINGS)}.")

@@ -30,6 +30,8 @@ WIDTHS = ("neck_hidden_sizes", "hidden_sizes", "hidden_size", "hidden_dim")
 class DSMDOutput(ModelOutput):
     """Output of [`DSMDModel`]; a modality that was not given leaves its fields `None`.
 
+    The feature-extraction pipelines return the first field that is not `None`: the normalised embedding, `[1, D]`.
+
     Args:
         loss: symmetric contrastive loss, where `return_loss=True`.
         image_embeds: L2-normalised, `[N, D]`.

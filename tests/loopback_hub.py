@@ -127,6 +127,11 @@ class LoopbackHub:
         with self._lock:
             self._faults += [(kind, on)] * next_n
 
+    def recover(self) -> None:
+        """Takes back the faults that are still to come."""
+        with self._lock:
+            self._faults.clear()
+
     def _at(self, repo: str, revision: str) -> Commit:
         if repo not in self._commits:
             raise Refusal(404, f"no repository {repo}", "RepoNotFound")

@@ -75,6 +75,10 @@ class DSMDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Of the projections and the temperature; default: learning_rate."}
     )
 
+    resume_from_hub: str | None = field(
+        default=None, metadata={"help": "Go on from the last-checkpoint of this Hub repository (user/name)."}
+    )
+
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Syncs every step where True."})
@@ -128,8 +132,9 @@ def settings_that_differ(args: DSMDTrainingArguments) -> dict[str, object]:
     for setting in fields(args):  # building a second set of arguments would reset accelerate's state
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
         default = getattr(default, "value", default)
-        if setting.name in values and values[setting.name] != default:
-            differing[setting.name] = values[setting.name]
+        value = values.get(setting.name)
+        if value != default and (value or default):  # Trainer sets None to False or []
+            differing[setting.name] = value
     return differing
 
 

@@ -67,7 +67,8 @@ class DSMDTrainer(RetrievalTrainer):
                     f"teacher_projection is {list(teacher_projection.shape)}; expected [teacher's width, "
                     f"{model.config.projection_dim}], the student's."
                 )
-            self.teacher_projection = teacher_projection.to(args.device)
+            # Each process may have fitted its own; on unlike machines they differ in the last digits.
+            self.teacher_projection = distributed.from_first_rank(teacher_projection.to(args.device))
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         settings = {}
         if args.balancer == "dynamic":
@@ -238,12 +239,15 @@ class DSMDTrainer(RetrievalTrainer):
                 f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of a distillation to resume from."
             )
         projection = load_pca(checkpoint)
-        if (projection is None) != (self.teacher_projection is None) or (
-            projection is not None and not torch.equal(projection, self.teacher_projection.cpu())
+        own = self.teacher_projection
+        if (projection is None) != (own is None) or (
+            projection is not None and not torch.allclose(projection, own.cpu(), atol=1e-4)
         ):
             raise ValueError(
                 f"{checkpoint} was trained on teacher features with another projection: resume with its dataset."
             )
+        if projection is not None:  # fitted anew it may differ in the last digits
+            self.teacher_projection = projection.to(self.args.device)
         parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, tensor in load_file(path).items():
             part, _, key = name.partition(".")

@@ -1,34 +1,41 @@
-"""What a run leaves behind: a table, its figures as JSON, curves, and the student's card."""
+"""What a run leaves behind: a table, its figures as JSON, and the student's card with its pictures."""
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import datasets
 import torch
 from PIL import Image
 
-from model_cards.model_card import write_model_card
+from model_cards.model_card import usage_code
+from model_cards.tables import across_table, results_table
 
-from .retrieval_trainer import RetrievalTrainer, write_json
+from .card import write_card
+from .data_loading import Splits
+from .images import load_rgb
+from .retrieval_trainer import RetrievalTrainer, rows_and_captions, write_json
 
 
-RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+logger = logging.getLogger(__name__)
 
 
-def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, facts: dict) -> None:
-    """Measures the student's speed, prints the table and writes the files of the run.
+def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, rows: Splits) -> None:
+    """Measures the student's speed, prints the table and writes the files of the run. Called on every process.
 
     Args:
-        trainer: after training or evaluation, its model the one to report.
+        trainer: after training or evaluation, its model the one to report, its `facts` for the card.
         metrics: figures with their prefixes (`eval_`, `test_`, `teacher_test_`, `train_`).
         trained: whether this was a training; an evaluation writes `eval_results.json` and nothing else.
-        facts: what the card says of data, teacher and towers; see [`write_model_card`].
+        rows: the splits; `test` fills the pictures of results, `train` gives samples.
     """
+    embeds = trainer.encode(rows["test"]) if trained else None
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
@@ -44,48 +51,136 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
         metrics["unreadable_images"] = len(trainer.unreadable)
         print(f"\n{len(trainer.unreadable)} images could not be read and were left out:")
         print("\n".join(f"  {line}" for line in trainer.unreadable))
-    table = results_table(metrics)
-    print("\n" + table)
+    print("\n" + results_table(metrics, baseline=trainer.facts.baseline))
+    if across := across_table(metrics):
+        print("\n" + across)
     if not trained:
         write_json(folder / "eval_results.json", metrics)
         return
     write_json(folder / "all_results.json", metrics)
-    plot_curves(trainer.state.log_history, trainer.args.losses, folder / "curves.png")
-    write_model_card(folder, metrics=metrics, results_table=table, **facts)
+    assets = folder / "assets"
+    assets.mkdir(exist_ok=True)
+    plot_curves(trainer.state.log_history, trainer.args.losses, assets / "curves.png")
+    draw_grids(rows["test"], *embeds, assets)
+    trainer.facts.metrics = metrics
+    trainer.facts.samples = save_samples(rows["train"], assets)
+    captions = save_query(rows["test"], assets)
+    trainer.facts.usage = {"captions": captions, "output": run_code(usage_code(str(folder), captions))}
+    record = write_card(trainer, folder)
+    (assets / "card.json").write_text(record.to_json(), encoding="utf-8")
     print(f"\nThe student is in {folder}: AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
 
 
-def results_table(metrics: dict[str, float], split: str = "test") -> str:
-    """A Markdown table that reads well as plain text: recalls of student and teacher, size and speed."""
-    has_teacher = f"teacher_{split}_rsum" in metrics
-    has_across = f"teacher_index_{split}_rsum" in metrics
-    header = [f"{split} split, {metrics[f'{split}_images']:,} images", "student"]
-    header += ["teacher", "share kept"] if has_teacher else []
-    header += ["student on teacher's index", "teacher on student's index"] if has_across else []
-    rows = [header]
-    blank = [""] * (len(header) - 2)
-    # "" for the whole split, and "1k_" where folds of 1,000 were evaluated too.
-    prefixes = [name[len(split) + 1 : -len("rsum")] for name in metrics if re.fullmatch(rf"{split}_(\w+_)?rsum", name)]
-    for name in (prefix + name for prefix in prefixes for name in (*RECALLS, "rsum")):
-        student = metrics[f"{split}_{name}"]
-        row = [name.replace("_", " "), f"{student:.1f}"]
-        if has_teacher:
-            teacher = metrics[f"teacher_{split}_{name}"]
-            row += [f"{teacher:.1f}", f"{100 * student / teacher:.1f} %" if teacher else "-"]
-        for index in ("teacher", "student") if has_across else ():
-            across = metrics.get(f"{index}_index_{split}_{name}")
-            row.append("" if across is None else f"{across:.1f}")
-        rows.append(row)
-    if f"teacher_reduced_{split}_rsum" in metrics:
-        rows.append(["rsum at the student's width", "", f"{metrics[f'teacher_reduced_{split}_rsum']:.1f}", *blank[1:]])
-    rows.append(["parameters", f"{metrics['parameters'] / 1e6:.2f} M", *blank])
-    for name, label in (("image", "image"), ("caption", "caption")):
-        for batch in (1, 64):
-            rows.append([f"ms per {label}, batch {batch}", f"{metrics[f'ms_per_{name}_batch_{batch}']:.2f}", *blank])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def pin_revision(trainer: RetrievalTrainer, repo_id: str, revision: str) -> None:
+    """Writes the card again with the code on it of the commit that holds the weights; to be pushed once more.
+
+    Args:
+        repo_id, revision: where the run's folder was pushed to, and that commit.
+    """
+    trainer.facts.repo_id, trainer.facts.revision = repo_id, revision
+    folder = Path(trainer.args.output_dir)
+    record = write_card(trainer, folder)
+    (folder / "assets" / "card.json").write_text(record.to_json(), encoding="utf-8")
+
+
+def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, folder: Path) -> None:
+    """Pictures of what a few queries find among all rows, as many of those that miss as of those that hit.
+
+    Args:
+        rows: of the split that the embeddings are of.
+        image_embeds: L2-normalised `[N, D]`.
+        text_embeds: L2-normalised `[C, D]`, row by row.
+        folder: gets `text_to_image.png` and `image_to_text.png`.
+    """
+    from inference.grid import Cell, result_grid  # it needs matplotlib
+
+    groups, caption_to_image = (ids.to(image_embeds.device) for ids in rows_and_captions(rows))
+    captions = [caption for own in rows["captions"] for caption in own]
+    text_groups = groups[caption_to_image]
+    undecoded = _undecoded(rows, ["image"])
+
+    def image(i: int) -> Image.Image:
+        return load_rgb(undecoded[i]["image"])
+
+    def caption(i: int) -> str:
+        return captions[i]
+
+    ways = {
+        "text_to_image": (caption, text_embeds, text_groups, image, image_embeds, groups),
+        "image_to_text": (image, image_embeds, groups, caption, text_embeds, text_groups),
+    }
+    for way, (query, queries, own_groups, answer, index, index_groups) in ways.items():
+        tried = torch.tensor(evenly(range(len(queries)), 200), device=index.device)
+        found = (queries[tried] @ index.T).topk(min(5, len(index)))
+        right = index_groups[found.indices] == own_groups[tried, None]
+        hits, misses = ([i for i, hit in enumerate(right[:, 0].tolist()) if hit is wanted] for wanted in (True, False))
+        chosen = evenly(hits, 2) + evenly(misses, 2)
+        cells = [
+            [
+                Cell(answer(i), f"{score:.2f}", is_right)
+                for i, score, is_right in zip(*(of[row].tolist() for of in (found.indices, found.values, right)))
+            ]
+            for row in chosen
+        ]
+        result_grid([query(i) for i in tried[chosen].tolist()], cells, folder / f"{way}.png")
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """At most `count` of the items, at even distances."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path) -> list[list[str]]:
+    """Three images as `sample_1.png`, ... in `folder`, if readable; returns at most five captions of each."""
+    part = rows.select(evenly(range(len(rows)), 3)) if isinstance(rows, datasets.Dataset) else rows.take(3)
+    captions = []
+    for row in _undecoded(part, ["image", "captions"]):
+        try:
+            image = load_rgb(row["image"])
+        except ValueError:  # training left it out too
+            continue
+        captions.append(row["captions"][:5])
+        _save_small(image, folder / f"sample_{len(captions)}.png", 128)
+    return captions
+
+
+def save_query(rows: datasets.Dataset, folder: Path) -> list[str]:
+    """An image as `query.png` in `folder`; returns a caption of it and captions of two others."""
+    first, *others = evenly(range(len(rows)), 3)
+    part = _undecoded(rows, ["image", "captions"])
+    _save_small(load_rgb(part[first]["image"]), folder / "query.png", 256)
+    return [" ".join(part[i]["captions"][0].split()) for i in (first, *others)]
+
+
+def _undecoded(rows, columns: list[str]):
+    return rows.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+
+
+def _save_small(image: Image.Image, path: Path, side: int) -> None:
+    image.thumbnail((side, side))
+    image.save(path.with_suffix(".part"), format="PNG", optimize=True)
+    os.replace(path.with_suffix(".part"), path)
+
+
+def run_code(code: str, seconds: float = 120) -> str | None:
+    """What the code prints; None, with a warning, where it fails or takes longer: the student is saved anyway."""
+    printed, failures = [], []
+
+    def run() -> None:
+        try:
+            exec(code, {"print": lambda line: printed.append(str(line))})
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures or thread.is_alive():
+        reason = failures[0] if failures else f"it takes more than {seconds} seconds"
+        logger.warning(f"The code on the card does not run, its output is left out: {reason}")
+        return None
+    return "\n".join(printed)
 
 
 @torch.inference_mode()

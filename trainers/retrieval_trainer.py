@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
+from pathlib import Path
 
 import datasets
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.utils import PushInProgress
+
+from model_cards import RunFacts
 
 from . import distributed
+from .card import write_card
 from .dataset_checks import check_dataset
 from .distillation_config import DSMDTrainingArguments
+from .hub_push import one_line, push_checkpoint, push_run, pushed_place, snapshot
 from .images import load_rgb
 from .retrieval import fold_metrics, retrieval_metrics
 from .retrieval_data import (
@@ -26,7 +34,7 @@ from .retrieval_data import (
     RetrievalCollator,
     RetrievalDataset,
     id_hash,
-    teacher_features,
+    teacher_tensors,
 )
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
 
@@ -48,6 +56,8 @@ class RetrievalTrainer(Trainer):
         eval_dataset: such rows, not streamed.
         processing_class: processor with `image_processor` and `tokenizer`; saved with the model.
         **kwargs: `callbacks` and `optimizers` as in `Trainer`.
+
+    Every saved student has a card; set `facts` ([`RunFacts`]) for what it shall say of data, teacher and licence.
     """
 
     # compute_loss divides by the counts of the whole step: nothing is left for Trainer to divide by.
@@ -114,8 +124,10 @@ class RetrievalTrainer(Trainer):
             self.add_callback(SkipTrainedBatches(self.train_dataset))
         elif self.train_dataset is not None:
             self.add_callback(_SetEpoch(self.train_dataset))
+        self.add_callback(_MarkBeginning(self))
+        self.facts = RunFacts()  # for the card
         self.unreadable: dict[str, None] = {}
-        self._teacher_metrics: dict[str, dict[str, float]] = {}
+        self._teacher_metrics: dict[tuple, dict[str, float]] = {}
 
     def _teacher_dim(self, model: PreTrainedModel) -> int:
         return model.config.projection_dim if self.teacher_projection is None else len(self.teacher_projection)
@@ -226,31 +238,34 @@ class RetrievalTrainer(Trainer):
         metrics[f"{metric_key_prefix}_images"] = len(image_embeds)
         metrics[f"{metric_key_prefix}_captions"] = len(text_embeds)
         if set(TEACHER_COLUMNS) <= set(dataset.column_names):
-            teacher_image, teacher_text = (rows.to(image_embeds.device) for rows in teacher_rows(dataset))
-            if metric_key_prefix not in self._teacher_metrics:
-                self._teacher_metrics[metric_key_prefix] = {
-                    f"teacher_{metric_key_prefix}_{name}": value
-                    for name, value in _figures(
-                        teacher_image, teacher_text, groups, caption_to_image, fold_size
-                    ).items()
-                }
-            metrics.update(self._teacher_metrics[metric_key_prefix])
-            teacher_rsum = metrics[f"teacher_{metric_key_prefix}_rsum"]
-            metrics[f"{metric_key_prefix}_share_of_teacher"] = (
-                100 * of_student["rsum"] / teacher_rsum if teacher_rsum else float("nan")
-            )
-            if self.needs_teacher:
-                if self.teacher_projection is not None:
-                    teacher_image = teacher_image @ self.teacher_projection
-                    teacher_text = teacher_text @ self.teacher_projection
-                    reduced = retrieval_metrics(teacher_image, teacher_text, groups, groups[caption_to_image])
-                    metrics[f"teacher_reduced_{metric_key_prefix}_rsum"] = reduced["rsum"]
-                across = _across(image_embeds, text_embeds, teacher_image, teacher_text, groups, caption_to_image)
-                for index, figures in across.items():
-                    metrics.update({f"{index}_{metric_key_prefix}_{name}": value for name, value in figures.items()})
+            rows = (image_embeds, text_embeds, groups, caption_to_image)
+            metrics.update(self._beside_the_teacher(dataset, of_student["rsum"], *rows, metric_key_prefix, fold_size))
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _beside_the_teacher(
+        self, dataset, rsum, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None
+    ) -> dict[str, float]:
+        """What `evaluate` says of the teacher; across, and at the student's width, only when training is over."""
+        teacher_image, teacher_text = (rows.to(image_embeds.device) for rows in teacher_rows(dataset))
+        key = (prefix, dataset._fingerprint, fold_size)
+        if key not in self._teacher_metrics:
+            figures = _figures(teacher_image, teacher_text, groups, caption_to_image, fold_size)
+            self._teacher_metrics[key] = {f"teacher_{prefix}_{name}": value for name, value in figures.items()}
+        metrics = dict(self._teacher_metrics[key])
+        teacher_rsum = metrics[f"teacher_{prefix}_rsum"]
+        metrics[f"{prefix}_share_of_teacher"] = 100 * rsum / teacher_rsum if teacher_rsum else float("nan")
+        if not self.needs_teacher or self.is_in_train:
+            return metrics
+        if self.teacher_projection is not None:
+            teacher_image, teacher_text = (rows @ self.teacher_projection for rows in (teacher_image, teacher_text))
+            reduced = retrieval_metrics(teacher_image, teacher_text, groups, groups[caption_to_image])
+            metrics[f"teacher_reduced_{prefix}_rsum"] = reduced["rsum"]
+        across = _across(image_embeds, text_embeds, teacher_image, teacher_text, groups, caption_to_image)
+        for index, figures in across.items():
+            metrics.update({f"{index}_{prefix}_{name}": value for name, value in figures.items()})
         return metrics
 
     @torch.no_grad()
@@ -326,12 +341,83 @@ class RetrievalTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON."""
+        """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON, and a card is there."""
         output_dir = output_dir or self.args.output_dir
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             os.remove(os.path.join(output_dir, "training_args.bin"))
             write_json(os.path.join(output_dir, "training_args.json"), self.args.to_dict())
+            write_card(self, output_dir)
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Names the repository; each push makes it where it is missing. Trainer's would stop a run the Hub refuses."""
+        if not self.is_world_process_zero():
+            return
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.push_in_progress = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's pushes a revision without code and card, and its arguments as a pickle; a failure goes unseen."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"_push-{step}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        try:
+            snapshot(Path(checkpoint_folder), folder)
+        except OSError as error:
+            logger.warning(f"Step {step} is not pushed: {one_line(error)}.")
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        job = HfApi().run_as_future(
+            push_checkpoint,
+            folder,
+            self.hub_model_id,
+            pushed_place(self.args.hub_strategy, checkpoint_folder),
+            f"Training in progress, step {step}",
+            self.args.hub_revision,
+            self.args.hub_private_repo,
+        )
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
+        """Pushes the run's folder as it is, with the card that was written for it; Trainer's writes another.
+
+        Returns:
+            The commit; None where the push failed (the command that completes it is printed), and on other processes.
+        """
+        if not os.path.isfile(os.path.join(self.args.output_dir, "config.json")):
+            self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self._finish_current_push()
+        return push_run(
+            self.args.output_dir,
+            self.hub_model_id,
+            commit_message,
+            self.args.hub_revision,
+            self.args.hub_private_repo,
+        )
+
+
+class _MarkBeginning(TrainerCallback):
+    """Leaves in the log that a run was resumed, for its card, and takes from the card what earlier weights scored."""
+
+    def __init__(self, trainer: RetrievalTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.facts.metrics, self.trainer.facts.usage = {}, None
+        if state.global_step:
+            state.log_history.append({"resumed": True, "epoch": state.epoch, "step": state.global_step})
 
 
 class _SetEpoch(TrainerCallback):
@@ -364,8 +450,7 @@ def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Te
 def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
     columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in dataset.column_names]
-    table = dataset.select_columns(columns).with_format("arrow")[:]
-    return tuple(torch.from_numpy(teacher_features(table, name).astype("float32")) for name in TEACHER_COLUMNS)
+    return teacher_tensors(dataset.select_columns(columns).with_format("arrow")[:])
 
 
 def _figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:

@@ -47,6 +47,8 @@ class StudentArguments:
     vocab_size: int = field(
         default=8000, metadata={"help": "Largest vocabulary of the tokenizer of a text tower trained from scratch."}
     )
+    license: str | None = field(default=None, metadata={"help": "Of the student, for its card, such as 'apache-2.0'."})
+    language: list[str] | None = field(default=None, metadata={"help": "Of its captions, for its card, such as 'en'."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the towers' repositories run code here."})
 
     def __post_init__(self):
@@ -141,12 +143,16 @@ def without_cropping(processor: BaseImageProcessor) -> BaseImageProcessor:
             image_mean=list(config["mean"]),
             image_std=list(config["std"]),
         )
+    if not hasattr(processor, "do_center_crop") or hasattr(processor, "max_num_patches"):
+        raise ValueError(
+            f"{type(processor).__name__} makes no images of one size: choose a vision tower that takes them."
+        )
     if processor.do_center_crop:
         processor.size, processor.do_center_crop = processor.crop_size, False
     side = processor.size.shortest_edge
     if side:
         processor.size = SizeDict(height=side, width=side)
-    if getattr(processor, "crop_pct", None):  # ConvNeXt's and PoolFormer's crop while they resize, whatever the size
+    if hasattr(processor, "crop_pct"):  # ConvNeXt's and PoolFormer's crop while they resize, whatever the size
         processor = ViTImageProcessorPil(
             size=processor.size,
             resample=processor.resample,

@@ -618,6 +618,7 @@ def test_model_and_processor_load_where_the_package_is_not(tmp_path, monkeypatch
         assert config["auto_map"] == {
             "AutoConfig": "configuration_dsmd.DSMDConfig",
             "AutoModel": "modeling_dsmd.DSMDModel",
+            "AutoModelForZeroShotImageClassification": "modeling_dsmd.DSMDModel",
         }
     assert type(AutoProcessor.from_pretrained(tmp_path / "student_0")) is VisionTextDualEncoderProcessor
 

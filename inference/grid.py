@@ -1,0 +1,139 @@
+"""Query results as one picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+SIDE, GAP, LINE = 168, 16, 34  # of a picture, between pictures, of a caption; pixels
+ABREAST = 6  # pictures side by side, before the next line
+QUERY = 220  # width of the queries' column
+GROUND, TILE, INK, QUIET, EDGE, RIGHT = "#ffffff", "#f3f4f6", "#1f2933", "#5f6b7a", "#d5dae1", "#15803d"
+
+
+@dataclass
+class Cell:
+    """A result: a picture or a caption, a note on it such as its score, and whether it is a right answer."""
+
+    content: Image.Image | str
+    note: str = ""
+    right: bool = False
+
+
+def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: str | Path) -> None:
+    """Draws queries, one below the other, each with its results: pictures side by side, captions as a list.
+
+    Right answers are framed, and marked so that the colour is not needed to tell them.
+
+    Args:
+        queries: texts or images (RGB), Q of them.
+        rows: Q lists of results, best first; those of one query are all images (RGB) or all captions.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: where the numbers of queries and rows differ or there is none.
+    """
+    if not queries or len(queries) != len(rows):
+        raise ValueError(f"{len(queries)} queries and {len(rows)} rows of results: expected one row a query.")
+    columns = min(ABREAST, max([3, *(len(cells) for cells in rows if not _are_captions(cells))]))
+    heights = [_height(cells, columns) for cells in rows]
+    has_right = any(cell.right for cells in rows for cell in cells)
+    width = GAP + QUERY + GAP + columns * (SIDE + GAP)
+    page = Image.new("RGB", (width, GAP + sum(heights) + LINE * has_right), GROUND)
+    draw = ImageDraw.Draw(page)
+    top = GAP
+    for query, cells, height in zip(queries, rows, heights):
+        _draw_query(page, draw, query, top)
+        for i, cell in enumerate(cells):
+            left = GAP + QUERY + GAP
+            if isinstance(cell.content, str):
+                _draw_caption(draw, cell, (left, top + i * LINE, width - GAP, top + (i + 1) * LINE - 6))
+            else:
+                line, column = divmod(i, columns)
+                _draw_picture(page, draw, cell, left + column * (SIDE + GAP), top + line * (SIDE + LINE + GAP))
+        top += height
+    if has_right:
+        draw.text((GAP, top), "✓ framed: a right answer", RIGHT, _font(13))
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.part")
+    page.save(beside, format="PNG", optimize=True)
+    os.replace(beside, path)
+
+
+def _are_captions(cells: list[Cell]) -> bool:
+    return bool(cells) and isinstance(cells[0].content, str)
+
+
+def _height(cells: list[Cell], columns: int) -> int:
+    if _are_captions(cells):
+        return max(SIDE, LINE * len(cells)) + GAP
+    return (SIDE + LINE + GAP) * max(1, math.ceil(len(cells) / columns))
+
+
+def _draw_query(page: Image.Image, draw: ImageDraw.ImageDraw, query: str | Image.Image, top: int) -> None:
+    if isinstance(query, str):
+        lines = _wrap(query, _font(17, bold=True), QUERY, most=6)
+        draw.multiline_text((GAP, top + 6), "\n".join(lines), INK, _font(17, bold=True), spacing=6)
+    else:
+        _paste(page, query, GAP, top)
+        draw.rounded_rectangle((GAP, top, GAP + SIDE, top + SIDE), 6, outline=EDGE)
+
+
+def _draw_picture(page: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left: int, top: int) -> None:
+    box = (left, top, left + SIDE, top + SIDE)
+    _paste(page, cell.content, left, top)
+    draw.rounded_rectangle(box, 6, outline=RIGHT if cell.right else EDGE, width=4 if cell.right else 1)
+    note = _wrap(("✓ " if cell.right else "") + cell.note, _font(13), SIDE, most=1)
+    draw.text((left + 2, top + SIDE + 5), "".join(note), RIGHT if cell.right else QUIET, _font(13))
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, cell: Cell, box: tuple[int, int, int, int]) -> None:
+    color = RIGHT if cell.right else EDGE
+    draw.rounded_rectangle(box, 6, fill=TILE, outline=color, width=3 if cell.right else 1)
+    middle = (box[1] + box[3]) // 2
+    note = ("✓ " if cell.right else "") + cell.note
+    draw.text((box[0] + 10, middle), note, RIGHT if cell.right else QUIET, _font(13), anchor="lm")
+    start = box[0] + 20 + max(_font(13).getlength(note), 60 if cell.note else 0)
+    caption = "".join(_wrap(cell.content, _font(15), box[2] - 10 - start, most=1))
+    draw.text((start, middle), caption, INK, _font(15), anchor="lm")
+
+
+def _paste(page: Image.Image, image: Image.Image, left: int, top: int) -> None:
+    """The whole image in a square of SIDE with a small margin."""
+    fitted = ImageOps.contain(image, (SIDE - 16, SIDE - 16), Image.Resampling.LANCZOS)
+    page.paste(fitted, (left + (SIDE - fitted.width) // 2, top + (SIDE - fitted.height) // 2))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words, what is over `most` lines cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines[most - 1 :] = [" ".join(lines[most - 1 :])]
+    return [_shorten(line, font, width) for line in lines]
+
+
+def _shorten(line: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    line = line[:500]  # no more fits, and a caption may be of any length
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and has most alphabets."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)

@@ -1,0 +1,29 @@
+"""Searches a folder of images with an exported student: python onnx_search.py EXPORTED IMAGES "a query"."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+
+def pixels(image: Image.Image, settings: dict) -> np.ndarray:
+    """`[1, 3, H, W]`: the image upright, on white, squashed to the student's size, normalised."""
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    values = np.asarray(image.resize(settings["size"], settings["resample"])) * settings["rescale_factor"]
+    return ((values - settings["mean"]) / settings["std"]).astype(np.float32).transpose(2, 0, 1)[None]
+
+
+if __name__ == "__main__":
+    folder, paths, query = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir()), sys.argv[3]
+    settings = json.loads((folder / "image_preprocessing.json").read_text())
+    vision, text = (InferenceSession(folder / f"{name}_model.onnx") for name in ("vision", "text"))
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(query)
+    query = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0][0]
+    index = np.concatenate([vision.run(None, {"pixel_values": pixels(Image.open(p), settings)})[0] for p in paths])
+    for i in np.argsort(index @ query)[::-1][:10]:
+        print(f"{index[i] @ query:.4f} {paths[i].name}")

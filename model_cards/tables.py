@@ -1,0 +1,89 @@
+"""The tables of a run as Markdown that reads well as plain text, on a terminal and on the card."""
+
+from __future__ import annotations
+
+import json
+import re
+
+
+RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+
+
+def figures(metrics: dict[str, float], key: str) -> list[str]:
+    """Names of the recalls and rsums of a split, those of folds (`1k_...`) too, without the split's prefix."""
+    folds = [match[1] or "" for name in metrics if (match := re.fullmatch(rf"{key}_(\w+_)?rsum", name))]
+    return [fold + name for fold in folds for name in (*RECALLS, "rsum")]
+
+
+def results_table(metrics, key="test", baseline=None, teacher_parameters=None, split=None) -> str:
+    """Recalls, size and speed as Markdown that reads well as plain text.
+
+    Args:
+        metrics: as in `all_results.json`.
+        key: prefix of the split's figures.
+        baseline: the same of a student trained without a teacher.
+        teacher_parameters: how many the teacher has.
+        split: the split's name; default: the key.
+    """
+    has_teacher = f"teacher_{key}_rsum" in metrics
+    columns = [("student", metrics, f"{key}_"), ("teacher", metrics, f"teacher_{key}_")][: 1 + has_teacher]
+    columns += [("plain contrastive", baseline, f"{key}_")] if baseline else []
+    last = ["share kept"] if has_teacher else []
+    rows = [[f"{split or key} split, {metrics[f'{key}_images']:,} images", *(name for name, *_ in columns), *last]]
+    for name in figures(metrics, key):
+        row = [name.replace("_", " "), *(_cell(of.get(prefix + name), "{:.1f}") for _, of, prefix in columns)]
+        teacher = metrics.get(f"teacher_{key}_{name}")
+        row += [f"{100 * metrics[f'{key}_{name}'] / teacher:.1f} %" if teacher else "-"] if has_teacher else []
+        rows.append(row)
+    if f"teacher_reduced_{key}_rsum" in metrics:
+        rows.append(["rsum at the student's width", "", f"{metrics[f'teacher_reduced_{key}_rsum']:.1f}"])
+    own = {"student": metrics, "teacher": {"parameters": teacher_parameters}, "plain contrastive": baseline}
+    speeds = {f"ms_per_{of}_batch_{n}": f"ms per {of}, batch {n}" for of in ("image", "caption") for n in (1, 64)}
+    for name, label in {"parameters": "parameters", **speeds}.items():
+        form, unit = ("{:.2f} M", 1e6) if name == "parameters" else ("{:.2f}", 1)
+        if name in metrics:
+            rows.append([label, *(_cell(own[column].get(name), form, unit) for column, *_ in columns)])
+    return _table(rows)
+
+
+def across_table(metrics: dict[str, float], key: str = "test") -> str:
+    """Recalls of student's and teacher's queries on each other's index; "" where they were not measured."""
+    rows = [["", "student on teacher's index", "teacher on student's index"]]
+    for name in (*RECALLS, "rsum") if f"teacher_index_{key}_rsum" in metrics else ():
+        values = (metrics[f"{index}_index_{key}_{name}"] for index in ("teacher", "student"))
+        rows.append([name.replace("_", " "), *(f"{value:.1f}" for value in values)])
+    return _table(rows) if rows[1:] else ""
+
+
+def data_table(data: dict[str, dict]) -> str:
+    rows = [["split", "images", "captions", "captions per image", "words per caption"]]
+    for name, of in data.items():
+        spreads = (of["captions_per_image"], of["words_per_caption"])
+        spreads = [f"{mean:.1f} ({least} to {most})" for mean, least, most in spreads]
+        rows.append([name, f"{of['images']:,}", f"{of['captions']:,}", *spreads])
+    return _table(rows) if data else ""
+
+
+def samples_table(samples: list[list[str]]) -> str:
+    rows = [["image", "captions"]]
+    for i, captions in enumerate(samples, start=1):
+        # Text, whatever it is: no markup, no end of a cell.
+        text = "; ".join(re.sub(r"([\\`*_\[\]|<>&])", r"\\\1", " ".join(caption.split())) for caption in captions)
+        rows.append([f"![sample {i}](assets/sample_{i}.png)", text])
+    return _table(rows) if samples else ""
+
+
+def bullets(values: dict[str, object]) -> str:
+    return "\n".join(f"- `{name}`: {json.dumps(of) if isinstance(of, dict) else of}" for name, of in values.items())
+
+
+def _table(rows: list[list[str]]) -> str:
+    rows = [[*row, *[""] * (len(rows[0]) - len(row))] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else form.format(value / unit)

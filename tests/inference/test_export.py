@@ -1,0 +1,241 @@
+"""ONNX files of a student, against torch; the search that needs neither torch nor transformers."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import WORDS, make_rows, make_student
+from PIL import Image
+from tiny_towers import scatter
+from transformers import ViTImageProcessorPil
+
+from inference import export
+from trainers import retrieval_metrics
+from trainers.images import to_rgb
+
+
+CAPTIONS = [" ".join(WORDS[: n + 1]) for n in (0, 5, 2, 19)]
+FILES = {f"{tower}_model{ending}.onnx" for tower in ("vision", "text") for ending in ("", "_int8")}
+ROOT = Path(export.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def student():
+    model, processor = make_student()
+    processor.tokenizer.model_max_length = 24
+    return scatter(model).eval(), processor
+
+
+@pytest.fixture(scope="module")
+def saved(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "student"
+    for part in student:
+        part.save_pretrained(folder)
+    rows = datasets.DatasetDict({"train": make_rows(4), "test": make_rows(20, seed=2)})
+    rows.save_to_disk(folder.with_name("rows"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(saved):
+    """The folder of a whole run, and what the run printed."""
+    folder = saved.with_name("exported")
+    command = [
+        "--model", str(saved), "--output", str(folder), "--dataset", str(saved.with_name("rows")), "--limit", "15",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *values: printed.append(" ".join(map(str, values))))
+        export.main(command)
+    return folder, "\n".join(printed)
+
+
+def onnx(path, **inputs):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+
+
+def test_embeddings_of_any_batch_and_length_are_torchs(exported, student):
+    model, processor = student
+    pixels = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    for count in (1, 2, 7):
+        with torch.no_grad():
+            expected = model(pixel_values=pixels[:count]).image_embeds.numpy()
+        np.testing.assert_allclose(
+            onnx(exported[0] / "vision_model.onnx", pixel_values=pixels[:count]), expected, atol=1e-5
+        )
+        int8 = onnx(exported[0] / "vision_model_int8.onnx", pixel_values=pixels[:count])
+        assert 0.99 < (int8 * expected).sum(1).min() < 1 - 1e-6
+    for captions in (CAPTIONS[:1], CAPTIONS[1:3], CAPTIONS):
+        inputs = processor.tokenizer(captions, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**inputs).text_embeds.numpy()
+        actual = onnx(exported[0] / "text_model.onnx", **inputs)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(actual, axis=1), 1, atol=1e-5)
+        int8 = onnx(exported[0] / "text_model_int8.onnx", **inputs)
+        assert 0.99 < (int8 * expected).sum(1).min() < 1 - 1e-6
+
+
+def test_a_folder_holds_what_it_should_and_no_path_of_the_machine(exported, saved):
+    folder, _ = exported
+    others = {"README.md", "tokenizer.json", "image_preprocessing.json", "onnx_search.py"}
+    assert {path.name for path in folder.iterdir()} == FILES | others
+    assert {path.name for path in saved.parent.iterdir()} == {"student", "rows", "exported"}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for private in (
+            saved.parent,
+            ROOT,
+            Path.home(),
+            Path(torch.__file__).parents[1],
+            "site-packages",
+            "stack_trace",
+        ):
+            assert str(private).encode() not in content, (path, private)
+    for tower in ("vision", "text"):
+        assert (folder / f"{tower}_model_int8.onnx").stat().st_size < 0.5 * (
+            folder / f"{tower}_model.onnx"
+        ).stat().st_size
+
+
+def test_the_tables_say_what_is_there(exported, student, saved):
+    folder, printed = exported
+    model, processor = student
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    readme = (folder / "README.md").read_text()
+    assert all(line in readme for line in printed.splitlines() if line.startswith("|"))
+    sizes = {(tower, runtime): float(size) for tower, runtime, size, *_ in cells[2:8]}
+    for label, tower in (("image", "vision"), ("caption", "text")):
+        for runtime, name in (("onnx", f"{tower}_model.onnx"), ("onnx int8", f"{tower}_model_int8.onnx")):
+            assert sizes[label, runtime] == pytest.approx((folder / name).stat().st_size / 1e6, abs=0.051)
+    parameters = sum(value.numel() for value in model.parameters()) - 1  # the logit scale is of neither tower
+    assert sizes["image", "torch"] + sizes["caption", "torch"] == pytest.approx(4 * parameters / 1e6, abs=0.11)
+    assert all(float(value) > 0 for row in cells[2:8] for value in row[3:5])
+    assert all(float(row[5]) > 0.99 for row in cells[2:8])
+
+    rows = datasets.load_from_disk(saved.with_name("rows"))["test"].select(range(15))
+    captions = [caption for captions in rows["captions"] for caption in captions]
+    groups = [group for group, captions in zip(rows["group_id"], rows["captions"]) for _ in captions]
+    with torch.no_grad():
+        output = model(**processor(text=captions, images=list(rows["image"]), padding=True, return_tensors="pt"))
+    figures = retrieval_metrics(output.image_embeds, output.text_embeds, rows["group_id"], groups)
+    assert cells[8] == ["rows test, 15 images", "torch", "onnx", "onnx int8"]
+    recalls = {row[0].replace(" ", "_"): row[1:] for row in cells[10:]}
+    assert recalls.keys() == figures.keys()
+    for name, value in figures.items():
+        assert recalls[name][:2] == [f"{value:.1f}"] * 2
+    assert abs(float(recalls["rsum"][2]) - figures["rsum"]) < 60
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+
+for name in ("torch", "transformers", "trainers", "modeling_dsmd"):
+    sys.modules[name] = None  # importing it fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
+    model, processor = student
+    rng, images = np.random.default_rng(5), tmp_path / "images"
+    images.mkdir()
+    for i, (mode, channels) in enumerate([("RGB", 3)] * 4 + [("RGBA", 4)] * 2 + [("L", 0)] * 2):
+        shape = (40 + 7 * i, 60 - 5 * i, channels) if channels else (40 + 7 * i, 60 - 5 * i)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(images / f"{i}.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8)).save(images / "8.jpg", exif=turned)
+    query = " ".join(WORDS * 3)  # too long: it is cut
+    command = [sys.executable, "-c", WITHOUT_TORCH, exported[0] / "onnx_search.py", exported[0], images, query]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    paths = sorted(images.iterdir())
+    inputs = processor(
+        text=[query], images=[to_rgb(Image.open(path)) for path in paths],
+        return_tensors="pt", truncation=True,
+    )  # fmt: skip
+    assert inputs["input_ids"].shape == (1, 24)
+    with torch.no_grad():
+        output = model(**inputs)
+    scores = (output.text_embeds @ output.image_embeds.T)[0]
+    found = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert [name for _, name in found] == [paths[i].name for i in scores.argsort(descending=True)]
+    for score, name in found:
+        assert float(score) == pytest.approx(float(scores[[path.name for path in paths].index(name)]), abs=1e-4)
+
+
+def test_the_example_is_fifteen_lines():
+    code = (ROOT / "inference" / "onnx_search.py").read_text()
+    imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
+    assert imported == {"json", "sys", "pathlib", "numpy", "onnxruntime", "PIL", "tokenizers"}
+    body = code[code.index("def pixels") :].splitlines()
+    assert len([line for line in body if line.strip() and '"""' not in line and "__main__" not in line]) <= 15
+
+
+def test_a_file_that_differs_from_torch_is_refused_and_leaves_nothing(exported, student, saved, monkeypatch, tmp_path):
+    def write_another(tower, inputs, path, opset):
+        shutil.copy(exported[0] / path.name, path)
+
+    model, processor = student
+    monkeypatch.setattr(export, "write_onnx", write_another)
+    other = type(model).from_pretrained(saved).eval()
+    with torch.no_grad():
+        other.text_projection.weight[0] += 0.01
+    other.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(RuntimeError, match=r"text_model.onnx differs from torch by .* for input_ids \[1, 12\]"):
+        export.main(["--model", str(tmp_path / "other"), "--output", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "settings, right",
+    [
+        ({}, True),
+        ({"do_normalize": False}, True),
+        ({"do_rescale": False, "image_mean": [90.0, 100, 110], "image_std": [50.0, 60, 70], "resample": 3}, True),
+        ({"size": {"height": 20, "width": 36}, "resample": 0}, True),
+        ({"size": {"shortest_edge": 32}}, False),
+        ({"do_resize": False}, False),
+    ],
+)
+def test_image_settings(settings, right):
+    processor = ViTImageProcessorPil(**{"size": {"height": 32, "width": 32}, **settings})
+    if right:
+        assert export.image_settings(processor)["size"][0] == processor.size.width
+    else:
+        with pytest.raises(ValueError, match="does more than squash"):
+            export.image_settings(processor)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_the_extra_it_says_what_to_install(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=rf'^error: {name} is not installed: pip install "dsmd\[onnx\]"'):
+        export.main(["--model", "any", "--output", str(tmp_path / "out")])
+
+
+def test_bad_arguments_stop_before_the_export(saved, tmp_path, capsys):
+    arguments = ["--model", str(saved), "--output"]
+    rows = ["--dataset", str(saved.with_name("rows"))]
+    for bad, message in (
+        ([str(saved)], "exists and is not empty"),
+        ([str(tmp_path / "out"), "--limit", "0"], "--limit 0: expected 1 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            export.main(arguments + bad)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="has no split val .it has train, test"):
+        export.main([*arguments, str(tmp_path / "out"), *rows, "--split", "val"])
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,427 @@
+"""The card of a run: its YAML, sections and every number against what the run left, in each state a run can be in."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from conftest import make_rows, make_student
+from test_train import RECIPE
+from tiny_trainer import make_trainer
+from transformers import TrainerCallback
+
+import train
+from model_cards import RunFacts, RunRecord, describe_captions, render_card
+from model_cards.example import EXAMPLE
+from trainers import ContrastiveTrainer
+from trainers.card import write_card
+from trainers.data_loading import read_baseline
+
+
+RECALLS = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+FINISHED = ["Results", "Queries and answers", "Use", "Method", "Data", "Training", "Limits", "Citation"]
+STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def sections(card: str) -> list[str]:
+    outside = re.sub(r"^```.*?^```$", "", card.split("---\n", 2)[2], flags=re.S | re.M)
+    return re.findall(r"^##+ (.*)$", outside, re.M)
+
+
+def table(card: str, first: str) -> list[list[str]]:
+    """Cells of the table whose first cell begins so."""
+    start = card.index(f"| {first}")
+    lines = card[start : card.index("\n\n", start)].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|-")]
+
+
+def blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)\n```$", card, re.S | re.M)
+
+
+def assert_well_formed(card: str) -> None:
+    assert card.count("\n```") % 2 == 0 and card.count("<details>") == card.count("</details>")
+    assert "{{" not in card and "{%" not in card and "\n\n\n" not in card and card.endswith("\n")
+    assert "None" not in card and "nan" not in card.lower().split() and "More information" not in card
+    for rows in re.findall(r"(?:^\|.*\|\n)+", card, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows.splitlines()}) == 1, rows
+    for heading in re.finditer(r"^#+ .*$", card, re.M):
+        after = card[heading.end() :].lstrip("\n")
+        assert after and not after.startswith("## "), heading[0]  # no section is empty
+
+
+def indexed(card: str) -> dict[tuple[str, str], float]:
+    """Figures of the model-index by (split, figure)."""
+    (model,) = front_matter(card)["model-index"]
+    return {
+        (result["dataset"]["split"], metric["type"]): metric["value"]
+        for result in model["results"]
+        for metric in result["metrics"]
+    }
+
+
+def run(folder: Path, data: Path, *arguments: str, **settings) -> Path:
+    recipe = {**RECIPE, "dataset_name": str(data), "output_dir": str(folder), "report_to": "none", **settings}
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    train.main(["--config", str(path), *arguments])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    parts = {"train": make_rows(48), "validation": make_rows(12, seed=1), "test": make_rows(12, seed=2)}
+    teacher = json.dumps({"id": "user/teacher", "revision": "abc", "parameters": 27_000_000})
+    for split, part in parts.items():
+        parts[split] = part.add_column("teacher", [teacher] * len(part))
+    parts["train"].info.license = "cc0-1.0"
+    folder = tmp_path_factory.mktemp("private") / "data"
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def contrastive(data):
+    return run(data.parent / "plain", data, method="contrastive", learning_rate=1e-4)
+
+
+@pytest.fixture(scope="module")
+def distilled(data, contrastive):
+    settings = {"license": "apache-2.0", "language": ["en", "de"], "test_fold_size": 4}
+    return run(data.parent / "student", data, baseline_results=str(contrastive / "all_results.json"), **settings)
+
+
+def test_a_finished_run(distilled, contrastive, data):
+    card = (distilled / "README.md").read_text()
+    results = json.loads((distilled / "all_results.json").read_text())
+    baseline = json.loads((contrastive / "all_results.json").read_text())
+    assert_well_formed(card)
+    assert sections(card) == FINISHED
+    front = front_matter(card)
+    assert front["license"] == "apache-2.0" and front["language"] == ["en", "de"]
+    assert front["pipeline_tag"] == "zero-shot-image-classification" and front["library_name"] == "transformers"
+    assert {"image-text-retrieval", "distillation", "dual-encoder"} <= set(front["tags"])
+    assert not {"datasets", "base_model", "co2_eq_emissions"} & set(front)  # all local, nothing measured
+    wanted = {("validation", name): results[f"eval_{name}"] for name in (*RECALLS, "rsum")}
+    wanted |= {("test", name): results[f"test_{name}"] for name in (*RECALLS, "rsum")}
+    wanted |= {("test", f"4_{name}"): results[f"test_4_{name}"] for name in (*RECALLS, "rsum")}
+    assert indexed(card) == wanted
+    header, *rows = table(card, "test split")
+    assert header == ["test split, 12 images", "student", "teacher", "plain contrastive", "share kept"]
+    rows = {row[0].replace(" ", "_"): row[1:] for row in rows}
+    for name in (*RECALLS, "rsum"):
+        own, its = results[f"test_{name}"], results[f"teacher_test_{name}"]
+        plain = baseline[f"test_{name}"]
+        assert rows[name] == [f"{own:.1f}", f"{its:.1f}", f"{plain:.1f}", f"{100 * own / its:.1f} %"]
+        folds = results[f"test_4_{name}"], results[f"teacher_test_4_{name}"]
+        assert rows[f"4_{name}"][:3] == [f"{folds[0]:.1f}", f"{folds[1]:.1f}", ""]
+    millions = [f"{of['parameters'] / 1e6:.2f} M" for of in (results, {"parameters": 27_000_000}, baseline)]
+    assert rows["parameters"][:3] == millions and f"{millions[0]} parameters" in card
+    for name in ("image_batch_1", "image_batch_64", "caption_batch_1", "caption_batch_64"):
+        of, batch = name.split("_batch_")
+        figures = [f"{figures[f'ms_per_{name}']:.2f}" for figures in (results, baseline)]
+        assert rows[f"ms_per_{of},_batch_{batch}"][0::2][:2] == figures
+    across = " " * len("image to text r10") + " | student on teacher's index"
+    for name, *values in table(card, across)[1:]:
+        name = name.replace(" ", "_")
+        assert values == [f"{results[f'{index}_index_test_{name}']:.1f}" for index in ("teacher", "student")]
+    assert str(data.parent) not in card and data.parent.name not in card
+
+
+def test_its_sentences_are_what_was_measured(distilled):
+    card = (distilled / "README.md").read_text()
+    results = json.loads((distilled / "all_results.json").read_text())
+    log = json.loads((distilled / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert "distilled from user/teacher, on `data`" in card and "- `revision`: abc\n" in card
+    best = json.loads((distilled / "checkpoint-6" / "trainer_state.json").read_text())["best_global_step"]
+    assert f"step 6 of 6.{f' The weights are those of step {best},' if best != 6 else ''}" in card
+    steps = [entry for entry in log if "weight_feature" in entry]
+    first, last = (
+        " : ".join(f"{entry[f'weight_{name}']:.3g}" for name in ("contrastive", "feature", "similarity"))
+        for entry in (steps[0], steps[-1])
+    )
+    moved = re.search(r"contrastive : feature : similarity : hard negative moved from (.*) to (.*)\.\n", card)
+    assert moved[1].startswith(first) and moved[1].endswith("at step 1")
+    assert moved[2].startswith(last) and moved[2].endswith("at step 6")
+    shares = {name: results[f"test_{name}"] / results[f"teacher_test_{name}"] for name in RECALLS}
+    worst = min(shares, key=shares.get)
+    limits = card[card.index("## Limits") :]
+    if shares[worst] < 1:
+        own, its = results[f"test_{worst}"], results[f"teacher_test_{worst}"]
+        assert f"least of its teacher in {worst.replace('_', ' ')}: {own:.1f} of {its:.1f}," in limits
+    assert f"{100 - results['test_text_to_image_r1']:.1f} % of the captions of the test split" in limits
+    assert f"{results['train_runtime'] / 60:.1f} minutes" in card
+
+
+def test_its_data_and_settings(distilled, data):
+    card = (distilled / "README.md").read_text()
+    rows = datasets.load_from_disk(data)
+    for name, images, captions, per_image, words in table(card, "split ")[1:]:
+        counts = [len(own) for own in rows[name]["captions"]]
+        lengths = [len(caption.split()) for own in rows[name]["captions"] for caption in own]
+        assert (int(images), int(captions)) == (len(counts), len(lengths))
+        assert per_image == f"{sum(counts) / len(counts):.1f} ({min(counts)} to {max(counts)})"
+        assert words == f"{sum(lengths) / len(lengths):.1f} ({min(lengths)} to {max(lengths)})"
+    assert "Licence of the data: cc0-1.0." in card
+    samples = table(card, "image  ")[1:]
+    assert len(samples) == 3 and all(text.split("; ")[0] in sum(rows["train"]["captions"], []) for _, text in samples)
+    (settings,) = [yaml.safe_load(block) for block in blocks(card, "yaml")]
+    saved = json.loads((distilled / "training_args.json").read_text())
+    assert settings == saved
+    differing = dict(re.findall(r"^- `(\w+)`: (.*)$", card[card.index("## Training") :], re.M))
+    assert differing["queue_size"] == "40" and differing["learning_rate"] == "0.001"
+    assert not {"use_cpu", "debug", "output_dir", "weight_decay"} & set(differing)
+
+
+def test_its_pictures_are_there(distilled):
+    card = (distilled / "README.md").read_text()
+    shown = re.findall(r"\]\(assets/([^)]*)\)", card)
+    assert {"curves.png", "text_to_image.png", "image_to_text.png", "sample_1.png"} <= set(shown)
+    assert {path.name for path in (distilled / "assets").iterdir()} == {*shown, "query.png", "card.json"}
+
+
+def printed_by(code: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue().strip()
+
+
+def test_its_code_prints_what_the_card_says(distilled):
+    card = (distilled / "README.md").read_text()
+    ((code,), (output,)) = blocks(card, "python"), blocks(card, "text")
+    assert 'repo = "student"' in code and "revision" not in code
+    assert printed_by(code.replace('"student"', repr(str(distilled)))) == output
+    assert len(output.splitlines()) == 3 and re.match(r"-?\d\.\d{3}  \w+", output)
+
+
+def test_a_contrastive_run_says_nothing_of_a_teacher(contrastive):
+    card = (contrastive / "README.md").read_text()
+    results = json.loads((contrastive / "all_results.json").read_text())
+    assert results["teacher_test_rsum"] > 0  # the data has one all the same
+    assert_well_formed(card)
+    assert sections(card) == [name for name in FINISHED if name not in ("Method", "Citation")]
+    assert "distillation" not in front_matter(card)["tags"]
+    assert not re.search("teacher|distil(?!bert)|DSMD|balancer|queue_size", card)
+    assert table(card, "test split")[0] == ["test split, 12 images", "student"]
+    assert indexed(card)["test", "rsum"] == results["test_rsum"]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run(tmp_path, rows, validation_rows):
+    trainer = make_trainer(
+        tmp_path / "run", rows, eval_dataset=validation_rows, callbacks=[StopAt(4)], **{**STEPS, "max_steps": 9,
+        "save_steps": 3}
+    )  # fmt: skip
+    trainer.facts = RunFacts(dataset_name="user/data")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    card = (tmp_path / "run" / "checkpoint-3" / "README.md").read_text()
+    log = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    (evaluation,) = [entry for entry in log if "eval_rsum" in entry]
+    assert_well_formed(card)
+    assert sections(card) == ["Results", "Use", "Method", "Training", "Limits", "Citation"]
+    assert "Training was at step 3 of 9." in card and "On the validation split, at step 2." in card
+    assert indexed(card) == {("validation", name): evaluation[f"eval_{name}"] for name in (*RECALLS, "rsum")}
+    assert front_matter(card)["datasets"] == ["user/data"]
+    assert "test" not in card.split("## Limits")[0].split("## Training")[0] and "minutes" not in card
+    assert "printed" not in card and str(tmp_path) not in card
+    trainer.save_model(str(tmp_path / "by hand"))
+    assert "Training was at step 4 of 9." in (tmp_path / "by hand" / "README.md").read_text()
+
+
+def test_a_run_resumed_twice(tmp_path, rows, validation_rows):
+    trainers = []
+    for steps, checkpoint in ((4, None), (6, "checkpoint-2"), (6, "checkpoint-4")):
+        settings = {**STEPS, "max_steps": steps}
+        trainer = make_trainer(tmp_path / "run", rows, eval_dataset=validation_rows, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / "run" / checkpoint))
+        trainers.append(trainer)
+    (tmp_path / "run" / "emissions.csv").write_text("emissions,cpu_model,gpu_model\n0.002,A CPU,\n")
+    cards = []
+    for trainer in trainers:
+        trainer.facts.dataset_name = "data"
+        trainer.save_model()
+        cards.append((tmp_path / "run" / "README.md").read_text())
+        assert_well_formed(cards[-1])
+    assert "ended at step 4 of 4.\n" in cards[0] and "minutes, evaluations included; 2 g of CO2" in cards[0]
+    assert front_matter(cards[0])["co2_eq_emissions"] == {
+        "emissions": 2.0,
+        "source": "codecarbon",
+        "training_type": "pre-training",
+        "hardware_used": "A CPU",
+    }
+    assert "ended at step 6 of 6. The run was resumed at step 2.\n" in cards[1]
+    assert "ended at step 6 of 6. The run was resumed at step 2 and 4.\n" in cards[2]
+    for card in cards[1:]:  # of one sitting's part only
+        assert "minutes" not in card and "co2_eq_emissions" not in front_matter(card)
+
+
+def test_the_figures_are_of_the_best_weights(tmp_path, rows, validation_rows):
+    settings = {**STEPS, "max_steps": 6, "load_best_model_at_end": True, "greater_is_better": False}
+    trainer = make_trainer(tmp_path / "run", rows, eval_dataset=validation_rows, learning_rate=0.01, **settings)
+    trainer.facts.dataset_name = "data"
+    trainer.train()
+    scores = {entry["step"]: entry["eval_rsum"] for entry in trainer.state.log_history if "eval_rsum" in entry}
+    best = trainer.state.best_global_step
+    assert best < 6 and scores[best] < scores[6]
+    trainer.evaluate()
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"ended at step 6 of 6. The weights are those of step {best}, the best by rsum in validation." in card
+    assert indexed(card)["validation", "rsum"] == scores[best] == trainer.evaluate()["eval_rsum"]
+    assert "On the validation split." in card
+
+
+def test_a_trainer_of_ones_own_code_gets_a_card_of_what_it_knows(tmp_path, rows):
+    trainer = make_trainer(tmp_path / "run", rows)
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert_well_formed(card)
+    assert sections(card) == ["Use", "Method", "Citation"] and "Training was" not in card
+    assert not {"model-index", "datasets", "license", "language", "metrics"} & set(front_matter(card))
+
+
+def test_a_second_training_forgets_what_the_first_scored(tmp_path, rows):
+    trainer = make_trainer(tmp_path / "run", rows, save_strategy="steps", save_steps=1)
+    trainer.facts.dataset_name = "data"
+    trainer.facts.metrics = {"test_rsum": 600.0, "test_images": 3, **{f"test_{name}": 100.0 for name in RECALLS}}
+    trainer.save_model()
+    assert "| rsum " in (tmp_path / "run" / "README.md").read_text()
+    trainer.train()
+    assert "| rsum " not in (tmp_path / "run" / "checkpoint-1" / "README.md").read_text()
+
+
+@pytest.fixture
+def record(distilled):
+    return RunRecord.from_json((distilled / "assets" / "card.json").read_text())
+
+
+def test_the_record_makes_the_same_card(record, distilled):
+    assert render_card(record) == (distilled / "README.md").read_text()
+
+
+def test_hub_ids_and_a_pinned_revision(record):
+    facts = {"dataset_name": "user/data", "towers": ["facebook/dinov2-small"], "repo_id": "user/s", "revision": "c0de"}
+    facts = dataclasses.replace(record.facts, **facts)
+    card = render_card(dataclasses.replace(record, facts=facts, name="user/s"))
+    front = front_matter(card)
+    assert front["datasets"] == ["user/data"] and front["base_model"] == ["facebook/dinov2-small"]
+    assert front["model-index"][0]["name"] == "s" and card.split("---\n", 2)[2].startswith("\n# s\n")
+    (code,) = blocks(card, "python")
+    assert 'repo = "user/s"' in code and code.count('revision="c0de"') == 3
+
+
+def test_captions_are_text_whatever_they_hold(record):
+    nasty = ["a | b", "``` `x` <script>alert(1)</script>", "two\nlines", "*{{ 7 * 7 }}* [x](y)", '"quoted" \\']
+    facts = dataclasses.replace(record.facts, samples=[nasty], usage={"captions": nasty, "output": "1.000  a"})
+    card = render_card(dataclasses.replace(record, facts=facts))
+    assert "<script>" not in card.replace(blocks(card, "python")[0], "")
+    assert "49" not in table(card, "image  ")[1][1] and "{{ 7 \\* 7 }}" in card
+    assert len(re.findall(r"^\| !\[sample", card, re.M)) == 1
+    code = blocks(card, "python")[0]
+    assert nasty == next(yaml.safe_load(line.split("=", 1)[1]) for line in code.splitlines() if "captions = " in line)
+
+
+def test_what_is_not_beside_the_card_is_not_on_it(record):
+    card = render_card(dataclasses.replace(record, assets=[]))
+    assert_well_formed(card)
+    assert "assets/" not in card and sections(card) == [name for name in FINISHED if name != "Queries and answers"]
+
+
+def test_limits_of_a_student_better_than_its_teacher_and_worse_than_the_baseline(record):
+    metrics = dict(record.metrics)
+    for name in (*RECALLS, "rsum"):
+        metrics[f"test_{name}"] = metrics[f"teacher_test_{name}"] + 1
+    facts = dataclasses.replace(record.facts, baseline={**record.facts.baseline, "test_rsum": 599.0})
+    card = render_card(dataclasses.replace(record, metrics=metrics, facts=facts))
+    limits = card[card.index("## Limits") :]
+    assert "least of its teacher" not in limits and "Trained without a teacher it does better: rsum 599.0" in limits
+
+
+def test_a_teacher_without_a_name(record):
+    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, teacher={"dim": 16})))
+    assert "distilled from the features of a teacher, on `data`" in card and "- `dim`: 16\n" in card
+
+
+def test_weights_that_stay_are_said_to_stay(record):
+    course = [[1, {"feature": 1.0, "similarity": 2.0}], [9, {"feature": 1.0, "similarity": 2.0}]]
+    assert "feature : similarity stayed at 1 : 2." in render_card(dataclasses.replace(record, weights=course))
+    assert "feature : similarity were 1 : 2 at step 1." in render_card(dataclasses.replace(record, weights=course[:1]))
+
+
+def test_captions_are_counted():
+    assert describe_captions([["a red car", "car"], ["the moon"]]) == {
+        "images": 2,
+        "captions": 3,
+        "captions_per_image": [1.5, 1, 2],
+        "words_per_caption": [2.0, 1, 3],
+    }
+
+
+def test_a_baseline_that_is_none_is_refused(tmp_path):
+    assert read_baseline(None, 3) is None
+    path = tmp_path / "all_results.json"
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_baseline(path, 3)
+    path.write_text('{"eval_rsum": 1.0}')
+    with pytest.raises(ValueError, match="no test_rsum"):
+        read_baseline(path, 3)
+    path.write_text('{"test_rsum": 1.0, "test_images": 4}')
+    with pytest.raises(ValueError, match="of 4 test images, and this run has 3"):
+        read_baseline(path, 3)
+    assert read_baseline(path, 4)["test_rsum"] == 1.0
+
+
+def test_a_contrastive_trainer_of_ones_own(tmp_path, rows):
+    model, processor = make_student()
+    args = make_trainer(tmp_path / "run", rows).args
+    trainer = ContrastiveTrainer(model, args, train_dataset=rows, processing_class=processor)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    record = write_card(trainer, tmp_path / "run")
+    assert record.method == "contrastive" and "losses" not in record.settings
+    assert sections((tmp_path / "run" / "README.md").read_text()) == ["Use"]
+
+
+def test_template_and_what_fills_it_stay_short():
+    folder = EXAMPLE.parent
+    assert sum(len((folder / name).read_text().splitlines()) for name in ("template.md", "model_card.py")) <= 300
+
+
+def numbers(card: str) -> list[str]:
+    return re.findall(r"\d+(?:\.\d+)?", card)
+
+
+def test_the_example_is_the_quickstart_students_card():
+    kept = (EXAMPLE / "README.md").read_text()
+    record = RunRecord.from_json((EXAMPLE / "assets" / "card.json").read_text())
+    again = render_card(record)
+    assert sections(again) == sections(kept) == FINISHED
+    assert front_matter(again) == front_matter(kept)
+    assert numbers(again) == numbers(kept)
+    assert_well_formed(kept)
+    assert indexed(kept)["test", "rsum"] == record.metrics["test_rsum"]
+    shown = set(re.findall(r"\]\(assets/([^)]*)\)", kept)) | {"query.png", "card.json"}
+    assert {path.name for path in (EXAMPLE / "assets").iterdir()} == shown
+    assert sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file()) < 300_000
+    recipe = yaml.safe_load(Path("recipes/icons.yaml").read_text())
+    assert record.name == "icons" and record.step == record.max_steps
+    assert {name: value for name, value in record.settings.items() if name in recipe} == {
+        name: value if name != "report_to" else [value] for name, value in recipe.items() if name in record.settings
+    }

@@ -1,0 +1,142 @@
+"""What goes to the Hub while a student trains, and back: whole revisions, and a push that never stops the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from transformers.trainer_utils import HubStrategy
+
+
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"
+# Of a checkpoint, what only resuming needs; the rest is the student as `from_pretrained` takes it.
+RESUME_FILE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|_.*")
+# Nor what codecarbon writes: where on earth the machine stands.
+NOT_THE_STUDENTS = ("_*", "checkpoint-*/*", "*.part", "emissions.csv")
+
+
+def snapshot(checkpoint: Path, folder: Path) -> None:
+    """The checkpoint's files under a new folder, as hard links where the disk has them: it may be rotated away
+    before it is pushed. The path of the best checkpoint on this machine becomes its name."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name == "trainer_state.json":
+            state = json.loads(file.read_text())
+            state["best_model_checkpoint"] = (
+                state["best_model_checkpoint"] and Path(state["best_model_checkpoint"]).name
+            )
+            (folder / file.name).write_text(json.dumps(state, indent=2))
+        elif file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        else:
+            try:
+                os.link(file, folder / file.name)
+            except OSError:
+                shutil.copy(file, folder / file.name)
+
+
+def push_checkpoint(
+    folder: Path, repo_id: str, place: str | None, message: str, revision: str | None, private
+) -> None:
+    """One commit, so that every revision is whole: the student at the root, and all files under `place` to resume.
+
+    Args:
+        folder: of [`snapshot`]; removed at the end.
+        place: `last-checkpoint` or `checkpoint-N` in the repository; None to push the student alone.
+    """
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        operations = []
+        for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if not RESUME_FILE.fullmatch(name):
+                operations.append(CommitOperationAdd(name, path))
+            if place is not None:
+                operations.append(CommitOperationAdd(f"{place}/{name}", path))
+        api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    except Exception as error:  # of many classes: no repository, permission, connection or disk may end a training
+        logger.warning(
+            f"Push to {repo_id} failed ({message}): {one_line(error)}. Training goes on; the next save pushes."
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def push_run(folder: str, repo_id: str, message: str, revision: str | None, private: bool | None):
+    """The finished run's folder, checkpoints apart. A failure is reported with the command that completes the push.
+
+    Returns:
+        The commit, or None where the push failed.
+    """
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            ignore_patterns=list(NOT_THE_STUDENTS),  # it adds to the list
+        )
+    except Exception as error:  # as in `push_checkpoint`
+        excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_THE_STUDENTS)
+        at = f" --revision {shlex.quote(revision)}" if revision else ""
+        print(
+            f"\nThe push to {repo_id} failed: {one_line(error)}\nNothing is lost: the student is in {folder}. "
+            f"This completes the push:\n  hf upload {repo_id} {shlex.quote(str(folder))} .{at} {excluded}"
+        )
+        return None
+
+
+def pushed_place(strategy: HubStrategy, checkpoint: str) -> str | None:
+    """Where a checkpoint's files to resume from go in the repository; None where they do not."""
+    if strategy == HubStrategy.CHECKPOINT:
+        return LAST_CHECKPOINT
+    return Path(checkpoint).name if strategy == HubStrategy.ALL_CHECKPOINTS else None
+
+
+def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> str:
+    """Downloads `last-checkpoint` of a repository as the run's own `checkpoint-N`, and returns that folder.
+
+    Where the best checkpoint so far was another, it stayed where the run was: which is the best is then forgotten.
+
+    Args:
+        write: False where another process has written the folder already.
+
+    Raises:
+        ValueError: the repository has no `last-checkpoint`.
+    """
+    source = Path(snapshot_download(repo_id, allow_patterns=[f"{LAST_CHECKPOINT}/*"])) / LAST_CHECKPOINT
+    if not (source / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{repo_id} has no {LAST_CHECKPOINT} to go on from: it is pushed with --hub_strategy checkpoint."
+        )
+    state = json.loads((source / "trainer_state.json").read_text())
+    folder = Path(output_dir) / f"checkpoint-{state['global_step']}"
+    if not write:
+        return str(folder)
+    best = state["best_model_checkpoint"] and Path(output_dir) / Path(state["best_model_checkpoint"]).name
+    if best and best != folder and not best.is_dir():
+        logger.warning(f"The best checkpoint so far, {best.name}, is not in {repo_id}: the best is chosen anew.")
+        best = state["best_metric"] = state["best_global_step"] = None
+    state["best_model_checkpoint"] = best and str(best)
+    beside = folder.with_name(f"_{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)  # the cache holds links
+    (beside / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+    return str(folder)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
