@@ -23,6 +23,10 @@ quickstart: $(INSTALLED)  ## distil a student on the icons and evaluate it
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest
 
+browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get install chromium chromium-driver)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" "selenium>=4.51"
+	$(BIN)/python -m pytest -m browser
+
 quality: $(INSTALLED)  ## check style and lint (make style mends what it can)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +41,4 @@ icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its feat
 	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml
 	$(BIN)/python -m datasets_scripts.icons_teacher --model runs/icons_teacher --output runs/icons_teacher.safetensors
 
-.PHONY: help install quickstart test quality style icons_teacher
+.PHONY: help install quickstart test browser_test quality style icons_teacher

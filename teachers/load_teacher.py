@@ -285,9 +285,7 @@ def _check_weights(model_id: str, info: dict) -> None:
             f"{model_id} does not hold all of the model's weights, so its features would be partly random: {wrong}."
         )
     if unexpected:
-        raise ValueError(
-            f"{model_id} holds weights that the model has no place for, so it is another: {unexpected}."
-        )
+        raise ValueError(f"{model_id} holds weights that the model has no place for, so it is another: {unexpected}.")
 
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: dict) -> int:

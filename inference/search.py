@@ -1,0 +1,332 @@
+"""Search a folder of images with a student, by text or by an image.
+
+    python -m inference.search --model runs/icons --images ~/Pictures "a cup of coffee"
+    python -m inference.search --model runs/icons --images ~/Pictures --image cup.jpg
+
+The folder is read only. Its index is kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may not
+write to, or that are synced, can be searched too; a later call embeds only what is new or has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import stat
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.utils import WeakFileLock
+from PIL import Image
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
+from trainers.images import to_rgb
+from trainers.retrieval_data import rows_to_numpy
+
+from .grid import Cell, result_grid
+
+
+# Suffix -> the reader, so that no other of PIL's many (PostScript, ...) meets a stranger's file.
+FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+DECODERS = 8  # images decoded at a time, at most: a large one takes half a gigabyte
+PART = 512  # images embedded between two writes: what a killed run loses, at most
+CHUNK = 16_384  # rows that are written, and later searched, at a time
+FAISS_FROM = 1_000_000  # images; up to there, comparing with all of them takes a second or so and is exact
+FAISS_PROBES = 32  # cells that are searched, of as many as the square root of the number of images
+# Fields of configurations, at any depth, that tell where a model came from; its dtype is that of the weights.
+ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+
+
+class Result(NamedTuple):
+    path: str  # relative to the folder
+    score: float  # cosine similarity
+
+
+class Index:
+    """The embeddings of a folder's images, memory-mapped, and the student that searches them; see [`index_folder`].
+
+    `rows` is a `datasets.Dataset` with the columns `path` (relative), `size`, `mtime_ns` and `embeds` (float16 [D],
+    normalised); `skipped` tells why files were left out.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, folder: Path, file: Path, skipped: dict[str, str]
+    ):
+        self.model, self.processor, self.folder, self.skipped = model, processor, folder, skipped
+        self.rows = datasets.Dataset.from_file(str(file))
+        self.uses_faiss = len(self.rows) >= FAISS_FROM
+        if self.uses_faiss:
+            self._load_or_build_faiss(file.with_suffix(".faiss"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @torch.inference_mode()
+    def search_text(self, query: str, k: int = 10) -> list[Result]:
+        """The k images most similar to a text, best first; fewer where there are fewer."""
+        inputs = self.processor(text=[query], padding=True, truncation=True, return_tensors="pt")
+        return self._search(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output, k)
+
+    @torch.inference_mode()
+    def search_image(self, image: Image.Image, k: int = 10) -> list[Result]:
+        """The same for an image of any mode."""
+        inputs = self.processor(images=[to_rgb(image)], return_tensors="pt").to(self.model.device)
+        return self._search(self.model.get_image_features(**inputs).pooler_output, k)
+
+    def read_image(self, result: Result) -> Image.Image:
+        """The image of a result, in RGB."""
+        return read_image(self.folder / result.path)
+
+    def _search(self, features: torch.Tensor, k: int) -> list[Result]:
+        if k < 1:
+            raise ValueError(f"k={k}: expected at least 1.")
+        query = normalize(features.float(), dim=-1)[0].cpu()  # [D]
+        if self.uses_faiss:
+            scores, found = self.rows.search("embeds", query.numpy(), k=min(k, len(self)))
+        else:
+            chunks = (torch.tensor(rows_to_numpy(chunk)) for chunk in self.rows.data["embeds"].chunks)
+            scores = torch.cat([chunk.float() @ query for chunk in chunks])  # [N]
+            scores, found = (values[:k].tolist() for values in scores.sort(descending=True, stable=True))
+        paths = self.rows.data["path"]
+        # FAISS gives -1 where the cells it searched held fewer than k.
+        return [Result(paths[int(i)].as_py(), float(score)) for i, score in zip(found, scores) if i >= 0]
+
+    def _load_or_build_faiss(self, file: Path) -> None:
+        if not file.exists():
+            import faiss
+
+            cells = int(len(self) ** 0.5)
+            dim = self.rows.features["embeds"].length
+            index = faiss.index_factory(dim, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+            # Neighbours in a folder are alike, so not the first rows: faiss asks for 39 to 256 a cell.
+            sample = np.sort(np.random.default_rng(0).permutation(len(self))[: 100 * cells])
+            index.train(rows_to_numpy(self.rows.data["embeds"].take(pa.array(sample))).astype(np.float32))
+            self.rows.add_faiss_index("embeds", custom_index=index, batch_size=CHUNK)
+            beside = file.with_suffix(".faiss.part")
+            self.rows.save_faiss_index("embeds", beside)
+            os.replace(beside, file)
+        else:
+            self.rows.load_faiss_index("embeds", file)
+        self.rows.get_index("embeds").faiss_index.nprobe = FAISS_PROBES
+
+
+def index_folder(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: str | Path,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 64,
+) -> Index:
+    """Brings the index of a folder of images up to date: embeds what is new or changed, drops what is gone.
+
+    Sub-folders are searched too; links and names that start with a dot are not followed. Stopped at any moment, the
+    next call goes on. Each model has an index of its own.
+
+    Args:
+        model: a student, on the device to use; it is set to eval mode.
+        processor: its processor.
+        folder: of JPEG, PNG, WebP, GIF (the first frame), BMP and TIFF files.
+        cache_dir: where indexes are kept; default `HF_HOME/dsmd_indexes`.
+        batch_size: images embedded at a time.
+
+    Raises:
+        NotADirectoryError: where `folder` is none.
+        ValueError: where it holds no image that can be read, or the model gives embeddings that are not numbers.
+        ImportError: for folders of over a million images where FAISS is missing.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder.")
+    files, skipped = list_images(folder)
+    if len(files) >= FAISS_FROM and find_spec("faiss") is None:
+        raise ImportError(
+            f"{folder} holds {len(files):,} images: from {FAISS_FROM:,} on FAISS searches them, and it is not "
+            'installed: pip install -e ".[faiss]", or pip install faiss-cpu.'
+        )
+    place = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    cache = Path(cache_dir or Path(HF_HOME, "dsmd_indexes"), place, fingerprint(model, processor))
+    cache.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    with WeakFileLock(cache / ".lock"):
+        index = cache / "index.arrow"
+        sources = sorted(cache.glob("*.arrow"))  # parts too, of a run that was killed
+        pending, current, is_stale = dict(files), [], False
+        for batch in (batch for source in sources for batch in _read(source).to_batches()):
+            columns = (batch[name].to_pylist() for name in ("path", "size", "mtime_ns"))
+            keep = [pending.get(path) == seen and bool(pending.pop(path)) for path, *seen in zip(*columns)]
+            is_stale |= not all(keep)
+            current.append(batch if all(keep) else batch.filter(pa.array(keep)))
+        new = list(pending)
+        with tqdm(total=len(new), desc=f"indexing {folder.name}", unit="image", disable=not new) as bar:
+            for start in range(0, len(new), PART):
+                paths = new[start : start + PART]
+                embeds, reasons = _embed(model, processor, [folder / path for path in paths], batch_size, bar)
+                skipped |= {path: reason for path, reason in zip(paths, reasons) if reason}
+                seen = [(path, *pending[path]) for path, reason in zip(paths, reasons) if not reason]
+                if seen:
+                    sources.append(cache / f"part-{uuid.uuid4().hex}.arrow")
+                    _write(_table(seen, embeds), sources[-1])
+                    current += _read(sources[-1]).to_batches()
+        if not sum(map(len, current)):
+            reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(skipped.items())[:5])
+            raise ValueError(f"{folder} holds no image that can be read ({', '.join(FORMATS)}).{reasons}")
+        if is_stale or sources != [index]:
+            index.with_suffix(".faiss").unlink(missing_ok=True)
+            _write(pa.Table.from_batches(current), index)
+            for source in set(sources) - {index}:
+                source.unlink()
+        return Index(model, processor, folder, index, skipped)
+
+
+def list_images(folder: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The image files below a folder, path -> [size, time of change in ns], and what cannot be listed, path -> why."""
+    files, skipped = {}, {}
+
+    def report(error: OSError) -> None:
+        skipped[os.path.relpath(error.filename, folder)] = str(error)
+
+    for parent, folders, names in os.walk(folder, onerror=report):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in FORMATS:
+                continue
+            path = os.path.relpath(os.path.join(parent, name), folder)
+            try:
+                path.encode()
+                status = os.lstat(os.path.join(parent, name))
+            except (UnicodeEncodeError, OSError) as error:
+                skipped[repr(path)] = str(error)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                files[path] = [status.st_size, status.st_mtime_ns]
+    return files, skipped
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        Exception: of many types, where the file is broken, of another format than FORMATS or a decompression bomb.
+    """
+    with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+        return to_rgb(image)
+
+
+def fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
+    """What an image's embedding depends on, hashed: weights, configuration and the settings of the images."""
+
+    def without_origin(values: dict) -> dict:
+        return {name: value for name, value in sorted(values.items()) if name not in ORIGIN}
+
+    settings = (model.config.to_json_string(use_diff=False), processor.image_processor.to_json_string())
+    settings = [json.loads(text, object_hook=without_origin) for text in settings]
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _embed(
+    model: PreTrainedModel, processor: ProcessorMixin, files: list[Path], batch_size: int, bar: tqdm
+) -> tuple[np.ndarray, list[str | None]]:
+    """Embeddings of the images that can be read, float16 `[n, D]`, and for each file why it cannot, or None."""
+
+    def prepare(file: Path) -> torch.Tensor | str:
+        try:
+            return processor.image_processor(images=[read_image(file)], return_tensors="pt")["pixel_values"]
+        except Exception as error:  # PIL raises many types on broken files
+            return f"{type(error).__name__}: {error}"
+
+    embeds, reasons = [], []
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(files), batch_size):
+            prepared = list(pool.map(prepare, files[start : start + batch_size]))
+            reasons += [item if isinstance(item, str) else None for item in prepared]
+            pixels = [item for item in prepared if not isinstance(item, str)]
+            if pixels:
+                features = model.get_image_features(torch.cat(pixels).to(model.device)).pooler_output
+                embeds.append(normalize(features.float(), dim=-1).half().cpu().numpy())
+                if not np.isfinite(embeds[-1]).all():
+                    raise ValueError(f"The model gives embeddings that are not numbers, near {files[start]}.")
+            bar.update(len(prepared))
+    return np.concatenate(embeds) if embeds else np.empty((0, 0), np.float16), reasons
+
+
+def _table(seen: list[tuple[str, int, int]], embeds: np.ndarray) -> pa.Table:
+    paths, sizes, times = zip(*seen)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), embeds.shape[1])
+    columns = {"path": paths, "size": sizes, "mtime_ns": times}
+    return pa.table({name: pa.array(values) for name, values in columns.items()} | {"embeds": vectors})
+
+
+def _read(file: Path) -> pa.Table:
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+def _write(table: pa.Table, file: Path) -> None:
+    """Writes beside, then renames: a file that is there is whole."""
+    beside = file.with_name("writing.part")
+    with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        for start in range(0, len(table), CHUNK):
+            writer.write_table(table.slice(start, CHUNK).combine_chunks())
+    os.replace(beside, file)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("query", nargs="?", help="a text to search for")
+    parser.add_argument("--model", required=True, help="the student: its folder or Hub id")
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="what to search")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="an image to search for, in place of a text")
+    parser.add_argument("--k", type=int, default=10, help="how many results, default: %(default)s")
+    parser.add_argument("--grid", type=Path, default="results.png", help="picture of them, default: %(default)s")
+    parser.add_argument("--cache_dir", type=Path, help="where indexes are kept, default: HF_HOME/dsmd_indexes")
+    options = parser.parse_args(arguments)
+    if (options.query is None) == (options.image is None):
+        parser.error("give a text or --image FILE, one of them")
+    try:
+        query = options.query if options.image is None else read_image(options.image)
+    except Exception as error:  # PIL raises many types on broken files
+        parser.error(f"--image {options.image} cannot be read: {error}")
+    model = AutoModel.from_pretrained(options.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(options.model)
+    index = index_folder(model, processor, options.images, options.cache_dir)
+    if index.skipped:
+        print(f"{len(index.skipped)} files were left out:")
+        print("\n".join(f"  {path}: {reason}" for path, reason in index.skipped.items()))
+    search = index.search_text if options.image is None else index.search_image
+    results = search(query, options.k)
+    print(f"{len(results)} of {len(index):,} images:")
+    print("\n".join(f"  {result.score:.3f}  {result.path}" for result in results))
+    cells = [Cell(index.read_image(result), f"{result.score:.3f}  {Path(result.path).name}") for result in results]
+    result_grid([query], [cells], options.grid)
+    print(f"The picture of them: {options.grid}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""Searching a folder: the results against a plain computation, and an index that follows the folder."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import make_student
+from image_files import encoded, picture
+from PIL import Image
+from transformers import set_seed
+
+from inference import search
+from inference.grid import Cell, result_grid
+from inference.search import Result, fingerprint, index_folder, main
+
+
+@pytest.fixture(scope="module")
+def student():
+    return make_student()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images in three folders."""
+    for i in range(12):
+        write(tmp_path / "images" / ("", "a", "a/b c")[i % 3] / f"{i}.{('jpg', 'PNG', 'webp')[i % 3]}", i)
+    return tmp_path / "images"
+
+
+def write(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(picture(seed), {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")))
+
+
+def scores_of(student, folder: Path, query) -> dict[str, float]:
+    """Cosine similarities by the model's own forward, in float32."""
+    model, processor = student
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    images = [Image.open(path).convert("RGB") for path in paths]
+    with torch.no_grad():
+        if isinstance(query, str):
+            output = model(**processor(text=[query], images=images, return_tensors="pt"))
+            scores = (output.text_embeds @ output.image_embeds.T)[0]
+        else:
+            embeds = model(**processor(images=[query, *images], return_tensors="pt")).image_embeds
+            scores = embeds[1:] @ embeds[0]
+    return {path.relative_to(folder).as_posix(): score.item() for path, score in zip(paths, scores)}
+
+
+def assert_results(results: list[Result], expected: dict[str, float]) -> None:
+    best = sorted(expected.values(), reverse=True)[: len(results)]
+    np.testing.assert_allclose([result.score for result in results], best, atol=1e-3)  # float16
+    for result in results:
+        assert result.score == pytest.approx(expected[result.path], abs=1e-3)
+    assert len({result.path for result in results}) == len(results)
+
+
+class Counter:
+    """Counts the images that a model embeds."""
+
+    def __init__(self, model, monkeypatch):
+        self.count, plain = 0, model.get_image_features
+
+        def counted(pixel_values, **kwargs):
+            self.count += len(pixel_values)
+            return plain(pixel_values, **kwargs)
+
+        monkeypatch.setattr(model, "get_image_features", counted)
+
+    def take(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+def test_results_are_those_of_a_plain_computation(student, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "CHUNK", 5)
+    index = index_folder(*student, folder, tmp_path / "cache", batch_size=4)
+    assert len(index) == 12 and not index.skipped
+    for query in ("arrow left", "a red house and a small blue tree"):
+        expected = scores_of(student, folder, query)
+        assert_results(index.search_text(query, 5), expected)
+        assert len(index.search_text(query, 100)) == 12
+        # A longer list begins with the shorter one.
+        assert index.search_text(query, 12)[:3] == index.search_text(query, 3)
+    assert len(index.search_text("arrow " * 2000, 5)) == 5  # longer than the text tower has positions
+    image = picture(4)
+    assert_results(index.search_image(image, 12), scores_of(student, folder, image))
+    png = next(path for path in folder.rglob("*.PNG"))
+    assert index.search_image(Image.open(png))[0] == (png.relative_to(folder).as_posix(), pytest.approx(1, abs=1e-3))
+
+
+def test_embeddings_are_a_view_of_the_file(student, folder, tmp_path):
+    index = index_folder(*student, folder, tmp_path / "cache")
+    before = pa.total_allocated_bytes()
+    embeds = index.rows.data["embeds"].chunks[0].flatten().to_numpy(zero_copy_only=True)
+    assert embeds.dtype == np.float16 and embeds.shape == (12 * 16,) and pa.total_allocated_bytes() == before
+    np.testing.assert_allclose(np.linalg.norm(embeds.reshape(12, 16).astype(np.float32), axis=1), 1, atol=1e-3)
+
+
+def test_only_what_is_new_or_changed_is_embedded(student, folder, tmp_path, monkeypatch):
+    embedded = Counter(student[0], monkeypatch)
+
+    def update() -> tuple[set[str], int]:
+        index = index_folder(*student, folder, tmp_path / "cache")
+        count = embedded.take()
+        assert_results(index.search_text("arrow left", 100), scores_of(student, folder, "arrow left"))
+        embedded.take()
+        return set(index.rows["path"]), count
+
+    def touch(path: Path, seconds: int) -> None:
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + seconds * 10**9))
+
+    before, count = update()
+    assert count == 12
+    assert update() == (before, 0)
+    write(folder / "new/13.jpg", 13)
+    (folder / "0.jpg").unlink()
+    size, changed = (folder / "3.jpg").stat().st_size, picture(77)
+    quality = next(q for q in range(95, 5, -1) if len(encoded(changed, quality=q)) <= size)
+    data = encoded(changed, quality=quality)
+    (folder / "3.jpg").write_bytes(data + b"\0" * (size - len(data)))  # another image of the same size in bytes
+    touch(folder / "3.jpg", 5)
+    assert update() == (before - {"0.jpg"} | {"new/13.jpg"}, 2)
+    os.rename(folder / "new", folder / "moved")
+    assert update() == (before - {"0.jpg"} | {"moved/13.jpg"}, 1)
+    touch(folder / "6.jpg", -3600)  # an older copy is put back
+    assert update() == (before - {"0.jpg"} | {"moved/13.jpg"}, 1)
+    shutil.rmtree(folder / "a")
+    assert update() == ({"3.jpg", "6.jpg", "9.jpg", "moved/13.jpg"}, 0)
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()) == [".lock", "index.arrow"]
+
+
+def test_a_killed_run_goes_on(student, folder, tmp_path, monkeypatch):
+    plain, files = search._write, []
+
+    def write_two_files_and_a_half(table, file):
+        if len(files) == 2:
+            file.with_name("writing.part").write_bytes(b"half a")
+            os.kill(os.getpid(), signal.SIGKILL)
+        files.append(file)
+        plain(table, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "PART", 4)
+        patch.setattr(search, "_write", write_two_files_and_a_half)
+        process = multiprocessing.get_context("fork").Process(
+            target=index_folder, args=(*student, folder, tmp_path / "cache")
+        )
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        embedded = Counter(student[0], patch)
+        index = index_folder(*student, folder, tmp_path / "cache")
+    assert embedded.count == 12 - 8 and len(index) == 12
+    assert_results(index.search_text("arrow left", 12), scores_of(student, folder, "arrow left"))
+    assert not list((tmp_path / "cache").rglob("*part*"))
+
+
+def test_interrupted_between_the_index_and_its_parts(student, folder, tmp_path, monkeypatch):
+    """Rows that are there twice, in a part and in the index, are taken once."""
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+    index_folder(*student, folder, tmp_path / "cache")
+    assert list((tmp_path / "cache").rglob("part-*"))
+    monkeypatch.undo()
+    embedded = Counter(student[0], monkeypatch)
+    index = index_folder(*student, folder, tmp_path / "cache")
+    assert len(index) == 12 and embedded.count == 0 and not list((tmp_path / "cache").rglob("part-*"))
+
+
+def test_models_and_folders_do_not_mix(student, folder, tmp_path):
+    model, processor = student
+    set_seed(1)
+    other = type(model)(model.config).eval()
+    first = index_folder(model, processor, folder, tmp_path / "cache")
+    second = index_folder(other, processor, folder, tmp_path / "cache")
+    assert_results(second.search_text("arrow left", 12), scores_of((other, processor), folder, "arrow left"))
+    assert_results(first.search_text("arrow left", 12), scores_of(student, folder, "arrow left"))
+    copy = shutil.copytree(folder, tmp_path / "copy" / folder.name)
+    (copy / "0.jpg").unlink()
+    assert len(index_folder(model, processor, copy, tmp_path / "cache")) == 11
+    assert len(list((tmp_path / "cache").rglob("index.arrow"))) == 3
+
+
+def test_fingerprint_is_of_what_embeds_an_image(student, tmp_path):
+    model, processor = student
+    value = fingerprint(model, processor)
+    model.save_pretrained(tmp_path / "a")
+    processor.save_pretrained(tmp_path / "a")
+    loaded = type(model).from_pretrained(tmp_path / "a")
+    assert fingerprint(loaded, type(processor).from_pretrained(tmp_path / "a")) == value
+    changes = [
+        lambda: loaded.logit_scale.data.add_(1e-3),
+        lambda: setattr(loaded.config, "vision_pooling", "cls"),
+        lambda: loaded.half(),
+    ]
+    seen = {value}
+    for change in changes:
+        change()
+        seen.add(fingerprint(loaded, processor))
+    mean, processor.image_processor.image_mean = processor.image_processor.image_mean, [0.4] * 3
+    seen.add(fingerprint(loaded, processor))
+    processor.image_processor.image_mean = mean
+    assert len(seen) == 5
+
+
+def test_broken_files_are_told_and_skipped_and_links_not_followed(student, folder, tmp_path):
+    write(tmp_path / "outside/secret.jpg", 50)
+    (folder / "link.jpg").symlink_to(tmp_path / "outside/secret.jpg")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    os.mkfifo(folder / "pipe.jpg")  # opening it would block for ever
+    write(folder / ".hidden/1.jpg", 51)
+    write(folder / "._0.jpg", 52)
+    (folder / "notes.txt").write_text("text")
+    (folder / "empty.jpg").touch()
+    (folder / "cut.jpg").write_bytes((folder / "0.jpg").read_bytes()[:300])
+    (folder / "text.png").write_text("not an image")
+    (folder / "other.jpg").write_bytes(encoded(picture(5), "PPM"))  # whole, and of a format that is not asked for
+    bomb = Image.new("1", (20_000, 10_000))
+    bomb.save(folder / "bomb.png")
+    with open(os.fsencode(folder) + b"/caf\xe9.jpg", "wb") as file:
+        file.write((folder / "0.jpg").read_bytes())
+    index = index_folder(*student, folder, tmp_path / "cache")
+    broken = {"empty.jpg", "cut.jpg", "text.png", "other.jpg", "bomb.png", "'caf\\udce9.jpg'"}
+    assert set(index.skipped) == broken and len(index) == 12
+    assert "DecompressionBomb" in index.skipped["bomb.png"] and "OSError" in index.skipped["cut.jpg"]
+    modified = (next((tmp_path / "cache").rglob("index.arrow"))).stat().st_mtime_ns
+    again = index_folder(*student, folder, tmp_path / "cache")  # tried again, told again, nothing written
+    assert set(again.skipped) == broken
+    assert next((tmp_path / "cache").rglob("index.arrow")).stat().st_mtime_ns == modified
+    (folder / "cut.jpg").write_bytes((folder / "0.jpg").read_bytes())
+    assert len(index_folder(*student, folder, tmp_path / "cache")) == 13
+
+
+def test_images_as_a_person_sees_them(student, tmp_path):
+    """Transparent, 16-bit, turned and one-pixel images are embedded as `to_rgb` shows them."""
+    folder = tmp_path / "images"
+    write(folder / "plain.png", 1)
+    picture(1).convert("RGBA").save(folder / "rgba.png")
+    picture(1).convert("P").save(folder / "first.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture(1).rotate(180).save(folder / "turned.png", exif=exif)
+    for size in ((1, 1), (3, 1), (1, 3), (3, 3)):
+        picture(2, size=size).save(folder / f"{size[0]}x{size[1]}.png")
+    index = index_folder(*student, folder, tmp_path / "cache")
+    scores = dict(index.search_image(picture(1), 8))
+    assert not index.skipped
+    assert scores["rgba.png"] == scores["turned.png"] == scores["plain.png"] == pytest.approx(1, abs=1e-3)
+    assert all(score < 0.99 for path, score in scores.items() if "x" in path)
+
+
+def test_no_images(student, tmp_path):
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        index_folder(*student, tmp_path / "nowhere", tmp_path / "cache")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="no image that can be read"):
+        index_folder(*student, tmp_path / "images", tmp_path / "cache")
+    (tmp_path / "images/a.png").write_text("no")
+    with pytest.raises(ValueError, match="a.png: UnidentifiedImageError"):
+        index_folder(*student, tmp_path / "images", tmp_path / "cache")
+    write(tmp_path / "images/a.png", 1)
+    index = index_folder(*student, tmp_path / "images", tmp_path / "cache")
+    with pytest.raises(ValueError, match="k=0"):
+        index.search_text("arrow", 0)
+
+
+def test_nan_is_an_error(student, folder, tmp_path, monkeypatch):
+    model, processor = student
+    monkeypatch.setattr(model.visual_projection.weight, "data", model.visual_projection.weight.data * float("nan"))
+    with pytest.raises(ValueError, match="not numbers"):
+        index_folder(model, processor, folder, tmp_path / "cache")
+
+
+def test_training_mode_does_not_reach_the_index(student, folder, tmp_path):
+    student[0].train()
+    assert not index_folder(*student, folder, tmp_path / "cache").model.training
+
+
+def test_two_at_once(student, folder, tmp_path, monkeypatch):
+    """The second waits for the first and embeds nothing."""
+    embedded = Counter(student[0], monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        indexes = list(pool.map(lambda _: index_folder(*student, folder, tmp_path / "cache"), range(2)))
+    assert embedded.count == 12
+    assert indexes[0].search_text("arrow left", 12) == indexes[1].search_text("arrow left", 12)
+
+
+def test_faiss_finds_what_the_exact_search_finds(student, tmp_path, monkeypatch):
+    for i in range(200):
+        write(tmp_path / "images" / f"{i:03}.png", i)
+    exact = index_folder(*student, tmp_path / "images", tmp_path / "cache")
+    monkeypatch.setattr(search, "FAISS_FROM", 200)
+    index = index_folder(*student, tmp_path / "images", tmp_path / "cache")
+    assert index.uses_faiss and not exact.uses_faiss
+
+    def check(index, exact):
+        for query in ("arrow left", "red house", "cloud"):
+            found, expected = index.search_text(query, 20), exact.search_text(query, 20)
+            assert [path for path, _ in found] == [path for path, _ in expected]  # all of the cells are searched
+            np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], atol=1e-3)
+
+    check(index, exact)
+    assert len(index.search_text("arrow left", 1000)) == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "FAISS_PROBES", 1)
+        few = index_folder(*student, tmp_path / "images", tmp_path / "cache").search_text("arrow left", 200)
+    assert 0 < len(few) < 200 and len(set(few)) == len(few)
+    built = next((tmp_path / "cache").rglob("*.faiss"))
+    modified = built.stat().st_mtime_ns
+    check(index_folder(*student, tmp_path / "images", tmp_path / "cache"), exact)
+    assert built.stat().st_mtime_ns == modified
+    # A change of the folder reaches it.
+    (tmp_path / "images/000.png").unlink()
+    write(tmp_path / "images/900.png", 900)
+    index = index_folder(*student, tmp_path / "images", tmp_path / "cache")
+    assert index.search_image(picture(900))[0].path == "900.png"
+    assert "000.png" not in {result.path for result in index.search_image(picture(0), 200)}
+
+
+def test_faiss_missing_stops_before_embedding(student, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "FAISS_FROM", 12)
+    monkeypatch.setattr(search, "find_spec", lambda name: None)
+    embedded = Counter(student[0], monkeypatch)
+    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+        index_folder(*student, folder, tmp_path / "cache")
+    assert embedded.count == 0
+
+
+def test_command_line(student, folder, tmp_path, capsys):
+    model, processor = student
+    model.save_pretrained(tmp_path / "student")
+    processor.save_pretrained(tmp_path / "student")
+    (folder / "broken.jpg").write_text("no")
+    common = ["--model", str(tmp_path / "student"), "--images", str(folder), "--cache_dir", str(tmp_path / "cache")]
+    main([*common, "arrow left", "--k", "3", "--grid", str(tmp_path / "text.png")])
+    text = capsys.readouterr()
+    for result in index_folder(model, processor, folder, tmp_path / "cache").search_text("arrow left", 3):
+        assert f"  {result.score:.3f}  {result.path}\n" in text.out
+    assert "1 files were left out" in text.out and "broken.jpg: UnidentifiedImageError" in text.out
+    assert "3 of 12 images" in text.out and "indexing images" in text.err
+    main([*common, "--image", str(folder / "0.jpg"), "--grid", str(tmp_path / "image.png")])
+    image = capsys.readouterr()
+    assert "  1.000  0.jpg" in image.out and "10 of 12 images" in image.out
+    assert Image.open(tmp_path / "text.png").width < Image.open(tmp_path / "image.png").width
+    for wrong, message in (
+        ([], "give a text or --image"),
+        (["arrow", "--image", "x.jpg"], "one of them"),
+        (["--image", str(folder / "broken.jpg")], "cannot be read"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*common, *wrong])
+        assert message in capsys.readouterr().err
+
+
+GREEN = (21, 128, 61)
+
+
+def count_of(color, image: Image.Image, box=None) -> int:
+    return int((np.asarray(image.crop(box) if box else image) == color).all(axis=2).sum())
+
+
+def test_grid_frames_right_answers_only(tmp_path):
+    shades = [Image.new("RGB", (64, 64), (200, 10 + i, 10)) for i in range(8)]
+    rows = [
+        [Cell(shade, f"0.{9 - i}", right=i in (2, 7)) for i, shade in enumerate(shades)],
+        [Cell("a red square " * 40, "0.4"), Cell("$x$ ü 猫", "0.3", right=True)],
+        [],
+    ]
+    queries = ["red " * 50, Image.new("RGB", (300, 20), (1, 2, 3)), "nothing is found"]
+    result_grid(queries, rows, tmp_path / "grid.png")
+    page = Image.open(tmp_path / "grid.png").convert("RGB")
+    for i, shade in enumerate(shades):
+        drawn = np.argwhere((np.asarray(page) == shade.getpixel((0, 0))).all(axis=2))
+        (top, left), (bottom, right) = drawn.min(axis=0), drawn.max(axis=0)
+        assert bottom - top == right - left >= 100  # nothing cut, nothing stretched
+        frame = count_of(GREEN, page, (left - 12, top - 12, right + 12, bottom + 12))
+        assert (frame > 1000) == (i in (2, 7))
+    wide = np.argwhere((np.asarray(page) == (1, 2, 3)).all(axis=2))
+    height, width = wide.max(axis=0) - wide.min(axis=0) + 1
+    assert width / height == pytest.approx(15, rel=0.1)
+    result_grid(queries, [[Cell(cell.content, cell.note) for cell in row] for row in rows], tmp_path / "plain.png")
+    assert count_of(GREEN, Image.open(tmp_path / "plain.png")) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "plain.png"]
+
+
+@pytest.mark.parametrize("queries, rows", [([], []), (["a"], []), (["a"], [[], []])])
+def test_grid_refuses_unequal_numbers(queries, rows, tmp_path):
+    with pytest.raises(ValueError, match="one row a query"):
+        result_grid(queries, rows, tmp_path / "grid.png")
