@@ -6,10 +6,13 @@ import sys
 
 import datasets
 import pytest
+import torch
 import yaml
 from conftest import DIM, make_rows, make_student
+from safetensors.torch import load_file
 
 import train
+from trainers import hub_push
 from trainers.retrieval_data import TEACHER_COLUMNS
 from trainers.teacher_pca import load_pca
 
@@ -233,3 +236,31 @@ def test_the_recipe_for_own_data_needs_only_names(tmp_path):
 
 def test_a_fold_size_that_does_not_divide_the_test_split_is_refused_before_training(tmp_path, data):
     assert "does not divide the 12 test images" in refused(write_recipe(tmp_path, data, test_fold_size=5))
+
+
+def test_a_run_goes_on_from_the_hub(tmp_path, data, hub, monkeypatch):
+    """Its last push failed, so the Hub holds the middle of the run: resumed from there it ends as the unbroken run."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    settings = {"push_to_hub": True, "hub_model_id": "user/student", "hub_strategy": "checkpoint"}
+    settings |= {"load_best_model_at_end": False, "random_shift": 0.1, "captions_per_image": 1, "report_to": "none"}
+    recipe = write_recipe(tmp_path, data, **settings)
+
+    push = hub_push.push_checkpoint
+
+    def fail_after_the_first(*arguments):
+        push(*arguments)
+        hub.fail(1000, 500, on="POST")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.retrieval_trainer.push_checkpoint", fail_after_the_first)
+        train.main([*recipe, "--hub_always_push", "True"])
+    hub.recover()
+    state = json.loads(hub.files("user/student")["last-checkpoint/trainer_state.json"])
+    assert state["global_step"] == 3 and state["max_steps"] == 6
+    train.main([*recipe, "--resume_from_hub", "user/student", "--output_dir", str(tmp_path / "elsewhere")])
+    unbroken, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "elsewhere"))
+    assert unbroken.keys() == resumed.keys()
+    for name, tensor in unbroken.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert "resumed" in (tmp_path / "elsewhere" / "README.md").read_text().lower()
+    assert hub.files("user/student")["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()

@@ -504,3 +504,20 @@ def test_killed_while_writing(tmp_path):
     killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(root)})
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
     build(folder, tmp_path / "out")
+
+
+def test_pushed_it_loads_and_streams_with_its_licence(tmp_path, hub):
+    """Over real HTTP; what a project pushed is a source again, its licence and ids kept."""
+    write_images(tmp_path / "data")
+    rows = [{"file_name": name_of(i), "captions": CAPTIONS[i]} for i in range(COUNT)]
+    jsonl(tmp_path / "data" / "metadata.jsonl", rows)
+    built = build(tmp_path / "data", tmp_path / "out", "--license", "cc-by-4.0", "--push_to_hub", "user/mine")
+    card = hub.files("datasets/user/mine")["README.md"].decode()
+    assert "license: cc-by-4.0" in card and "| train |" in card and str(tmp_path) not in card
+    loaded = datasets.load_dataset("user/mine")
+    for split, part in built.items():
+        assert loaded[split]["image_id"] == part["image_id"] and loaded[split]["captions"] == part["captions"]
+        streamed = datasets.load_dataset("user/mine", split=split, streaming=True)
+        assert [row["image_id"] for row in streamed] == part["image_id"]
+    again = build("user/mine", tmp_path / "again")
+    assert again["train"].info.license == "cc-by-4.0" and again["test"]["image_id"] == built["test"]["image_id"]
