@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import shutil
 import statistics
 import sys
@@ -43,6 +44,8 @@ from trainers.data_loading import open_dataset
 from trainers.retrieval import retrieval_metrics
 from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
 
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, imported below, would report to its makers
 
 TOLERANCE = 1e-4  # of an entry of an embedding, against torch
 LONGEST = 512  # tokens, for towers that set no limit

@@ -1,13 +1,17 @@
 """Searches a folder of images with an exported student: python onnx_search.py EXPORTED IMAGES "a query"."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
-from onnxruntime import InferenceSession
-from PIL import Image, ImageOps
-from tokenizers import Tokenizer
+
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before its import: onnxruntime would report to its makers
+from onnxruntime import InferenceSession  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 
 def pixels(image: Image.Image, settings: dict) -> np.ndarray:

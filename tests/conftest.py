@@ -11,6 +11,7 @@ import loopback_hub
 if "pytest" in sys.modules:
     loopback_hub.start()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would report to its makers
 
 import datasets
 import numpy as np

@@ -178,7 +178,7 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
 def test_the_example_is_fifteen_lines():
     code = (ROOT / "inference" / "onnx_search.py").read_text()
     imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
-    assert imported == {"json", "sys", "pathlib", "numpy", "onnxruntime", "PIL", "tokenizers"}
+    assert imported == {"json", "os", "sys", "pathlib", "numpy", "onnxruntime", "PIL", "tokenizers"}
     body = code[code.index("def pixels") :].splitlines()
     assert len([line for line in body if line.strip() and '"""' not in line and "__main__" not in line]) <= 15
 
