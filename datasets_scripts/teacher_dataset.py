@@ -1,0 +1,175 @@
+"""Files of teacher features become a dataset: named as the Hub names them, with the teacher's figures and a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from datasets_scripts.building import license_fields
+from datasets_scripts.teacher_features import shard_file
+from trainers import retrieval_metrics
+from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, id_hash, teacher_tensors
+from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
+
+
+EVALUATED = 10_000  # images of a split, in whole files
+WIDTHS = (512, 256, 128)  # at which the teacher is evaluated too: the width is the size of a user's index
+
+
+def assemble(
+    partial: Path, files: dict[str, int], described: dict, source: str, license: str | None, int8: bool
+) -> dict[str, dict[str, float]]:
+    """Makes the finished dataset, `partial/dataset`, of the files under `partial`: they stay, as hard links.
+
+    Returns:
+        The teacher's figures by split, see [`evaluate_teacher`].
+    """
+    folder = partial / "dataset"
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped here
+    (folder / "data").mkdir(parents=True)
+    components = None
+    if files.get("train"):
+        components = fit_pca(stored_features(partial, "train", number) for number in range(files["train"]))
+        save_pca(components, folder)
+    figures = {
+        split: evaluate_teacher(partial, split, count, components, described["dim"], int8)
+        for split, count in files.items()
+        if split != "train"
+    }
+    write_card(folder, partial, files, described, figures, source, license, int8)
+    for split, count in files.items():
+        for number in range(count):
+            # As the Hub names files. Splits are read off the names; named in the card instead, `datasets` would take
+            # any local folder of the same name for this one (its cache then knows only the card).
+            target = folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+            try:
+                os.link(shard_file(partial, split, number), target)
+            except OSError:  # a disk without hard links
+                shutil.copy(shard_file(partial, split, number), target)
+    return figures
+
+
+def stored_features(folder: Path, split: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw features of images `[N, D]` and captions `[C, D]` of one file, as a reader of the dataset gets them."""
+    names = pq.read_schema(shard_file(folder, split, number)).names
+    columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
+    return teacher_tensors(pq.read_table(shard_file(folder, split, number), columns=columns))
+
+
+def evaluate_teacher(
+    folder: Path, split: str, count: int, components: torch.Tensor | None, dim: int, int8: bool
+) -> dict[str, float]:
+    """The teacher's own retrieval on a split, on its first 10,000 images at most.
+
+    Returns:
+        `images`, `rsum`, `rsum_{width}` for the widths below the teacher's, and `rsum_before_int8`.
+    """
+    image, text, groups, counts, exact = [], [], [], [], []
+    for number in range(count):
+        part_image, part_text = stored_features(folder, split, number)
+        path = shard_file(folder, split, number)
+        column = "group_id" if "group_id" in pq.read_schema(path).names else "image_id"
+        table = pq.read_table(path, columns=[column, "captions"])
+        image.append(part_image)
+        text.append(part_text)
+        groups += [id_hash(group) for group in table[column].to_pylist()]
+        counts += pc.list_value_length(table["captions"]).to_pylist()
+        if int8:
+            exact.append(np.load(path.with_suffix(".npz")))
+        if len(groups) >= EVALUATED:
+            break
+    groups = torch.tensor(groups)
+    text_groups = torch.repeat_interleave(groups, torch.tensor(counts))
+    image, text = torch.cat(image), torch.cat(text)
+    figures = {"images": len(groups), "rsum": retrieval_metrics(image, text, groups, text_groups)["rsum"]}
+    for width in WIDTHS:
+        if components is not None and width < dim:
+            reduced = (image @ components[:, :width], text @ components[:, :width])
+            figures[f"rsum_{width}"] = retrieval_metrics(*reduced, groups, text_groups)["rsum"]
+    if int8:
+        image, text = (torch.from_numpy(np.concatenate([part[kind] for part in exact])) for kind in ("image", "text"))
+        figures["rsum_before_int8"] = retrieval_metrics(image, text, groups, text_groups)["rsum"]
+    return figures
+
+
+def figures_table(figures: dict[str, dict[str, float]]) -> str:
+    """The teacher's RSUM (at most 600) by split, at its own width and at smaller ones."""
+    labels = {"rsum": "teacher's RSUM", "rsum_before_int8": "before int8"}
+    labels |= {f"rsum_{width}": f"at {width} dimensions" for width in WIDTHS}
+    names = [name for name in labels if any(name in row for row in figures.values())]
+    lines = ["| split | images | " + " | ".join(labels[name] for name in names) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for split, row in figures.items():
+        cells = " | ".join(f"{row[name]:.2f}" for name in names)
+        lines.append(f"| {split} | {row['images']:,} | {cells} |")
+    return "\n".join(lines)
+
+
+def write_card(
+    folder: Path,
+    partial: Path,
+    files: dict[str, int],
+    described: dict,
+    figures: dict[str, dict[str, float]],
+    source: str,
+    license: str | None,
+    int8: bool,
+) -> None:
+    """The dataset's card: what is in it, which teacher, how good the teacher is on it."""
+    counts = {}
+    for split, count in files.items():
+        captions = [
+            pc.list_value_length(pq.read_table(shard_file(partial, split, number), columns=["captions"])["captions"])
+            for number in range(count)
+        ]
+        counts[split] = sum(map(len, captions)), sum(pc.sum(lengths).as_py() for lengths in captions)
+    data = DatasetCardData(
+        **(license_fields(license) if license else {}),
+        tags=["image-text-retrieval", "distillation", "teacher-features"],
+        task_categories=["zero-shot-image-classification"],
+    )
+    rows = "\n".join(f"| {split} | {images:,} | {captions:,} |" for split, (images, captions) in counts.items())
+    teachers = "\n".join(
+        f"- `{key}`: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
+        for key, value in described.items()
+    )
+    stored = (
+        "int8 `teacher_image_embeds` and `teacher_text_embeds`, to be multiplied by `teacher_image_scale` and "
+        "`teacher_text_scale`"
+        if int8
+        else "float16 `teacher_image_embeds` `[D]` and `teacher_text_embeds` `[captions, D]`"
+    )
+    reduced = ", at its width and reduced by `teacher_pca.safetensors`" if (folder / PCA_FILE).is_file() else ""
+    evaluated = (
+        "The teacher's own retrieval on the other splits (RSUM: the sum of recall at 1, 5 and 10 both ways, at most "
+        f"600){reduced}:\n\n{figures_table(figures)}\n"
+    )
+    card = f"""---
+{data.to_yaml()}
+---
+
+# {source} with teacher features
+
+Images, captions and, for every row, what the teacher made of them: raw output features, not normalised, as {stored}.
+For distilling a dual encoder for retrieval.
+
+| split | images | captions |
+|---|---|---|
+{rows}
+
+Data: {source}. Licence: {license or "not stated by the source"}.
+
+## Teacher
+
+{teachers}
+
+{evaluated if figures else ""}"""
+    DatasetCard(card).save(folder / "README.md")
