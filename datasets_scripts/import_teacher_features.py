@@ -23,7 +23,7 @@ import torch
 from datasets_scripts.building import parse_arguments, write_beside
 from datasets_scripts.teacher_features import feature_columns
 from trainers.data_loading import open_dataset
-from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES
+from trainers.retrieval_data import teacher_columns
 
 
 def read_tensor(path: Path) -> torch.Tensor:
@@ -84,7 +84,7 @@ def with_features(
     features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
     table = pa.table({name: array for name, (array, _) in columns.items()}).cast(features.arrow_schema)
     added = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
-    old = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES, "teacher") if name in part.column_names]
+    old = [*teacher_columns(part.column_names), *({"teacher"} & set(part.column_names))]
     return datasets.concatenate_datasets([part.remove_columns(old), added], axis=1)
 
 

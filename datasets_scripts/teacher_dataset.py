@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from datasets_scripts.building import license_fields
 from datasets_scripts.teacher_features import shard_file
 from trainers import retrieval_metrics
-from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, id_hash, teacher_tensors
+from trainers.retrieval_data import id_hash, teacher_columns, teacher_tensors
 from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
 
 
@@ -60,8 +60,7 @@ def assemble(
 def stored_features(folder: Path, split: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw features of images `[N, D]` and captions `[C, D]` of one file, as a reader of the dataset gets them."""
     names = pq.read_schema(shard_file(folder, split, number)).names
-    columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
-    return teacher_tensors(pq.read_table(shard_file(folder, split, number), columns=columns))
+    return teacher_tensors(pq.read_table(shard_file(folder, split, number), columns=teacher_columns(names)))
 
 
 def evaluate_teacher(

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from teachers import Teacher
 from trainers.dataset_checks import check_rows
 from trainers.images import load_rgb
-from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES
+from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_columns
 
 
 ROWS_IN_GROUP = 256  # of a parquet file: what a reader in random order has to decompress for one row
@@ -318,7 +318,7 @@ def _undecoded(part: datasets.Dataset | datasets.IterableDataset, split: str):
     for name in {"image_id", "group_id"} & set(names):
         if getattr(part.features[name], "dtype", None) not in ("string", "large_string"):
             raise ValueError(f"{name} of the {split} split is {part.features[name]}: cast the column to string.")
-    part = part.remove_columns([name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES, "teacher") if name in names])
+    part = part.remove_columns([*teacher_columns(names), *({"teacher"} & set(names))])
     return part.cast_column("image", datasets.Image(decode=False))
 
 

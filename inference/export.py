@@ -40,6 +40,7 @@ from transformers import (
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from datasets_scripts.building import write_beside
+from model_cards.tables import markdown_table
 from trainers.data_loading import open_dataset
 from trainers.retrieval import retrieval_metrics
 from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
@@ -328,13 +329,6 @@ def recall_table(
     for name in figures["torch"]:
         table.append([name.replace("_", " "), *(f"{figures[runtime][name]:.1f}" for runtime in RUNTIMES)])
     return markdown_table(table)
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """A table that reads well as plain text too; the first row is its header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def readme(name: str, hub_id: str | None, tables: list[str]) -> str:

@@ -43,7 +43,7 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
         form, unit = ("{:.2f} M", 1e6) if name == "parameters" else ("{:.2f}", 1)
         if name in metrics:
             rows.append([label, *(_cell(own[column].get(name), form, unit) for column, *_ in columns)])
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def across_table(metrics: dict[str, float], key: str = "test") -> str:
@@ -52,7 +52,7 @@ def across_table(metrics: dict[str, float], key: str = "test") -> str:
     for name in (*RECALLS, "rsum") if f"teacher_index_{key}_rsum" in metrics else ():
         values = (metrics[f"{index}_index_{key}_{name}"] for index in ("teacher", "student"))
         rows.append([name.replace("_", " "), *(f"{value:.1f}" for value in values)])
-    return _table(rows) if rows[1:] else ""
+    return markdown_table(rows) if rows[1:] else ""
 
 
 def data_table(data: dict[str, dict]) -> str:
@@ -61,7 +61,7 @@ def data_table(data: dict[str, dict]) -> str:
         spreads = (of["captions_per_image"], of["words_per_caption"])
         spreads = [f"{mean:.1f} ({least} to {most})" for mean, least, most in spreads]
         rows.append([name, f"{of['images']:,}", f"{of['captions']:,}", *spreads])
-    return _table(rows) if data else ""
+    return markdown_table(rows) if data else ""
 
 
 def samples_table(samples: list[list[str]]) -> str:
@@ -70,14 +70,15 @@ def samples_table(samples: list[list[str]]) -> str:
         # Text, whatever it is: no markup, no end of a cell.
         text = "; ".join(re.sub(r"([\\`*_\[\]|<>&])", r"\\\1", " ".join(caption.split())) for caption in captions)
         rows.append([f"![sample {i}](assets/sample_{i}.png)", text])
-    return _table(rows) if samples else ""
+    return markdown_table(rows) if samples else ""
 
 
 def bullets(values: dict[str, object]) -> str:
     return "\n".join(f"- `{name}`: {json.dumps(of) if isinstance(of, dict) else of}" for name, of in values.items())
 
 
-def _table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table that reads well as plain text too; the first row is its header, shorter rows end in empty cells."""
     rows = [[*row, *[""] * (len(rows[0]) - len(row))] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]

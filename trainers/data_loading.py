@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from model_cards import describe_captions
 
-from .retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_tensors
+from .retrieval_data import TEACHER_COLUMNS, teacher_columns, teacher_tensors
 from .teacher_pca import PCA_FILE, fit_pca, load_pca
 
 
@@ -268,8 +268,7 @@ def _stored_pca(name: str, repo_type: str) -> torch.Tensor | None:
 
 
 def _teacher_features(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in part.column_names]
-    for table in part.select_columns(columns).with_format("arrow").iter(5000):
+    for table in part.select_columns(teacher_columns(part.column_names)).with_format("arrow").iter(5000):
         yield teacher_tensors(table)
 
 

@@ -18,6 +18,11 @@ TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds")
 TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # beside int8 features, one for each of their rows
 
 
+def teacher_columns(names: list[str]) -> list[str]:
+    """Those of a dataset's columns that hold a teacher's features."""
+    return [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
+
+
 def id_hash(text: str) -> int:
     """int64 of the string's blake2b-64: the same in every process and on every machine, unlike `hash()`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -30,10 +30,10 @@ from .images import load_rgb
 from .retrieval import fold_metrics, retrieval_metrics
 from .retrieval_data import (
     TEACHER_COLUMNS,
-    TEACHER_SCALES,
     RetrievalCollator,
     RetrievalDataset,
     id_hash,
+    teacher_columns,
     teacher_tensors,
 )
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
@@ -449,8 +449,7 @@ def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Te
 
 def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
-    columns = [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in dataset.column_names]
-    return teacher_tensors(dataset.select_columns(columns).with_format("arrow")[:])
+    return teacher_tensors(dataset.select_columns(teacher_columns(dataset.column_names)).with_format("arrow")[:])
 
 
 def _figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:
