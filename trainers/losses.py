@@ -23,6 +23,7 @@ PAIRS = ("II", "TT", "IT", "TI")
 
 # Stands for "not a negative": finite, so that a row without any negative has finite (zero) gradients.
 MASKED = torch.finfo(torch.float32).min
+DICTIONARY_BLOCK = 4096  # rows of the dictionary that are compared at once: what the processor's cache likes best
 
 
 class OtherStudents(NamedTuple):
@@ -148,14 +149,49 @@ def contrastive_distillation(
         losses = {}
         for pair in pairs:
             query, target = pair
-            logits = (student[query] / temperature) @ dictionary[target].T
-            _mask(logits, groups[query], dictionary_groups[target])
+            negatives = _LogSumExp.apply(
+                student[query], groups[query], dictionary[target], dictionary_groups[target], temperature
+            )
             # In IT the captions of an image share its negatives: the product is made once per image.
-            negatives = _per_query(torch.logsumexp(logits, dim=1), pair, query, caption_to_image)
+            negatives = _per_query(negatives, pair, query, caption_to_image)
             positives = _positives(student, teacher, pair, caption_to_image) / temperature
             # softplus(n - p) is log(e^p + e^n) - p without the cancellation
             losses[pair] = F.softplus(negatives - positives).sum() / counts["I" if pair == "II" else "T"]
         return losses
+
+
+class _LogSumExp(torch.autograd.Function):
+    """`log sum_j e^{q . d_j / tau}` of each query over the dictionary rows of other groups, `[B]`.
+
+    The dictionary is constant, so the gradient, its mean under the softmax, is made beside the value, block by block
+    (online softmax, Milakov and Gimelshein 2018): the `[B, Q]` logits are never stored, and cost one product each way.
+    Without negatives the value is about MASKED.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, groups, dictionary, dictionary_groups, temperature):
+        queries = queries / temperature
+        largest = queries.new_full((len(queries), 1), MASKED)
+        total = torch.zeros_like(largest)  # of e^{logit - largest}
+        weighted = torch.zeros_like(queries)  # dictionary rows, weighted so
+        for start in range(0, len(dictionary), DICTIONARY_BLOCK):
+            rows = dictionary[start : start + DICTIONARY_BLOCK]
+            logits = queries @ rows.T
+            _mask(logits, groups, dictionary_groups[start : start + DICTIONARY_BLOCK])
+            before, largest = largest, largest.maximum(logits.amax(dim=1, keepdim=True))
+            shrink = (before - largest).exp_()
+            logits.sub_(largest).exp_()
+            total.mul_(shrink).add_(logits.sum(dim=1, keepdim=True))
+            if ctx.needs_input_grad[0]:
+                weighted.mul_(shrink).addmm_(logits, rows)
+        total.clamp_(min=torch.finfo(torch.float32).tiny)  # an empty dictionary
+        ctx.save_for_backward(weighted.div_(total * temperature))
+        return (largest + total.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None], None, None, None, None
 
 
 def hard_negative_distillation(
@@ -166,10 +202,10 @@ def hard_negative_distillation(
     image_groups: Tensor,
     caption_to_image: Tensor,
     *,
-    step_teacher_image: Tensor,
-    step_image_groups: Tensor,
-    step_teacher_text: Tensor,
-    step_text_groups: Tensor,
+    step_teacher_image: Tensor | None = None,
+    step_image_groups: Tensor | None = None,
+    step_teacher_text: Tensor | None = None,
+    step_text_groups: Tensor | None = None,
     others: OtherStudents | None = None,
     pairs: Sequence[str] = PAIRS,
     margin: float = 0.2,
@@ -191,8 +227,8 @@ def hard_negative_distillation(
         image_groups: `[N]` int64, the group of each image.
         caption_to_image: `[C]` int64, the image of each caption.
         step_teacher_image, step_image_groups: `[P, D]`, `[P]`, the teacher's images of the optimiser step, all ranks;
-            P at least 1.
-        step_teacher_text, step_text_groups: `[Q, D]`, `[Q]`, its captions; Q at least 1.
+            P at least 1. Left out where the step is this micro-batch: then one product serves both directions.
+        step_teacher_text, step_text_groups: `[Q, D]`, `[Q]`, its captions; Q at least 1; left out with the images.
         others: the micro-batch of all ranks; None on one process, where the other students are the local ones.
         pairs: which of "II", "TT", "IT", "TI".
         margin: m, a difference of cosines; not used where the margin follows the teacher.
@@ -213,6 +249,10 @@ def hard_negative_distillation(
     if others is not None:
         _check_batch(*others[:-1])
         _check_columns("others.student_image", others.student_image, others.image_groups, student_image)
+    whole = step_teacher_image is None and others is None
+    if step_teacher_image is None:
+        step_teacher_image, step_image_groups = teacher_image, image_groups
+        step_teacher_text, step_text_groups = teacher_text, image_groups[caption_to_image]
     _check_columns("step_teacher_image", step_teacher_image, step_image_groups, student_image, at_least=1)
     _check_columns("step_teacher_text", step_teacher_text, step_text_groups, student_image, at_least=1)
     _check_pairs(pairs)
@@ -234,15 +274,20 @@ def hard_negative_distillation(
         for pair in pairs:
             query, target = pair
             positives = _positives(student, teacher, pair, caption_to_image)
-            rows = student[query] @ step[target].T
-            _mask(rows, groups[query], step_groups[target])
-            first = _hinge(rows, positives, pair, query, caption_to_image, margin, hardest)
+            rows, columns = student[query], step[target]
+            similarities = _similarities(rows, columns, groups[query], step_groups[target], hardest)
+            negatives = _negatives(similarities, rows, columns, hardest)
+            first = _hinge(negatives, positives, pair, query, caption_to_image, margin)
 
             if others is not None:
                 positives = _positives(all_student, all_teacher, pair, everyone.caption_to_image)
-            rows = all_teacher[target] @ all_student[query].T
-            _mask(rows, all_groups[target], all_groups[query])
-            second = _hinge(rows, positives, pair, target, everyone.caption_to_image, margin, hardest)
+            rows, columns = all_teacher[target], all_student[query]
+            if whole:
+                similarities = similarities.T
+            else:
+                similarities = _similarities(rows, columns, all_groups[target], all_groups[query], hardest)
+            negatives = _negatives(similarities, rows, columns, hardest)
+            second = _hinge(negatives, positives, pair, target, everyone.caption_to_image, margin)
             # Every rank computes this term over all ranks' rows, and only its own rows are live. Their gradient must
             # be that of the full term, so that the ranks' gradients add up to it; the value is cut to 1 / world_size,
             # so that the values do.
@@ -283,20 +328,32 @@ def _mask(similarities: Tensor, row_groups: Tensor, column_groups: Tensor) -> No
     similarities.masked_fill_(row_groups[:, None] == column_groups[None, :], MASKED)
 
 
+def _similarities(rows: Tensor, columns: Tensor, row_groups: Tensor, column_groups: Tensor, hardest: bool) -> Tensor:
+    """`[R, K]`, own groups struck out. To find the hardest, no gradient is needed: see `_negatives`."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not hardest):
+        similarities = rows @ columns.T
+        _mask(similarities, row_groups, column_groups)
+    return similarities
+
+
+def _negatives(similarities: Tensor, rows: Tensor, columns: Tensor, hardest: bool) -> Tensor:
+    """Of each row its similarity with the hardest column `[R, 1]`, or with all of them `[R, K]`.
+
+    One dot product a row, made again with gradient, spares the whole product its way back.
+    """
+    if not hardest:
+        return similarities
+    largest, column = similarities.max(dim=1)
+    again = (rows * columns.index_select(0, column)).sum(dim=-1)
+    return torch.where(largest == MASKED, largest, again)[:, None]
+
+
 def _hinge(
-    similarities: Tensor,
-    positives: Tensor,
-    pair: str,
-    side: str,
-    caption_to_image: Tensor,
-    margin: float,
-    hardest: bool,
+    negatives: Tensor, positives: Tensor, pair: str, side: str, caption_to_image: Tensor, margin: float
 ) -> Tensor:
-    """Sum over queries of the violations in the masked similarities, whose rows are those of `side`."""
-    if hardest:
-        similarities = similarities.amax(dim=1, keepdim=True)
-    similarities = _per_query(similarities, pair, side, caption_to_image)
-    return F.relu(margin + similarities - positives[:, None]).sum()
+    """Sum over queries of the violations by the negatives, whose rows are those of `side`."""
+    negatives = _per_query(negatives, pair, side, caption_to_image)
+    return F.relu(margin + negatives - positives[:, None]).sum()
 
 
 def _count(count: int | Tensor | None, rows: Tensor) -> int | Tensor:

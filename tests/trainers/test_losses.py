@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from trainers import losses as losses_module
 from trainers.losses import (
     PAIRS,
     OtherStudents,
@@ -159,9 +160,11 @@ def test_feature_and_similarity(seed):
         assert similarities[pair].item() == pytest.approx(by_hand, abs=1e-6)
 
 
+@pytest.mark.parametrize("block", [5, 4096])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_contrastive_against_loops(seed, temperature):
+def test_contrastive_against_loops(monkeypatch, seed, temperature, block):
+    monkeypatch.setattr(losses_module, "DICTIONARY_BLOCK", block)
     batch, queue = Batch(seed), Batch(seed + 100, num_images=12)
     for columns in (queue, batch):
         losses = contrast(batch, columns, pairs=PAIRS, temperature=temperature)
@@ -184,9 +187,35 @@ def test_hinge_against_loops(seed, kind, hardest):
         assert losses[pair].item() == pytest.approx(by_hand, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("kind", ["fixed", "teacher"])
+def test_a_step_of_one_batch_need_not_be_given(kind, hardest):
+    batch, settings = Batch(21), {"margin": 0.3, "margin_kind": kind, "hardest": hardest}
+    found = []
+    for step in ({}, step_rows(batch)):
+        inputs = batch.tensors()
+        losses = hard_negative_distillation(*inputs, **step, **settings)
+        found.append([*losses.values(), *gradients(losses, inputs[:2])])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert found[0][-1].abs().max() > 0
+
+
+def test_the_largest_logits_may_come_last_and_be_large(monkeypatch):
+    """Blocks whose own groups are struck out, and logits that overflow unless the largest is taken off."""
+    monkeypatch.setattr(losses_module, "DICTIONARY_BLOCK", 2)
+    query = torch.tensor([[1.0, 0.0]]).requires_grad_()
+    columns = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    groups, temperature = torch.tensor([7, 7, 1, 2, 3]), 1e-3
+    value = losses_module._LogSumExp.apply(query, torch.tensor([7]), columns, groups, temperature)
+    assert value.item() == pytest.approx(600)  # cosine 0.6 over 0.001; the own group's 1.0 would give 1,000
+    (gradient,) = torch.autograd.grad(value, query)
+    torch.testing.assert_close(gradient, columns[-1:] / temperature)
+
+
 @pytest.mark.parametrize("name", ["contrastive", "fixed", "teacher"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_gradients_against_differences_of_the_loops(name, pair):
+def test_gradients_against_differences_of_the_loops(monkeypatch, name, pair):
+    monkeypatch.setattr(losses_module, "DICTIONARY_BLOCK", 5)
     batch, step = Batch(11, num_images=4), Batch(111, num_images=6)
 
     def value(changed):
