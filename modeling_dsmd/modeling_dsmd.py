@@ -119,6 +119,9 @@ class DSMDModel(PreTrainedModel):
         if hasattr(self.vision_model, "timm_model") and self.vision_model.supports_gradient_checkpointing:
             self.vision_model._set_gradient_checkpointing(enable)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -223,6 +226,21 @@ class DSMDModel(PreTrainedModel):
         pooled = _pool(output, self.config.text_pooling, attention_mask)
         return _with_pooled(output, self.text_projection(pooled))
 
+    def _in_buckets(self, text_buckets, input_ids, attention_mask, token_type_ids, **kwargs) -> list[torch.Tensor]:
+        """Text features `[rows, D]` of each bucket."""
+        if sum(rows for rows, _ in text_buckets) != len(input_ids):
+            raise ValueError(f"text_buckets {text_buckets} are not of the {len(input_ids)} captions given.")
+        features, start = [], 0
+        for rows, length in text_buckets:
+            ids, mask, types = (
+                None if tensor is None else tensor[start : start + rows, :length]
+                for tensor in (input_ids, attention_mask, token_type_ids)
+            )
+            output = self.get_text_features(ids, mask, token_type_ids=types, return_dict=True, **kwargs)
+            features.append(output.pooler_output)
+            start += rows
+        return features
+
     @can_return_tuple
     def forward(
         self,
@@ -232,6 +250,7 @@ class DSMDModel(PreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        text_buckets: list[tuple[int, int]] | None = None,
         **kwargs,
     ) -> tuple | DSMDOutput:
         """Embeds whichever modality is given; with both, their similarities too.
@@ -243,21 +262,28 @@ class DSMDModel(PreTrainedModel):
             token_type_ids: `[C, L]`, for towers that take them.
             return_loss: also the symmetric contrastive loss of image i with caption i (N = C).
             interpolate_pos_encoding: take images of another size than the vision tower's, where it can.
+            text_buckets: (rows, tokens) of consecutive captions that go through the text tower together, cut to so
+                many tokens: padding on the right that a shorter caption need not pay for. The rows add up to C. The
+                output then has no `text_model_output`.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give input_ids, pixel_values or both.")
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = image_output = text_output = None
-        # What is left in kwargs (output_hidden_states, ...) both towers understand.
+        # What is left in kwargs (output_hidden_states, ...) both towers understand. Captions first: text towers wait
+        # for the device once, to see whether their mask masks anything, and then it has little to do.
+        if input_ids is not None and text_buckets is not None:
+            buckets = self._in_buckets(text_buckets, input_ids, attention_mask, token_type_ids, **kwargs)
+            text_embeds = nn.functional.normalize(torch.cat(buckets), dim=-1)
+        elif input_ids is not None:
+            text_output = self.get_text_features(
+                input_ids, attention_mask, token_type_ids=token_type_ids, return_dict=True, **kwargs
+            )
+            text_embeds = nn.functional.normalize(text_output.pooler_output, dim=-1)
         if pixel_values is not None:
             # Towers of timm do not know the argument.
             image_kwargs = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
             image_output = self.get_image_features(pixel_values, return_dict=True, **image_kwargs, **kwargs)
             image_embeds = nn.functional.normalize(image_output.pooler_output, dim=-1)
-        if input_ids is not None:
-            text_output = self.get_text_features(
-                input_ids, attention_mask, token_type_ids=token_type_ids, return_dict=True, **kwargs
-            )
-            text_embeds = nn.functional.normalize(text_output.pooler_output, dim=-1)
         if image_embeds is not None and text_embeds is not None:
             scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
             logits_per_text = text_embeds @ image_embeds.T * scale  # [C, N]

@@ -52,8 +52,7 @@ class ContrastiveTrainer(RetrievalTrainer):
         image_groups, caption_to_image = inputs["image_groups"], inputs["caption_to_image"]
         if distributed.world_size() > 1:
             # Every rank computes the loss of all ranks' pairs, so that each gradient is that of the full batch.
-            images = distributed.row_counts(image_embeds)
-            captions = distributed.row_counts(text_embeds)
+            images, captions = inputs["row_counts"]
             offset = sum(images[: distributed.rank()])
             image_embeds = distributed.gather_rows(image_embeds, images, differentiable=True)
             text_embeds = distributed.gather_rows(text_embeds, captions, differentiable=True)

@@ -18,7 +18,8 @@ class DSMDTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (a batch is no set of model inputs),
     `dataloader_drop_last=True` (an uneven last batch would be filled with row 0 again on other ranks),
-    `logging_nan_inf_filter=False` (it syncs every step), `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
+    `logging_nan_inf_filter=False` (it syncs every step), `accelerator_config` with
+    `non_blocking`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
     """
 
     losses: list[str] = field(
@@ -115,6 +116,8 @@ class DSMDTrainingArguments(TrainingArguments):
             raise ValueError(f"shuffle_buffer_size={self.shuffle_buffer_size}: expected 1 (in order) or more.")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image={self.captions_per_image}: expected 1 or more, or none for all.")
+        if self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # batches go to the device beside the step before
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the trainer reads more columns than the model.")

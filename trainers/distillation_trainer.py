@@ -82,6 +82,9 @@ class DSMDTrainer(RetrievalTrainer):
         sizes = (0, 0)
         if isinstance(train_dataset, datasets.IterableDataset):
             sizes = (args.queue_size, args.queue_size)  # nobody knows how long a stream is
+        elif train_dataset is not None and len(train_dataset) >= args.queue_size:
+            # Each row has a caption or more: nothing is clamped, and captions need not be counted.
+            sizes = (args.queue_size, args.queue_size)
         elif train_dataset is not None:
             sizes = len(train_dataset), sum(len(captions) for captions in train_dataset["captions"])
         self.image_queue, self.text_queue = (
@@ -102,14 +105,22 @@ class DSMDTrainer(RetrievalTrainer):
         for batch in batches:
             for name in ("teacher_image", "teacher_text"):
                 batch[name] = normalize(batch[name], self.teacher_projection)
+        images, captions = self.step_row_counts
         groups = torch.cat([batch["image_groups"] for batch in batches])
-        text_groups = torch.cat([batch["image_groups"][batch["caption_to_image"]] for batch in batches])
+        teacher_image = torch.cat([batch["teacher_image"] for batch in batches])
+        # Image by image, not by length as in the batches: a queue that is smaller than the step keeps the last.
+        orders = [batch["caption_to_image"].argsort(stable=True) for batch in batches]
+        teacher_text = torch.cat([batch["teacher_text"][order] for batch, order in zip(batches, orders)])
+        text_groups = torch.cat(
+            [batch["image_groups"][batch["caption_to_image"][order]] for batch, order in zip(batches, orders)]
+        )
         self.step_rows = {
-            "step_teacher_image": distributed.gather_rows(torch.cat([batch["teacher_image"] for batch in batches])),
-            "step_image_groups": distributed.gather_rows(groups),
-            "step_teacher_text": distributed.gather_rows(torch.cat([batch["teacher_text"] for batch in batches])),
-            "step_text_groups": distributed.gather_rows(text_groups),
+            "step_teacher_image": distributed.gather_rows(teacher_image, images),
+            "step_image_groups": distributed.gather_rows(groups, images),
+            "step_teacher_text": distributed.gather_rows(teacher_text, captions),
+            "step_text_groups": distributed.gather_rows(text_groups, captions),
         }
+        self.step_is_one_batch = len(batches) == 1 and distributed.world_size() == 1
         self.image_queue.push(self.step_rows["step_teacher_image"], self.step_rows["step_image_groups"])
         self.text_queue.push(self.step_rows["step_teacher_text"], self.step_rows["step_text_groups"])
         if not self.balancer_is_set:
@@ -154,8 +165,8 @@ class DSMDTrainer(RetrievalTrainer):
                 terms[name] = hard_negative_distillation(
                     *rows,
                     *whose,
-                    **self.step_rows,
-                    others=self._other_students(*rows, *whose),
+                    **({} if self.step_is_one_batch else self.step_rows),
+                    others=self._other_students(*rows, *whose, batch["row_counts"]),
                     pairs=args.hard_negative_pairs,
                     margin=args.hard_negative_margin,
                     margin_kind=args.hard_negative_margin_kind,
@@ -165,13 +176,13 @@ class DSMDTrainer(RetrievalTrainer):
         return torch.stack([sum(terms[name].values()) for name in args.losses])
 
     def _other_students(
-        self, image, text, teacher_image, teacher_text, groups, caption_to_image
+        self, image, text, teacher_image, teacher_text, groups, caption_to_image, row_counts
     ) -> OtherStudents | None:
         """All ranks' rows of this micro-batch, this rank's own still live among the others' constants."""
         world = distributed.world_size()
         if world == 1:
             return None
-        images, captions = distributed.row_counts(image), distributed.row_counts(text)
+        images, captions = row_counts
         offset, text_offset = sum(images[: distributed.rank()]), sum(captions[: distributed.rank()])
 
         def splice(rows, counts, start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -22,21 +23,28 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def row_counts(rows: torch.Tensor) -> list[int]:
-    """How many rows each rank holds."""
+@functools.cache
+def _host_group() -> dist.ProcessGroup | None:
+    """Processes that talk without their devices; None where they do so anyway."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def gather_counts(counts: list[list[int]]) -> torch.Tensor:
+    """The counts `[A, ...]` of all ranks, `[W, A, ...]` on the CPU: no device is waited for."""
+    own = torch.tensor(counts)
     if world_size() == 1:
-        return [len(rows)]
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    return torch.cat(counts).tolist()
+        return own[None]
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own, group=_host_group())
+    return torch.stack(gathered)
 
 
-def gather_rows(rows: torch.Tensor, counts: list[int] | None = None, differentiable: bool = False) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, counts: list[int], differentiable: bool = False) -> torch.Tensor:
     """Rows of all ranks.
 
     Args:
         rows: this rank's, `[n, ...]`.
-        counts: [`row_counts`], where the caller has them already.
+        counts: how many rows each rank holds.
         differentiable: let gradients flow back to the rank each row came from; constants otherwise.
 
     Returns:
@@ -44,7 +52,6 @@ def gather_rows(rows: torch.Tensor, counts: list[int] | None = None, differentia
     """
     if world_size() == 1:
         return rows
-    counts = counts or row_counts(rows)
     padded = torch.cat([rows, rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))])
     if differentiable:
         from torch.distributed.nn.functional import all_gather

@@ -162,6 +162,23 @@ class RetrievalDataset(torch.utils.data.Dataset):
         return list(make_examples(self.rows[list(indices)], int(self.epoch), **self.settings))
 
 
+def text_buckets(lengths: list[int]) -> list[tuple[int, int]]:
+    """Captions of like length together: (rows, tokens of the longest) of each bucket, padding at most a tenth of it.
+
+    Args:
+        lengths: tokens of each caption, in falling order.
+    """
+    buckets: list[tuple[int, int]] = []
+    rows = tokens = longest = 0
+    for length in lengths:
+        if rows and tokens + length < 0.9 * (rows + 1) * longest:
+            buckets.append((rows, longest))
+            rows = tokens = 0
+        longest = length if rows == 0 else longest
+        rows, tokens = rows + 1, tokens + length
+    return [*buckets, (rows, longest)]
+
+
 class RetrievalCollator:
     """Batches examples of [`RetrievalDataset`]: N images, their C captions flattened, and who belongs to whom.
 
@@ -170,7 +187,8 @@ class RetrievalCollator:
     | key | shape | |
     |---|---|---|
     | pixel_values | [N, 3, H, W] | |
-    | input_ids, attention_mask | [C, L] | |
+    | input_ids, attention_mask | [C, L] | the longest caption first |
+    | text_buckets | list of (rows, tokens) | see [`DSMDModel.forward`]; at most a tenth of the tokens is padding |
     | caption_to_image | [C] | row of each caption's image |
     | image_groups | [N] int64 | what counts as the same thing |
     | teacher_image | [N, D] | as stored, where the examples have it |
@@ -196,21 +214,28 @@ class RetrievalCollator:
         if not examples:
             raise ValueError(f"None of the {len(unreadable)} images of a batch could be read: {unreadable[:3]}, ...")
         captions = [caption for example in examples for caption in example["captions"]]
-        text = self.processor.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.max_length)
+        lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+        order = np.argsort(-lengths, kind="stable")
+        text = self.processor.tokenizer.pad(
+            {name: [tokens[name][c] for c in order] for name in ("input_ids", "attention_mask")},
+            padding_side="right",
+            return_tensors="pt",
         )
-        counts = torch.tensor([len(example["captions"]) for example in examples])
+        owners = np.repeat(np.arange(len(examples)), [len(example["captions"]) for example in examples])
         batch = {
             "pixel_values": self.processor.image_processor(
                 images=[example["image"] for example in examples], return_tensors="pt"
             )["pixel_values"],
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
-            "caption_to_image": torch.repeat_interleave(torch.arange(len(examples)), counts),
+            "text_buckets": text_buckets(lengths[order].tolist()),
+            "caption_to_image": torch.from_numpy(owners[order]),
             "image_groups": torch.tensor([example["group"] for example in examples]),
             "unreadable": unreadable,
         }
         if "teacher_image" in examples[0]:
             batch["teacher_image"] = torch.from_numpy(np.stack([example["teacher_image"] for example in examples]))
-            batch["teacher_text"] = torch.from_numpy(np.concatenate([example["teacher_text"] for example in examples]))
+            teacher_text = np.concatenate([example["teacher_text"] for example in examples])
+            batch["teacher_text"] = torch.from_numpy(teacher_text[order])
         return batch

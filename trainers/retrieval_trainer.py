@@ -11,8 +11,11 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate.utils import send_to_device
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from huggingface_hub import HfApi
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -36,6 +39,7 @@ from .retrieval_data import (
     teacher_columns,
     teacher_tensors,
 )
+from .sharding import prepare_sharding
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
 
 
@@ -120,6 +124,12 @@ class RetrievalTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        # Distillation does not train the temperature: its optimiser would have no state of it to resume from.
+        self.model.logit_scale.requires_grad_(not self.needs_teacher)
+        self.model_class = type(self.model)
+        self.model.to(args.device)  # under FSDP and DeepSpeed Trainer leaves it where it was made
+        if self.is_fsdp_enabled:
+            prepare_sharding(self.accelerator.state.fsdp_plugin, self.model)
         if isinstance(self.train_dataset, StreamedRetrievalDataset):
             self.add_callback(SkipTrainedBatches(self.train_dataset))
         elif self.train_dataset is not None:
@@ -190,23 +200,28 @@ class RetrievalTrainer(Trainer):
                 if line not in self.unreadable:
                     logger.warning(f"Image left out: {line}")
                 self.unreadable[line] = None
-        batches = [self._prepare_inputs(batch) for batch in batches]
+        # Trainer's own way to the device waits for it.
+        batches = [send_to_device(batch, self.args.device, non_blocking=True) for batch in batches]
         if batches:
             self.begin_step(batches)
         return batches, None
 
     def begin_step(self, batches: list[dict]) -> None:
         """Called with all micro-batches of this rank before the first is trained on."""
-        self.num_images = sum(len(batch["image_groups"]) for batch in batches)
-        self.num_captions = sum(len(batch["input_ids"]) for batch in batches)
-        if distributed.world_size() > 1:
-            counts = torch.tensor([self.num_images, self.num_captions], device=self.args.device)
-            self.num_images, self.num_captions = distributed.sum_over_ranks(counts).tolist()
+        counts = distributed.gather_counts([[len(b["image_groups"]), len(b["input_ids"])] for b in batches])
+        self.num_images, self.num_captions = counts.sum(dim=(0, 1)).tolist()
+        self.step_row_counts = counts.sum(dim=1).T.tolist()  # images of each rank, captions of each rank
+        for micro_step, batch in enumerate(batches):
+            batch["row_counts"] = counts[:, micro_step].T.tolist()
 
     def embed(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """L2-normalised float32 embeddings `[N, D]`, `[C, D]` of a batch: each image once for all its captions."""
         output = model(
-            pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            pixel_values=batch["pixel_values"],
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            # Each bucket is a forward of the text tower, and where it is sharded, one of all ranks.
+            text_buckets=None if self.is_fsdp_enabled else batch["text_buckets"],
         )
         return output.image_embeds.float(), output.text_embeds.float()
 
@@ -273,6 +288,8 @@ class RetrievalTrainer(Trainer):
         """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process."""
         was_training = self.model.training
         self.model.eval()
+        for buffer in self.model.buffers():  # BatchNorm's are each rank's own since its last batch
+            distributed.from_first_rank(buffer)
         images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         captions = [caption for row in dataset["captions"] for caption in row]
         loader = DataLoader(
@@ -312,38 +329,46 @@ class RetrievalTrainer(Trainer):
                 bar.update(len(rows) * distributed.world_size())
         bar.close()
         self.model.train(was_training)
-        image_embeds = torch.cat(image_embeds) if image_embeds else text_embeds[:0]
-        return self._in_row_order(image_embeds, len(images)), self._in_row_order(text_embeds, len(captions))
+        return self._in_row_order(torch.cat(image_embeds), len(images)), self._in_row_order(text_embeds, len(captions))
 
-    def _own_rows(self, rows: int) -> range:
-        return range(distributed.rank(), rows, distributed.world_size())
+    @staticmethod
+    def _own_rows(rows: int) -> list[int]:
+        """As many on every rank, first rows again at the end: a sharded model's forward is a step of all ranks."""
+        world = distributed.world_size()
+        return [(start + distributed.rank()) % rows for start in range(0, rows, world)]
 
     @staticmethod
     def _in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
         """All ranks' rows, of which rank r holds rows r, r + W, r + 2W, ..."""
-        gathered = distributed.gather_rows(own)
-        position = torch.cat(
-            [torch.arange(r, rows, distributed.world_size()) for r in range(distributed.world_size())]
-        ).to(own.device)
-        ordered = torch.empty_like(gathered)
-        ordered[position] = gathered
-        return ordered
+        world = distributed.world_size()
+        by_rank = distributed.gather_rows(own, [len(own)] * world).unflatten(0, (world, len(own)))
+        return by_rank.transpose(0, 1).flatten(0, 1)[:rows]
 
     # Checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Trainer loads by the names in the file, and loses towers that are saved under others (ViT, DINOv2, Swin)."""
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict(), strict=True)
+        saved = self.model_class.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        # Into a sharded model too.
+        set_model_state_dict(self.model, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
 
     def _load_best_model(self) -> None:
         """The same fault as in `_load_from_checkpoint`."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP Trainer leaves the weights a second time, as a pickle."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and self.args.should_save:
+            os.remove(os.path.join(output_dir, f"{FSDP_MODEL_NAME}.bin"))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON, and a card is there."""
         output_dir = output_dir or self.args.output_dir
+        sharded_class = type(self.model)
+        self.model.__class__ = self.model_class  # or the code of FSDP's own class would go with it
         super()._save(output_dir, state_dict)
+        self.model.__class__ = sharded_class
         if self.args.should_save:
             os.remove(os.path.join(output_dir, "training_args.bin"))
             write_json(os.path.join(output_dir, "training_args.json"), self.args.to_dict())

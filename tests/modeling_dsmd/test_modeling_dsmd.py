@@ -157,6 +157,19 @@ def test_padding_does_not_change_a_caption(inputs, text, pooling, attention):
     torch.testing.assert_close(again, batch, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("text", [bert, distilbert, minilm, roberta, modernbert])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_captions_in_buckets_are_the_same_captions(inputs, text, pooling):
+    model = make(text=text, text_pooling=pooling)
+    whole = run(model, inputs)
+    for buckets in ([(3, 7)], [(1, 7), (2, 4)], [(1, 7), (1, 4), (1, 2)]):
+        output = run(model, {**inputs, "text_buckets": buckets})
+        torch.testing.assert_close(output.text_embeds, whole.text_embeds, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(output.logits_per_image, whole.logits_per_image, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"text_buckets \[\(2, 7\)\] are not of the 3 captions"):
+        run(model, {**inputs, "text_buckets": [(2, 7)]})
+
+
 @pytest.mark.parametrize("text", [bert, distilbert, roberta, modernbert])
 def test_a_caption_without_tokens_is_finite(inputs, text):
     model = make(text=text)

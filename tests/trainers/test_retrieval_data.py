@@ -2,12 +2,13 @@
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from conftest import make_rows, make_student
 from PIL import Image
 
 from trainers.images import random_view
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, id_hash
+from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, id_hash, text_buckets
 
 
 SETTINGS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}
@@ -25,17 +26,44 @@ def test_a_batch_keeps_captions_features_and_images_together():
     _, processor = make_student()
     examples = RetrievalDataset(rows, with_teacher=True).__getitems__([7, 2, 4])
     batch = RetrievalCollator(processor, 32)(examples)
-    captions = [caption for i in (7, 2, 4) for caption in rows[i]["captions"]]
-    expected = processor.tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]
-    assert torch.equal(batch["input_ids"], expected)
-    assert batch["caption_to_image"].tolist() == [n for n, i in enumerate((7, 2, 4)) for _ in rows[i]["captions"]]
-    features = np.concatenate([rows[i]["teacher_text_embeds"] for i in (7, 2, 4)])
-    assert np.array_equal(batch["teacher_text"].numpy(), features.astype(np.float16))
+    whose = [
+        (tuple(processor.tokenizer(caption)["input_ids"]), n, tuple(np.float16(feature)))
+        for n, i in enumerate((7, 2, 4))
+        for caption, feature in zip(rows[i]["captions"], rows[i]["teacher_text_embeds"])
+    ]
+    found = [
+        (tuple(ids[mask == 1].tolist()), owner, tuple(feature))
+        for ids, mask, owner, feature in zip(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["caption_to_image"].tolist(),
+            batch["teacher_text"].numpy(),
+        )
+    ]
+    assert sorted(found) == sorted(whose)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] == batch["input_ids"].shape[1]
+    assert batch["text_buckets"] == text_buckets(lengths)
     assert batch["teacher_text"].dtype == torch.float16
     assert np.array_equal(
         batch["teacher_image"].numpy(), np.float16([rows[i]["teacher_image_embeds"] for i in (7, 2, 4)])
     )
     assert batch["image_groups"].tolist() == [id_hash(rows[i]["group_id"]) for i in (7, 2, 4)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_tenth_of_the_tokens_is_padding_at_most(seed):
+    rng = np.random.default_rng(seed)
+    lengths = sorted(rng.integers(2, rng.integers(3, 60), size=rng.integers(1, 200)).tolist(), reverse=True)
+    buckets = text_buckets(lengths)
+    assert sum(rows for rows, _ in buckets) == len(lengths)
+    start = 0
+    for rows, tokens in buckets:
+        assert tokens == lengths[start]  # the longest: nothing is cut off
+        start += rows
+    assert sum(rows * tokens for rows, tokens in buckets) <= sum(lengths) / 0.9
+    if start > 1 and lengths[0] == lengths[-1]:
+        assert len(buckets) == 1
 
 
 def test_draws_depend_on_seed_epoch_and_image_alone():

@@ -350,6 +350,8 @@ def test_two_processes(tmp_path):
                 row = row_of[group]
                 seen[rank].append(row["image_id"])
                 assert np.array_equal(image[i], np.float16(row["teacher_image_embeds"]))
-                assert np.array_equal(text[owner == i], np.float16(row["teacher_text_embeds"]))
+                # A batch's captions stand in the order of their lengths.
+                own = sorted(text[owner == i].tolist())
+                assert own == sorted(np.float16(row["teacher_text_embeds"]).tolist())
     assert not set(seen[0][:4]) & set(seen[1][:4])  # the first pass of a rank has more rows than these
     assert set(seen[0]) | set(seen[1]) == set(rows["image_id"])
