@@ -1,5 +1,7 @@
 """Batches: who belongs to whom, and draws that depend on nothing but seed, epoch and image."""
 
+import itertools
+
 import datasets
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def test_a_batch_keeps_captions_features_and_images_together():
     assert sorted(found) == sorted(whose)
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     assert lengths == sorted(lengths, reverse=True) and lengths[0] == batch["input_ids"].shape[1]
-    assert batch["text_buckets"] == text_buckets(lengths)
+    assert batch["text_buckets"] == text_buckets(np.array(lengths))
     assert batch["teacher_text"].dtype == torch.float16
     assert np.array_equal(
         batch["teacher_image"].numpy(), np.float16([rows[i]["teacher_image_embeds"] for i in (7, 2, 4)])
@@ -54,16 +56,35 @@ def test_a_batch_keeps_captions_features_and_images_together():
 @pytest.mark.parametrize("seed", range(20))
 def test_a_tenth_of_the_tokens_is_padding_at_most(seed):
     rng = np.random.default_rng(seed)
-    lengths = sorted(rng.integers(2, rng.integers(3, 60), size=rng.integers(1, 200)).tolist(), reverse=True)
+    lengths = np.sort(rng.integers(2, rng.integers(3, 60), size=rng.integers(50, 200)))[::-1]
     buckets = text_buckets(lengths)
     assert sum(rows for rows, _ in buckets) == len(lengths)
     start = 0
     for rows, tokens in buckets:
-        assert tokens == lengths[start]  # the longest: nothing is cut off
+        assert rows >= 2 and tokens == lengths[start]  # the longest: nothing is cut off
         start += rows
-    assert sum(rows * tokens for rows, tokens in buckets) <= sum(lengths) / 0.9
-    if start > 1 and lengths[0] == lengths[-1]:
-        assert len(buckets) == 1
+    assert sum(rows * tokens for rows, tokens in buckets) <= lengths.sum() / 0.9
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_other_cut_into_as_many_buckets_has_less_padding(seed):
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(rng.integers(2, 30, size=12))[::-1]
+    buckets = text_buckets(lengths)
+    least = min(
+        sum((end - start) * lengths[start] for start, end in itertools.pairwise((0, *cuts, 12)))
+        for cuts in itertools.combinations(range(2, 11), len(buckets) - 1)
+        if all(end - start >= 2 for start, end in itertools.pairwise((0, *cuts, 12)))
+    )
+    assert sum(rows * tokens for rows, tokens in buckets) == least
+
+
+@pytest.mark.parametrize(
+    ("lengths", "buckets"),
+    [([7], [(1, 7)]), ([9, 2], [(2, 9)]), ([5] * 30, [(30, 5)]), ([20] * 9 + [19] * 9, [(18, 20)])],
+)
+def test_few_or_like_captions_are_one_bucket(lengths, buckets):
+    assert text_buckets(np.array(lengths)) == buckets
 
 
 def test_draws_depend_on_seed_epoch_and_image_alone():
