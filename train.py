@@ -7,18 +7,21 @@ accelerate launch train.py --dataset_name icons --do_train False --do_eval --mod
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from model_cards import RunFacts
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
+from trainers.checkpoints import last_whole
 from trainers.data_loading import (
     DataArguments,
     Splits,
@@ -36,6 +39,10 @@ from trainers.hub_push import fetch_last_checkpoint
 from trainers.report import pin_revision, report
 from trainers.retrieval_trainer import RetrievalTrainer
 from trainers.student import StudentArguments, build_student
+
+
+LOCK = "_lock"  # in output_dir, while a run writes there
+LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice
 
 
 def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, DSMDTrainingArguments]:
@@ -74,32 +81,42 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, D
 
 
 def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
-    """Refuses to write a run into the folder of another, unless told to replace it."""
+    """Refuses to write a run into another's folder, unless told to replace it. Of two at once the second stops."""
+    if not args.do_train or args.process_index != 0:
+        return
     folder = Path(args.output_dir)
-    resumes = args.resume_from_checkpoint or args.resume_from_hub
-    if not args.do_train or resumes or not folder.is_dir() or not any(folder.iterdir()):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise ValueError(f"Another run is writing to {folder}: wait for it, or give another --output_dir.") from None
+    atexit.register(lock.release)  # held until then
+    old = [path for path in folder.iterdir() if path.name != LOCK]
+    if args.resume_from_checkpoint or args.resume_from_hub or not old:
         return
     if not overwrite:
         raise ValueError(
             f"output_dir {folder} is not empty: it holds another run. Give another --output_dir, go on with that run "
             "by --resume_from_checkpoint last, or replace it by --overwrite_output_dir."
         )
-    if args.process_index == 0:
-        shutil.rmtree(folder)
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
-    """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or the
-    run's last one for 'last' or 'True'."""
+    """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or for
+    'last' or 'True' the run's last whole one, None where it was stopped before its first."""
     if args.resume_from_hub is not None:
         with args.main_process_first(desc="checkpoint"):
             return fetch_last_checkpoint(args.resume_from_hub, args.output_dir, write=args.process_index == 0)
     if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() not in ("last", "true"):
         return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    with args.main_process_first(desc="last checkpoint"):
+        checkpoint = last_whole(args.output_dir)
     if checkpoint is None:
-        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {args.output_dir} to go on from.")
-    return checkpoint
+        print(f"There is no whole checkpoint in {args.output_dir}: the run starts from the beginning.")
+    return checkpoint and str(checkpoint)
 
 
 def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int | None]:
@@ -115,8 +132,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     use_the_cores(args.device, args.world_size)
     rows = load_data(data_args, trust_remote_code=student_args.trust_remote_code)
     set_seed(args.seed)  # after the data: a teacher that had to be loaded must not change the student
-    captions = training_captions(rows["train"])
-    model, processor = build_student(student_args, captions, teacher_width(rows))
+    model, processor = build_student(student_args, training_captions(rows["train"]), teacher_width(rows))
     settings = {
         "model": model,
         "args": args,
@@ -150,6 +166,22 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     return trainer, rows, checkpoint, data_args.test_fold_size
 
 
+def leave(trainer: RetrievalTrainer) -> None:
+    """Ends an interrupted run: exit status 0 after SIGTERM, 130 after Ctrl-C."""
+    if trainer.is_world_process_zero():
+        print(
+            f"\nInterrupted after step {trainer.state.global_step}, which is saved. The same command with "
+            "--resume_from_checkpoint last goes on."
+        )
+        if trainer.push_is_unfinished:
+            print("Its push to the Hub was not finished: the next one brings the same.")
+    status = 130 if trainer.interruption.agreed == signal.SIGINT else 0
+    if trainer.push_is_unfinished:
+        sys.stdout.flush()
+        os._exit(status)  # the push's thread would be waited for
+    sys.exit(status)
+
+
 def main(argv: list[str]) -> None:
     try:
         trainer, rows, checkpoint, fold_size = prepare(argv)
@@ -158,6 +190,8 @@ def main(argv: list[str]) -> None:
     metrics = {}
     if trainer.args.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if trainer.interruption.agreed:
+            leave(trainer)
         trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
     metrics.update(trainer.evaluate())
     metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))

@@ -125,11 +125,12 @@ def write_card(
     """The dataset's card: what is in it, which teacher, how good the teacher is on it."""
     counts = {}
     for split, count in files.items():
-        captions = [
-            pc.list_value_length(pq.read_table(shard_file(partial, split, number), columns=["captions"])["captions"])
-            for number in range(count)
-        ]
-        counts[split] = sum(map(len, captions)), sum(pc.sum(lengths).as_py() for lengths in captions)
+        images = captions = 0
+        for number in range(count):
+            column = pq.read_table(shard_file(partial, split, number), columns=["captions"])["captions"]
+            images += len(column)
+            captions += pc.sum(pc.list_value_length(column)).as_py()
+        counts[split] = images, captions
     data = DatasetCardData(
         **(license_fields(license) if license else {}),
         tags=["image-text-retrieval", "distillation", "teacher-features"],

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from teachers import Teacher
 from trainers.dataset_checks import check_rows
-from trainers.images import load_rgb
+from trainers.images import check_image_paths, load_rgb
 from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_columns
 
 
@@ -318,7 +318,9 @@ def _undecoded(part: datasets.Dataset | datasets.IterableDataset, split: str):
     for name in {"image_id", "group_id"} & set(names):
         if getattr(part.features[name], "dtype", None) not in ("string", "large_string"):
             raise ValueError(f"{name} of the {split} split is {part.features[name]}: cast the column to string.")
-    part = part.remove_columns([*teacher_columns(names), *({"teacher"} & set(names))])
+    dropped = {*teacher_columns(names), "teacher"}
+    # Not `remove_columns`: of a stream, it decodes the images and encodes them again.
+    part = part.select_columns([name for name in names if name not in dropped])
     return part.cast_column("image", datasets.Image(decode=False))
 
 
@@ -333,6 +335,7 @@ def _chunks(
         return
     info = datasets.DatasetInfo(features=part.features)
     for number, table in enumerate(part.with_format("arrow").iter(size)):
+        check_image_paths(table["image"], None)
         yield number, lambda table=table: datasets.Dataset(table, info=info)
 
 

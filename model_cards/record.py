@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -102,13 +103,17 @@ def describe_captions(captions: Iterable[list[str]]) -> dict[str, int | list[flo
     Args:
         captions: of each image.
     """
-    per_image, words = [], []
+    per_image, words = Counter(), Counter()  # how many have that many
     for own in captions:
-        per_image.append(len(own))
-        words.extend(len(caption.split()) for caption in own)
+        per_image[len(own)] += 1
+        words.update(len(caption.split()) for caption in own)
+
+    def spread(counts: Counter[int]) -> list[float]:
+        return [sum(number * times for number, times in counts.items()) / counts.total(), min(counts), max(counts)]
+
     return {
-        "images": len(per_image),
-        "captions": len(words),
-        "captions_per_image": [sum(per_image) / len(per_image), min(per_image), max(per_image)],
-        "words_per_caption": [sum(words) / len(words), min(words), max(words)],
+        "images": per_image.total(),
+        "captions": words.total(),
+        "captions_per_image": spread(per_image),
+        "words_per_caption": spread(words),
     }

@@ -119,8 +119,10 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path, data):
     assert (tmp_path / "run" / "config.json").read_text() == "{}"
 
 
-def test_resuming_without_a_checkpoint_is_refused(tmp_path, data):
-    assert "no checkpoint" in refused([*write_recipe(tmp_path, data), "--resume_from_checkpoint", "last"])
+def test_a_run_stopped_before_its_first_checkpoint_is_resumed_from_the_beginning(tmp_path, data, capsys):
+    (tmp_path / "run" / "_checkpoint").mkdir(parents=True)
+    _, _, checkpoint, _ = train.prepare([*write_recipe(tmp_path, data), "--resume_from_checkpoint", "last"])
+    assert checkpoint is None and "from the beginning" in capsys.readouterr().out
 
 
 def test_a_tower_that_is_not_named_is_refused(tmp_path, data):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
 import os
 import tempfile
@@ -19,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from model_cards import describe_captions
 
+from .images import check_image_paths
 from .retrieval_data import TEACHER_COLUMNS, teacher_columns, teacher_tensors
 from .teacher_pca import PCA_FILE, fit_pca, load_pca
 
@@ -86,7 +86,7 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
         streaming: read as it is used, from data files or the Hub.
 
     Raises:
-        ValueError: it cannot be streamed, or is a single split.
+        ValueError: it cannot be streamed, is a single split, or names images that lie elsewhere.
     """
     if name == "icons":
         from datasets_scripts.icons import load_icons
@@ -99,15 +99,24 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     else:
         rows = datasets.load_dataset(name, config_name, streaming=streaming)
         if not streaming:
-            return rows
+            return _checked(rows, name)
         unknown = [split for split, part in rows.items() if part.column_names is None]
         if unknown:
             raise ValueError(
                 f"{name} does not say what columns its {', '.join(unknown)} split has: it cannot be streamed."
             )
         return type(rows)({split: _webdataset_rows(part) for split, part in rows.items()})
+    _checked(rows, name)
     if streaming:
         return datasets.IterableDatasetDict({split: part.to_iterable_dataset() for split, part in rows.items()})
+    return rows
+
+
+def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
+    for part in rows.values():
+        for column, feature in part.features.items():
+            if isinstance(feature, datasets.Image):
+                check_image_paths(part.data[column], Path(name) if Path(name).is_dir() else None)
     return rows
 
 
@@ -196,6 +205,7 @@ def _stored(stream: datasets.IterableDataset) -> datasets.Dataset:
         cache_dir=folder.name,
         fingerprint=os.path.basename(folder.name),
     )
+    check_image_paths(rows.data["image"], None)
     return rows.cast_column("image", datasets.Image())
 
 
@@ -292,15 +302,17 @@ def teacher_description(rows: Splits) -> dict | None:
     return None if row is None else json.loads(row["teacher"])
 
 
-def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> list[str]:
-    """All captions of a training split; of a stream those of its first 20,000 rows."""
-    rows = part["captions"] if isinstance(part, datasets.Dataset) else _head(part)
-    return [caption for captions in rows for caption in captions]
+def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
+    """All captions of a training split; of a stream those of its first 20,000 rows; read as they are used."""
+    streamed = isinstance(part, datasets.IterableDataset)
+    for captions in caption_lists(part.take(STREAM_HEAD) if streamed else part):
+        yield from captions
 
 
-def _head(stream: datasets.IterableDataset) -> Iterator[list[str]]:
-    for row in itertools.islice(stream.select_columns(["captions"]), STREAM_HEAD):
-        yield row["captions"]
+def caption_lists(part: datasets.Dataset | datasets.IterableDataset) -> Iterator[list[str]]:
+    """The captions of each row, read a thousand rows at a time."""
+    for table in part.select_columns(["captions"]).with_format("arrow").iter(1000):
+        yield from table["captions"].to_pylist()
 
 
 def license_of(rows: Splits, name: str) -> str | None:
@@ -326,7 +338,7 @@ def data_facts(rows: Splits, args: DataArguments) -> dict[str, dict]:
     """Of each split that is known whole, by its own name: how many images, captions and words."""
     names = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
     return {
-        names[split]: describe_captions(part["captions"])
+        names[split]: describe_captions(caption_lists(part))
         for split, part in rows.items()
         if isinstance(part, datasets.Dataset) and len(part)
     }

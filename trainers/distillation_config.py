@@ -19,7 +19,7 @@ class DSMDTrainingArguments(TrainingArguments):
     Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (a batch is no set of model inputs),
     `dataloader_drop_last=True` (an uneven last batch would be filled with row 0 again on other ranks),
     `logging_nan_inf_filter=False` (it syncs every step), `accelerator_config` with
-    `non_blocking`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
+    `non_blocking`, `ddp_find_unused_parameters=False`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
     """
 
     losses: list[str] = field(
@@ -76,6 +76,13 @@ class DSMDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Of the projections and the temperature; default: learning_rate."}
     )
 
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={"help": "The run stops after so many steps in a row whose gradient is not finite; each is skipped."},
+    )
+    allow_changes: bool = field(
+        default=False, metadata={"help": "Resume though settings, data, processes or versions are not the run's own."}
+    )
     resume_from_hub: str | None = field(
         default=None, metadata={"help": "Go on from the last-checkpoint of this Hub repository (user/name)."}
     )
@@ -83,6 +90,9 @@ class DSMDTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Syncs every step where True."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search the graph for them in every step; the towers tested here have none."}
+    )
     metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Chosen on the validation split."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
@@ -112,13 +122,16 @@ class DSMDTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number in [0, 1).")
         if self.queue_size < 0:
             raise ValueError(f"queue_size={self.queue_size}: expected 0 or more.")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps={self.max_skipped_steps}: expected 1 or more.")
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size={self.shuffle_buffer_size}: expected 1 (in order) or more.")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image={self.captions_per_image}: expected 1 or more, or none for all.")
-        if self.accelerator_config is None:
-            self.accelerator_config = {"non_blocking": True}  # batches go to the device beside the step before
+        chosen = self.accelerator_config is not None
         super().__post_init__()
+        if not chosen:  # batches go to the device beside the step before
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the trainer reads more columns than the model.")
 

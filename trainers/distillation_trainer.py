@@ -37,6 +37,12 @@ def normalize(features: torch.Tensor, projection: torch.Tensor | None) -> torch.
     return torch.nn.functional.normalize(features, dim=-1)
 
 
+def _of_the_step(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows of a step; `counts` `[W, A]` are those of their micro-batches."""
+    gathered = distributed.gather_rows(rows, counts.sum(dim=1).tolist())
+    return distributed.in_order_of_batches(gathered, counts)
+
+
 class DSMDTrainer(RetrievalTrainer):
     """`Trainer` that distils stored teacher features into a dual encoder (DSMD, arXiv 2404.10838).
 
@@ -105,7 +111,6 @@ class DSMDTrainer(RetrievalTrainer):
         for batch in batches:
             for name in ("teacher_image", "teacher_text"):
                 batch[name] = normalize(batch[name], self.teacher_projection)
-        images, captions = self.step_row_counts
         groups = torch.cat([batch["image_groups"] for batch in batches])
         teacher_image = torch.cat([batch["teacher_image"] for batch in batches])
         # Image by image, not by length as in the batches: a queue that is smaller than the step keeps the last.
@@ -114,11 +119,12 @@ class DSMDTrainer(RetrievalTrainer):
         text_groups = torch.cat(
             [batch["image_groups"][batch["caption_to_image"][order]] for batch, order in zip(batches, orders)]
         )
+        images, captions = self.step_counts.unbind(dim=-1)
         self.step_rows = {
-            "step_teacher_image": distributed.gather_rows(teacher_image, images),
-            "step_image_groups": distributed.gather_rows(groups, images),
-            "step_teacher_text": distributed.gather_rows(teacher_text, captions),
-            "step_text_groups": distributed.gather_rows(text_groups, captions),
+            "step_teacher_image": _of_the_step(teacher_image, images),
+            "step_image_groups": _of_the_step(groups, images),
+            "step_teacher_text": _of_the_step(teacher_text, captions),
+            "step_text_groups": _of_the_step(text_groups, captions),
         }
         self.step_is_one_batch = len(batches) == 1 and distributed.world_size() == 1
         self.image_queue.push(self.step_rows["step_teacher_image"], self.step_rows["step_image_groups"])
@@ -206,6 +212,9 @@ class DSMDTrainer(RetrievalTrainer):
         loss = (self.balancer.weights() * losses).sum() * distributed.world_size()
         return (loss, None) if return_outputs else loss
 
+    def step_losses(self) -> torch.Tensor:
+        return self._step_losses
+
     def end_step(self) -> None:
         """After the optimiser's step: the balancer sees the step's raw losses, of all micro-batches and ranks."""
         losses = distributed.sum_over_ranks(self._step_losses)
@@ -219,7 +228,9 @@ class DSMDTrainer(RetrievalTrainer):
             history = torch.stack(self._history)  # [steps, 2, n]
             weighted = history.prod(dim=1)
             shares = weighted / weighted.sum(dim=1, keepdim=True).clamp(min=1e-12)
-            means = torch.cat([history.mean(dim=0), shares.mean(dim=0, keepdim=True)]).tolist()  # one sync
+            rows = torch.cat([history, shares[:, None]], dim=1)
+            # A skipped step's losses may not be finite.
+            means = torch.where(torch.isfinite(rows), rows, torch.nan).nanmean(dim=0).tolist()  # one sync
             for kind, values in zip(("loss", "weight", "share"), means):
                 logs.update({f"{kind}_{name}": value for name, value in zip(self.args.losses, values)})
             self._history.clear()
@@ -266,6 +277,7 @@ class DSMDTrainer(RetrievalTrainer):
         self.balancer.load_state_dict(parts["balancer"])
         self.image_queue.load_state_dict(parts["image_queue"])
         self.text_queue.load_state_dict(parts["text_queue"])
+        self._history = list(parts["log"].get("history", ()))
         self.balancer_is_set = True
 
     def _distillation_state(self) -> dict[str, torch.Tensor]:
@@ -273,7 +285,7 @@ class DSMDTrainer(RetrievalTrainer):
             f"{part}.{key}": tensor.contiguous()
             for part in ("balancer", "image_queue", "text_queue")
             for key, tensor in getattr(self, part).state_dict().items()
-        }
+        } | ({"log.history": torch.stack(self._history)} if self._history else {})
 
 
 class _UpdateBalancer(TrainerCallback):

@@ -63,6 +63,18 @@ def gather_rows(rows: torch.Tensor, counts: list[int], differentiable: bool = Fa
     return torch.cat([part[:count] for part, count in zip(gathered, counts)])
 
 
+def in_order_of_batches(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """A step's gathered rows in the order in which one process would have trained on them.
+
+    Args:
+        rows: `[sum of counts, ...]`, rank by rank.
+        counts: `[W, A]`, rows of each rank's micro-batches; a micro-batch of every rank comes before the next.
+    """
+    ranks, batches = counts.shape
+    parts = rows.split(counts.flatten().tolist())
+    return torch.cat([parts[rank * batches + batch] for batch in range(batches) for rank in range(ranks)])
+
+
 def from_first_rank(value: torch.Tensor) -> torch.Tensor:
     """The first rank's tensor, on every rank."""
     value = value.contiguous()

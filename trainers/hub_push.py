@@ -13,6 +13,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from transformers.trainer_utils import HubStrategy
 
+from .checkpoints import damage, publish, reseal
+
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,11 @@ NOT_THE_STUDENTS = ("_*", "checkpoint-*/*", "*.part", "emissions.csv")
 
 def snapshot(checkpoint: Path, folder: Path) -> None:
     """The checkpoint's files under a new folder, as hard links where the disk has them: it may be rotated away
-    before it is pushed. The path of the best checkpoint on this machine becomes its name."""
+    before it is pushed. The path of the best checkpoint on this machine becomes its name.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     folder.mkdir()
     for file in checkpoint.iterdir():
         if file.name == "trainer_state.json":
@@ -41,6 +47,7 @@ def snapshot(checkpoint: Path, folder: Path) -> None:
                 os.link(file, folder / file.name)
             except OSError:
                 shutil.copy(file, folder / file.name)
+    reseal(folder, "trainer_state.json")
 
 
 def push_checkpoint(
@@ -113,12 +120,18 @@ def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> 
         write: False where another process has written the folder already.
 
     Raises:
-        ValueError: the repository has no `last-checkpoint`.
+        ValueError: the repository has no `last-checkpoint`, or a damaged one.
     """
     source = Path(snapshot_download(repo_id, allow_patterns=[f"{LAST_CHECKPOINT}/*"])) / LAST_CHECKPOINT
     if not (source / "trainer_state.json").is_file():
         raise ValueError(
             f"{repo_id} has no {LAST_CHECKPOINT} to go on from: it is pushed with --hub_strategy checkpoint."
+        )
+    wrong = damage(source)
+    if wrong is not None:
+        raise ValueError(
+            f"The {LAST_CHECKPOINT} of {repo_id} is damaged: {wrong}. Try again, or go on from a checkpoint on the "
+            "machine that pushed it: --resume_from_checkpoint last."
         )
     state = json.loads((source / "trainer_state.json").read_text())
     folder = Path(output_dir) / f"checkpoint-{state['global_step']}"
@@ -133,8 +146,8 @@ def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> 
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(source, beside)  # the cache holds links
     (beside / "trainer_state.json").write_text(json.dumps(state, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    reseal(beside, "trainer_state.json")
+    publish(beside, folder)
     return str(folder)
 
 

@@ -40,10 +40,13 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
         return
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    model = trainer.model
+    if trained and trainer.is_fsdp_enabled:  # a sharded model's forward is one of all processes
+        model = trainer.model_class.from_pretrained(folder).to(trainer.args.device)
     metrics = {
         **metrics,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        **latency(trainer.model, trainer.processing_class, trainer.args.max_caption_length),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **latency(model, trainer.processing_class, trainer.args.max_caption_length),
     }
     if "test_share_of_teacher" in metrics:
         metrics["share_of_teacher"] = metrics["test_share_of_teacher"]

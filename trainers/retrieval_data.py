@@ -14,6 +14,8 @@ import torch
 from .images import load_rgb, random_view
 
 
+# Characters that are read of a caption: tokenizers take seconds for a million, and minutes to be trained on them.
+LONGEST_CAPTION = 8192
 TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds")
 TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # beside int8 features, one for each of their rows
 
@@ -229,7 +231,7 @@ class RetrievalCollator:
         examples = [example for example in examples if "image" in example]
         if not examples:
             raise ValueError(f"None of the {len(unreadable)} images of a batch could be read: {unreadable[:3]}, ...")
-        captions = [caption for example in examples for caption in example["captions"]]
+        captions = [caption[:LONGEST_CAPTION] for example in examples for caption in example["captions"]]
         tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.max_length)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         order = np.argsort(-lengths, kind="stable")

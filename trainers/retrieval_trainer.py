@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -14,22 +16,26 @@ import torch
 from accelerate.utils import send_to_device
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, speed_metrics
 from transformers.utils import PushInProgress
 
 from model_cards import RunFacts
 
-from . import distributed
+from . import checkpoints, distributed
 from .card import write_card
 from .dataset_checks import check_dataset
 from .distillation_config import DSMDTrainingArguments
 from .hub_push import one_line, push_checkpoint, push_run, pushed_place, snapshot
 from .images import load_rgb
+from .interruption import StopOnSignal
+from .nonfinite import SkipNonFiniteSteps
 from .retrieval import fold_metrics, retrieval_metrics
 from .retrieval_data import (
     TEACHER_COLUMNS,
@@ -39,11 +45,16 @@ from .retrieval_data import (
     teacher_columns,
     teacher_tensors,
 )
+from .run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
 from .sharding import prepare_sharding
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
 
 
 logger = logging.getLogger(__name__)
+
+LOG_FILE = "_log.json"  # of a checkpoint: what is not logged yet
+WRITING = "_writing"  # where files of a folder are written before they are moved there
+PUSH_SECONDS = 20  # what an interrupted run gives a push that is on its way
 
 
 class RetrievalTrainer(Trainer):
@@ -93,7 +104,9 @@ class RetrievalTrainer(Trainer):
         if train_dataset is not None:
             streamed = isinstance(train_dataset, datasets.IterableDataset)
             teacher_dim = self._teacher_dim(model) if self.needs_teacher else None
-            check_dataset(stream_head(train_dataset) if streamed else train_dataset, "train", teacher_dim)
+            known = stream_head(train_dataset) if streamed else train_dataset
+            check_dataset(known, "train", teacher_dim)
+            self.data_fingerprint = fingerprint(known)
             step = args.per_device_train_batch_size * args.world_size
             if not streamed and len(train_dataset) < step:
                 raise ValueError(
@@ -115,6 +128,7 @@ class RetrievalTrainer(Trainer):
                 train_dataset = RetrievalDataset(train_dataset, with_teacher=self.needs_teacher, **settings)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "validation", None)
+        self.eval_fingerprint = eval_dataset and fingerprint(eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -130,11 +144,18 @@ class RetrievalTrainer(Trainer):
         self.model.to(args.device)  # under FSDP and DeepSpeed Trainer leaves it where it was made
         if self.is_fsdp_enabled:
             prepare_sharding(self.accelerator.state.fsdp_plugin, self.model)
-        if isinstance(self.train_dataset, StreamedRetrievalDataset):
+        self.streamed = isinstance(self.train_dataset, StreamedRetrievalDataset)
+        if self.streamed:
             self.add_callback(SkipTrainedBatches(self.train_dataset))
         elif self.train_dataset is not None:
             self.add_callback(_SetEpoch(self.train_dataset))
         self.add_callback(_MarkBeginning(self))
+        self.interruption = StopOnSignal()
+        self.add_callback(self.interruption)
+        self.nonfinite = SkipNonFiniteSteps(self, args.max_skipped_steps)
+        self.add_callback(self.nonfinite)
+        self.add_callback(_SaveAtEpochEnd())
+        self.resumed_from: str | None = None
         self.facts = RunFacts()  # for the card
         self.unreadable: dict[str, None] = {}
         self._teacher_metrics: dict[tuple, dict[str, float]] = {}
@@ -177,7 +198,7 @@ class RetrievalTrainer(Trainer):
 
         accelerate would let one process read for all and cut up its batches, captions by the number of images.
         """
-        if not isinstance(self.train_dataset, StreamedRetrievalDataset):
+        if not self.streamed:
             return super().get_train_dataloader()
         return DataLoader(
             self.train_dataset,
@@ -208,9 +229,12 @@ class RetrievalTrainer(Trainer):
 
     def begin_step(self, batches: list[dict]) -> None:
         """Called with all micro-batches of this rank before the first is trained on."""
-        counts = distributed.gather_counts([[len(b["image_groups"]), len(b["input_ids"])] for b in batches])
+        signal = self.interruption.received
+        counts = distributed.gather_counts([[len(b["image_groups"]), len(b["input_ids"]), signal] for b in batches])
+        self.interruption.agreed = int(counts[..., 2].max())
+        counts = counts[..., :2]
         self.num_images, self.num_captions = counts.sum(dim=(0, 1)).tolist()
-        self.step_row_counts = counts.sum(dim=1).T.tolist()  # images of each rank, captions of each rank
+        self.step_counts = counts  # [W, A, 2]: ranks, micro-batches, images and captions
         for micro_step, batch in enumerate(batches):
             batch["row_counts"] = counts[:, micro_step].T.tolist()
 
@@ -223,7 +247,25 @@ class RetrievalTrainer(Trainer):
             # Each bucket is a forward of the text tower, and where it is sharded, one of all ranks.
             text_buckets=None if self.is_fsdp_enabled else batch["text_buckets"],
         )
-        return output.image_embeds.float(), output.text_embeds.float()
+        image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
+        if torch.is_grad_enabled():
+            self.nonfinite.note_rows(batch["image_ids"], image_embeds, text_embeds, batch["caption_to_image"])
+        return image_embeds, text_embeds
+
+    def step_losses(self) -> torch.Tensor:
+        """This rank's raw losses `[n]`, of the step or its last micro-batch."""
+        return self._step_loss[None]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A loss that is not finite, whose step is skipped, must not blot out those that are logged with it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = loss
+        return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Kept for what skips steps: no callback is told of it."""
+        self.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.gradient_norm
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: the estimate that Trainer makes fits neither tower."""
@@ -290,13 +332,14 @@ class RetrievalTrainer(Trainer):
         self.model.eval()
         for buffer in self.model.buffers():  # BatchNorm's are each rank's own since its last batch
             distributed.from_first_rank(buffer)
-        images = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
         captions = [caption for row in dataset["captions"] for caption in row]
         loader = DataLoader(
             images.with_format(None).select(self._own_rows(len(images))),
             batch_size=self.args.eval_batch_size,
             collate_fn=_ImageCollator(self.processing_class.image_processor),
             num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
         )
         tokenizer = self.processing_class.tokenizer
         own = self._own_rows(len(captions))
@@ -308,28 +351,43 @@ class RetrievalTrainer(Trainer):
             leave=False,
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), name_killed_workers():
             image_embeds = []
             for pixel_values in loader:
-                embeds = self.model(pixel_values=pixel_values.to(self.args.device)).image_embeds.float()
+                embeds = self._encode_in_memory("image_embeds", pixel_values=pixel_values)
                 image_embeds.append(embeds)
                 bar.update(len(embeds) * distributed.world_size())
             text_embeds = torch.empty((len(own), self.model.config.projection_dim), device=self.args.device)
             for start in range(0, len(own), self.args.eval_batch_size):
                 rows = by_length[start : start + self.args.eval_batch_size]
                 text = tokenizer(
-                    [captions[own[i]] for i in rows],
+                    [captions[own[i]][:LONGEST_CAPTION] for i in rows],
                     padding=True,
                     truncation=True,
                     max_length=self.args.max_caption_length,
                     return_tensors="pt",
-                ).to(self.args.device)
-                output = self.model(input_ids=text["input_ids"], attention_mask=text["attention_mask"])
-                text_embeds[rows] = output.text_embeds.float()
+                )
+                inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+                text_embeds[rows] = self._encode_in_memory("text_embeds", **inputs)
                 bar.update(len(rows) * distributed.world_size())
         bar.close()
         self.model.train(was_training)
         return self._in_row_order(torch.cat(image_embeds), len(images)), self._in_row_order(text_embeds, len(captions))
+
+    def _encode_in_memory(self, output: str, **inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[N, D]` of a batch, in halves where the device's memory is not enough for it."""
+        try:
+            on_device = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
+            return self.model(**on_device)[output].float()
+        except torch.OutOfMemoryError as error:
+            rows = len(next(iter(inputs.values())))
+            if rows == 1 or self.is_fsdp_enabled:  # the parts of a sharded model's forward are those of all ranks
+                raise RuntimeError(
+                    f"The memory does not hold the evaluation of {rows} rows: lower --per_device_eval_batch_size or "
+                    "--max_caption_length, or free the device, and go on by --resume_from_checkpoint last."
+                ) from error
+        halves = zip(*(tensor.chunk(2) for tensor in inputs.values()))
+        return torch.cat([self._encode_in_memory(output, **dict(zip(inputs, half))) for half in halves])
 
     @staticmethod
     def _own_rows(rows: int) -> list[int]:
@@ -346,6 +404,143 @@ class RetrievalTrainer(Trainer):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As Trainer's, interrupted cleanly by SIGTERM and Ctrl-C: `self.interruption.agreed` is then the signal.
+
+        Args:
+            resume_from_checkpoint: a whole checkpoint of the same run; True for the last one in `output_dir`.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another run (see `allow_changes`); too many steps in a row
+                whose gradient is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.last_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to go on from.")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            wrong = checkpoints.damage(Path(resume_from_checkpoint))
+            if wrong is not None:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is damaged: {wrong}. Resume from the one before it; "
+                    "`--resume_from_checkpoint last` finds it."
+                )
+            for line in check_identity(self, resume_from_checkpoint, self.args.allow_changes):
+                logger.warning(f"Resumed with a change, {line}.")
+        self.resumed_from = resume_from_checkpoint or None
+        with self.interruption.listening(), name_killed_workers():
+            result = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+            received = int(distributed.gather_counts([[self.interruption.received]]).max())
+            if received and not self.interruption.agreed:  # after the last step
+                self.interruption.agreed = received
+                if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
+                    self._save_checkpoint(self.model_wrapped)
+        return result
+
+    def _run_epoch(self, **kwargs):
+        """Trainer takes one step more of a run that is resumed at its end, if that is no epoch's."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, *args):
+        """With a limit of 1 Trainer deletes the last checkpoint where another is the best: then nothing goes on."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        result = super()._finalize_training(*args)
+        self.args.save_total_limit = limit
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's `train_loss` is a mean over the steps since the run was resumed."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        """Trainer's writes in place, in parts: a run killed meanwhile leaves what looks like a checkpoint. It also
+        rotates by the clock."""
+        self.store_flos()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        beside = folder.with_name(checkpoints.BESIDE)
+        try:
+            if self.args.should_save:
+                shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+                beside.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(beside), _internal_call=True)
+            self._find_best(folder)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(beside))
+                self._save_scaler(str(beside))
+                self._save_rng_state(str(beside))
+            losses = distributed.gather_rows(self._tr_loss[None], [1] * distributed.world_size())
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                for callback in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(callback, ExportableState):
+                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                self.state.save_to_json(str(beside / "trainer_state.json"))
+                write_json(beside / IDENTITY_FILE, describe_identity(self))
+                log_state = {
+                    "losses": losses.tolist(),  # of each rank since the last log
+                    "last_logged": self._globalstep_last_logged,
+                    "total": self._total_loss_scalar,
+                    "unreadable": list(self.unreadable),
+                }
+                write_json(beside / LOG_FILE, log_state)
+                checkpoints.seal(beside)
+                checkpoints.publish(beside, folder)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for the disk's
+            shutil.rmtree(beside, ignore_errors=True)
+            before = checkpoints.of_run(self.args.output_dir)
+            raise OSError(
+                f"checkpoint-{self.state.global_step} could not be written: {one_line(error)}. The last one is "
+                f"{before[-1] if before else 'none'}: free the disk, then go on by --resume_from_checkpoint last."
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            checkpoints.rotate(
+                self.args.output_dir, self.args.save_total_limit, folder, self.state.best_model_checkpoint
+            )
+
+    def _find_best(self, written: Path | None = None) -> None:
+        """Where the best checkpoint is: in this run's folder, which may have moved. One that is there only because the
+        run was interrupted does not count: the unbroken run has it not."""
+        step, save_steps = self.state.best_global_step, self.state.save_steps
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        if not step or (by_steps and step % save_steps and step < self.state.max_steps):
+            return
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if best == written or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _go_on(self) -> None:
+        """What Trainer forgets of a resumed run: the losses that are not logged yet, where the best checkpoint is, and
+        an evaluation that was due when the run was interrupted."""
+        state = json.loads((Path(self.resumed_from) / LOG_FILE).read_text())
+        if self.args.process_index < len(state["losses"]):
+            self._tr_loss += state["losses"][self.args.process_index]
+        self._globalstep_last_logged, self._total_loss_scalar = state["last_logged"], state["total"]
+        self.unreadable = dict.fromkeys(state["unreadable"])
+        self._find_best()
+        step, epoch = self.state.global_step, self.state.epoch
+        if self.args.eval_strategy == IntervalStrategy.STEPS:
+            since_last, passed = step % self.state.eval_steps, step
+        else:
+            since_last, passed = epoch % 1, epoch
+        due = since_last == 0 or step >= self.state.max_steps
+        is_made = any("eval_rsum" in entry for entry in self.state.log_history if entry["step"] == step)
+        if self.args.eval_strategy != IntervalStrategy.NO and self.args.eval_delay <= passed and due and not is_made:
+            self._load_rng_state(self.resumed_from)  # for the checkpoint, which is written again
+            self.control.should_evaluate = self.control.should_save = True
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, 0.0)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Trainer loads by the names in the file, and loses towers that are saved under others (ViT, DINOv2, Swin)."""
         saved = self.model_class.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
@@ -354,6 +549,13 @@ class RetrievalTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """The same fault as in `_load_from_checkpoint`."""
+        wrong = checkpoints.damage(Path(self.state.best_model_checkpoint))
+        if wrong is not None:
+            logger.warning(
+                f"{self.state.best_model_checkpoint}, the best, is damaged: {wrong}. The last step's counts."
+            )
+            self.state.best_model_checkpoint = None
+            return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -363,16 +565,23 @@ class RetrievalTrainer(Trainer):
             os.remove(os.path.join(output_dir, f"{FSDP_MODEL_NAME}.bin"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON, and a card is there."""
-        output_dir = output_dir or self.args.output_dir
+        """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON, and a card is there.
+        Each file is whole or absent: written in a folder beside, then moved."""
+        folder = Path(output_dir or self.args.output_dir)
+        beside = folder / WRITING
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
         sharded_class = type(self.model)
         self.model.__class__ = self.model_class  # or the code of FSDP's own class would go with it
-        super()._save(output_dir, state_dict)
-        self.model.__class__ = sharded_class
+        try:
+            super()._save(str(beside), state_dict)
+        finally:
+            self.model.__class__ = sharded_class
         if self.args.should_save:
-            os.remove(os.path.join(output_dir, "training_args.bin"))
-            write_json(os.path.join(output_dir, "training_args.json"), self.args.to_dict())
-            write_card(self, output_dir)
+            (beside / "training_args.bin").unlink()
+            checkpoints.move_files(beside, folder, last=("model.safetensors", "config.json"))
+            write_json(folder / "training_args.json", self.args.to_dict())
+            write_card(self, folder)
 
     # The Hub
 
@@ -411,6 +620,16 @@ class RetrievalTrainer(Trainer):
         )
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
 
+    def _finish_current_push(self) -> None:
+        """A machine that is taken away waits for no slow Hub: `push_is_unfinished` is then set."""
+        self.push_is_unfinished = False
+        push, until = getattr(self, "push_in_progress", None), None
+        while push is not None and not push.is_done() and not self.push_is_unfinished:
+            if until is None and (self.interruption.received or self.interruption.agreed):
+                until = time.monotonic() + PUSH_SECONDS
+            self.push_is_unfinished = until is not None and time.monotonic() > until
+            time.sleep(0.1)
+
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
         """Pushes the run's folder as it is, with the card that was written for it; Trainer's writes another.
 
@@ -441,8 +660,24 @@ class _MarkBeginning(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.facts.metrics, self.trainer.facts.usage = {}, None
-        if state.global_step:
+        if self.trainer.resumed_from is not None:
             state.log_history.append({"resumed": True, "epoch": state.epoch, "step": state.global_step})
+            self.trainer._go_on()
+
+
+class _SaveAtEpochEnd(TrainerCallback):
+    """At an epoch's last step saves after what the epoch's end logs and evaluates: a resumed run does not come back
+    to it."""
+
+    postponed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.postponed = control.should_save and (state.epoch % 1 == 0 or state.global_step >= state.max_steps)
+        control.should_save = control.should_save and not self.postponed
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.postponed
+        self.postponed = False
 
 
 class _SetEpoch(TrainerCallback):
@@ -460,8 +695,29 @@ class _ImageCollator:
         self.image_processor = image_processor
 
     def __call__(self, rows: list[dict]) -> torch.Tensor:
-        images = [load_rgb(row["image"]) for row in rows]
+        images = []
+        for row in rows:
+            try:
+                images.append(load_rgb(row["image"]))
+            except ValueError as error:
+                raise ValueError(
+                    f"The image of {row['image_id']!r} cannot be evaluated: {error}. Bring it back or drop the row."
+                ) from error
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+@contextmanager
+def name_killed_workers() -> Iterator[None]:
+    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise RuntimeError(
+            "A worker of the data loader was killed, as a rule because memory ran out: lower "
+            "--dataloader_num_workers or --shuffle_buffer_size, and go on by --resume_from_checkpoint last."
+        ) from error
 
 
 def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:

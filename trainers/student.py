@@ -24,6 +24,8 @@ from transformers.image_utils import PILImageResampling, SizeDict
 
 from modeling_dsmd import DSMDModel
 
+from .retrieval_data import LONGEST_CAPTION
+
 
 @dataclass
 class StudentArguments:
@@ -68,7 +70,7 @@ def build_student(
 
     Args:
         args: which.
-        captions: of the training split: a tokenizer is trained on them where the text tower starts from scratch.
+        captions: of the training split, read only where the text tower starts from scratch: its tokenizer's training.
         teacher_dim: width of the teacher's features, where there is one.
 
     Raises:
@@ -178,7 +180,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator((caption[:LONGEST_CAPTION] for caption in captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],

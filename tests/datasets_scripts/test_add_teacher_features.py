@@ -124,6 +124,24 @@ def test_a_streamed_source_gives_the_same_files(output, source, teacher_folder, 
     assert contents(tmp_path / "streamed") == contents(output)
 
 
+def test_images_of_a_stream_are_stored_as_they_are(teacher_folder, tmp_path):
+    """Encoded again, a JPEG would lose colours, and its size would change."""
+    rows, files = make_rows(6).remove_columns(TEACHER_COLUMNS), []
+    for row in rows:
+        buffer = io.BytesIO()
+        row["image"].save(buffer, "JPEG", quality=97)
+        files.append(buffer.getvalue())
+    images = [{"bytes": file, "path": None} for file in files]
+    rows = datasets.Dataset.from_dict({**rows[:], "image": images}, features=rows.features)
+    (tmp_path / "source" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "source" / "data" / "test-0.parquet")
+    script.main(arguments(tmp_path / "source", teacher_folder, tmp_path / "made", "--streaming"))
+    made = datasets.load_dataset(str(tmp_path / "made"), split="test").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    assert [row["image"]["bytes"] for row in made] == files
+
+
 def test_loader_workers_change_nothing(output, source, teacher_folder, tmp_path):
     script.main([*arguments(source, teacher_folder, tmp_path / "workers"), "--num_workers", "2"])
     assert contents(tmp_path / "workers") == contents(output)

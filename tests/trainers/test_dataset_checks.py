@@ -8,6 +8,7 @@ import pytest
 from conftest import DIM, make_rows
 from PIL import Image
 
+from trainers import dataset_checks
 from trainers.dataset_checks import check_dataset
 
 
@@ -56,6 +57,14 @@ def test_a_bad_text_feature_is_found_behind_good_ones():
 def test_wrong_width_is_named_with_what_was_expected():
     with pytest.raises(ValueError, match="width 16, expected 20"):
         check_dataset(make_rows(4), "train", 20)
+
+
+def test_an_id_that_comes_again_much_later_is_found(monkeypatch):
+    monkeypatch.setattr(dataset_checks, "ROWS_AT_ONCE", 5)
+    rows = make_rows(12)
+    check_dataset(datasets.concatenate_datasets([rows, rows.select([2, 2])]), "train", DIM)  # the same content
+    with pytest.raises(ValueError, match="Row 11 .*'0/2'.* row 2 has this image_id and other content"):
+        check_dataset(change(rows, 11, image_id="0/2"), "train", DIM)
 
 
 def test_missing_columns_are_named():

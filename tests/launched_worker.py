@@ -1,0 +1,53 @@
+"""Run by `accelerate launch` in test_accelerate_configs: `train.py`, with and without a teacher, resumed, in bf16.
+
+The first process's student counts: the others start from another. accelerate shards a model on accelerators only, so
+under FSDP it is told that these processes have one.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+import train
+from trainers.student import build_student
+
+
+def shard_on_cpu() -> None:
+    init = PartialState.__init__
+
+    def init_as_gpu(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init_as_gpu
+
+
+def build_other_student(*args):
+    model, processor = build_student(*args)
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    return model, processor
+
+
+def main(folder: Path, recipe: str) -> None:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded:
+        shard_on_cpu()
+    if os.environ["RANK"] != "0":
+        train.build_student = build_other_student
+    for method in ("distillation", "contrastive"):
+        arguments = ["--config", recipe, "--method", method, "--output_dir"]
+        train.main([*arguments, str(folder / method / "unbroken")])
+        if sharded:
+            checkpoint = str(folder / method / "unbroken" / "checkpoint-2")
+            train.main([*arguments, str(folder / method / "resumed"), "--resume_from_checkpoint", checkpoint])
+    if sharded:
+        train.main(["--config", recipe, "--output_dir", str(folder / "bf16"), "--bf16", "True", "--max_steps", "2"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,231 @@
+"""Every configuration is one that accelerate takes; DDP and FSDP 2 are launched as far as a CPU can."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from conftest import make_rows, make_student
+from safetensors.torch import load_file
+from tiny_trainer import largest_difference
+
+from modeling_dsmd import DSMDModel
+from trainers.sharding import prepare_sharding
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+RECIPE = {
+    "vision_config": {"model_type": "vit", "patch_size": 16, **SIZES, **NO_DROPOUT},
+    "text_config": {"model_type": "bert", **SIZES, **NO_DROPOUT},
+    "image_size": 32,
+    "vocab_size": 400,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "captions_per_image": 2,
+    "random_shift": 0.1,
+    "logging_steps": 1,
+    "queue_size": 40,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "ddp_backend": "gloo",
+}
+
+
+def documented_command(config: Path) -> list[str]:
+    """The arguments of `accelerate launch` in a configuration's comments."""
+    comments = [line[1:].strip() for line in config.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(comments).replace("\\ ", "")
+    return shlex.split(text[text.index("accelerate launch ") :])[2:]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_takes_the_configuration_and_its_command(config, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    args = launch_command_parser().parse_args(documented_command(config))
+    assert args.config_file == f"accelerate_configs/{config.name}"
+    assert args.training_script == "train.py" and args.training_script_args[0] == "--config"
+    assert Path(args.training_script_args[1]).is_file()
+    known = vars(args).keys()
+    settings = load_config_from_file(str(config))  # an unknown key of the first level is an error
+    for name, value in yaml.safe_load(config.read_text()).items():
+        if isinstance(value, dict):
+            assert {key if key.startswith("fsdp") else key for key in value} <= known, name
+    launched = []
+    for launcher in ("simple", "multi_gpu", "deepspeed"):
+        monkeypatch.setattr(
+            f"accelerate.commands.launch.{launcher}_launcher", lambda args, by=launcher: launched.append((by, args))
+        )
+    launch_command(args)
+    [(by, args)] = launched
+    if by == "simple":
+        assert config.stem == "one_gpu" and args.num_processes == 1
+        _, environment = prepare_simple_launcher_cmd_env(args)
+    elif by == "deepspeed":
+        assert config.stem == "deepspeed_zero2" and args.num_processes == 8
+        _, environment = prepare_deepspeed_cmd_env(args)
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        for name in ("GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
+            assert environment[f"ACCELERATE_{name}"] == "auto"  # Trainer's own, or they would have to be equal
+    else:
+        environment = prepare_multi_gpu_env(args)
+        assert args.nproc_per_node == "8"
+    if config.stem == "fsdp2":
+        assert environment["ACCELERATE_USE_FSDP"] == "true" and environment["FSDP_VERSION"] == "2"
+    if config.stem == "several_nodes":
+        assert (args.nnodes, args.node_rank, args.rdzv_endpoint) == ("2", 0, "10.0.0.1:29500")
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16" == settings.mixed_precision
+
+
+def test_an_unknown_key_is_seen(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIGS[0].read_text() + "num_process: 2\n")
+    with pytest.raises(ValueError, match="num_process"):
+        load_config_from_file(str(config))
+
+
+def launch(config: str, folder: Path) -> Path:
+    """Runs `launched_worker.py` on two processes."""
+    folder.mkdir()
+    parts = {"train": make_rows(24), "validation": make_rows(5, seed=1), "test": make_rows(3, seed=2)}
+    datasets.DatasetDict(parts).save_to_disk(folder / "data")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "dataset_name": str(folder / "data")}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+    command += [
+        "--rdzv_backend",
+        "c10d",
+        "--main_process_port",
+        "0",
+        str(Path(__file__).with_name("launched_worker.py")),
+    ]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    result = subprocess.run(
+        [*command, str(folder), str(folder / "recipe.yaml")], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> Path:
+    return launch("several_gpus", tmp_path_factory.mktemp("launched") / "ddp")
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory) -> Path:
+    return launch("fsdp2", tmp_path_factory.mktemp("launched") / "fsdp")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+METHODS = ("distillation", "contrastive")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sharded_run_is_that_of_ddp(ddp, fsdp, method):
+    for step in ("checkpoint-2", "checkpoint-4", "."):
+        one, other = (weights(folder / method / "unbroken" / step) for folder in (ddp, fsdp))
+        assert largest_difference(one, other) < 1e-5
+    assert max(tensor.abs().max() for tensor in one.values()) < 5  # the first process's, not off by 1 nor a mixture
+    start = make_student()[0].logit_scale
+    assert (one["logit_scale"] != start) == (method == "contrastive")
+    results = [json.loads((folder / method / "unbroken/all_results.json").read_text()) for folder in (ddp, fsdp)]
+    for name in ("test_rsum", "eval_rsum", "parameters", "test_images", "test_captions"):
+        assert results[0][name] == pytest.approx(results[1][name], abs=1e-6), name
+
+
+def last_losses(run: Path) -> list[float]:
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    [entry] = [entry for entry in log if "loss" in entry and entry["step"] == log[-1]["step"]]
+    return [value for name, value in entry.items() if name.startswith("loss")]
+
+
+def test_a_sharded_run_in_bf16_is_nearly_that_in_float32(fsdp):
+    exact, rounded = (fsdp / run / "checkpoint-2" for run in ("distillation/unbroken", "bf16"))
+    assert all(tensor.dtype == torch.float32 for tensor in weights(rounded).values())
+    assert largest_difference(weights(exact), weights(rounded)) > 1e-5
+    assert last_losses(exact) == pytest.approx(last_losses(rounded), rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sharded_run_resumed_is_the_unbroken_one(fsdp, method):
+    unbroken, resumed = (fsdp / method / name / "checkpoint-4" for name in ("unbroken", "resumed"))
+    assert largest_difference(weights(unbroken), weights(resumed)) == 0.0
+    assert largest_difference(weights(unbroken.with_name("checkpoint-2")), weights(resumed)) > 1e-4
+    if method == "distillation":
+        states = (load_file(run / "_distillation_state.safetensors") for run in (unbroken, resumed))
+        assert largest_difference(*states) == 0.0
+    assert last_losses(unbroken) == last_losses(resumed)
+
+
+@pytest.mark.parametrize("run", ["unbroken", "unbroken/checkpoint-4"])
+def test_a_sharded_run_leaves_the_files_of_any_other(ddp, fsdp, run):
+    one, other = (folder / "distillation" / run for folder in (ddp, fsdp))
+    names = [{path.name.replace(".bin", ".pt") for path in folder.iterdir()} for folder in (one, other)]
+    assert names[0] == names[1] and "modeling_dsmd.py" in names[0]
+    for name in ("config.json", "modeling_dsmd.py", "processor_config.json"):
+        assert (one / name).read_text() == (other / name).read_text()
+    student, info = DSMDModel.from_pretrained(other, output_loading_info=True)
+    assert not any(info.values())
+    state = json.loads((fsdp / "distillation/unbroken/checkpoint-4/trainer_state.json").read_text())
+    step = fsdp / "distillation" / "unbroken" / f"checkpoint-{4 if 'checkpoint' in run else state['best_global_step']}"
+    assert largest_difference(student.state_dict(), DSMDModel.from_pretrained(step).state_dict()) == 0.0
+
+
+@pytest.mark.parametrize(
+    "vision", ["clip_vision_model", "siglip_vision_model", "dinov2", "swin", "convnext", "resnet", "mobilevit"]
+)
+def test_layers_to_shard_are_found_in_every_tower(vision):
+    """accelerate stops at a class that a tower names and has not, and at an embedding that is sharded twice."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    if vision in ("swin", "convnext", "resnet", "mobilevit"):
+        small = {}
+    if "clip" in vision:
+        small["patch_size"] = 16
+    model = make_student(vision={"model_type": vision, **small})[0]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        mixed_precision_policy="bf16",
+        state_dict_type="FULL_STATE_DICT",
+    )
+    prepare_sharding(plugin, model)
+    plugin.set_auto_wrap_policy(model)
+    names = plugin.transformer_cls_names_to_wrap
+    assert "BertLayer" in names and "BertEmbeddings" not in names and len(names) > 1
+    assert plugin.mixed_precision_policy is None
+    assert [p for module in plugin.ignored_modules for p in module.parameters()] == [model.logit_scale]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"fsdp_version": 1}, {"state_dict_type": "SHARDED_STATE_DICT"}, {"cpu_ram_efficient_loading": True}]
+)
+def test_other_ways_to_shard_are_refused(setting):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **setting})
+    with pytest.raises(ValueError, match="accelerate_configs/fsdp2.yaml"):
+        prepare_sharding(plugin, make_student()[0])

@@ -1,0 +1,134 @@
+"""Checkpoints that are whole or absent: sealed beside, flushed, renamed; and which is the last whole one of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "_manifest.json"  # sizes and digests; the underscore keeps it out of the model repository's root
+BESIDE = "_checkpoint"  # where a checkpoint is written
+OLD = "_old-"  # and where the one goes whose name it gets
+
+
+def seal(folder: Path) -> None:
+    """Writes down the size and digest of every file of a checkpoint, and flushes all to the disk.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    files = {}
+    for path in _files(folder):
+        _flush(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=2))
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def reseal(folder: Path, name: str) -> None:
+    """Notes that one file of a sealed checkpoint was written anew. Of a manifest that is a link the original stays."""
+    files = json.loads((folder / MANIFEST).read_text())
+    files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+    beside = folder / f"{MANIFEST}.part"
+    beside.write_text(json.dumps(files, indent=2))
+    beside.replace(folder / MANIFEST)
+
+
+def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
+    """Moves the files of one folder into another, each whole, those named last in this order; removes the one."""
+    names = [path.relative_to(beside).as_posix() for path in _files(beside)]
+    for name in sorted(names, key=lambda name: (last.index(name) + 1 if name in last else 0, name)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        _flush(beside / name)
+        (beside / name).replace(folder / name)
+    shutil.rmtree(beside)
+
+
+def publish(beside: Path, folder: Path) -> None:
+    """Gives a sealed checkpoint its name; one that has the name already, of an earlier attempt, goes."""
+    old = folder.with_name(f"{OLD}{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
+            if _digest(path) != expected["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was not finished"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def of_run(output_dir: str | os.PathLike) -> list[Path]:
+    """A run's folders `checkpoint-N`, by N."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=_step)
+
+
+def last_whole(output_dir: str | os.PathLike) -> Path | None:
+    """The last whole checkpoint of a run; damaged ones after it are named and passed over."""
+    for old in Path(output_dir).glob(f"{OLD}checkpoint-*"):  # killed before another had its name
+        if not (folder := old.with_name(old.name.removeprefix(OLD))).exists():
+            old.rename(folder)
+    for folder in reversed(of_run(output_dir)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        logger.warning(f"{folder} is damaged and passed over: {wrong}.")
+    return None
+
+
+def rotate(output_dir: str | os.PathLike, limit: int | None, newest: Path, best: str | None) -> None:
+    """Deletes the oldest checkpoints over the limit, by their steps: clocks are set back. Never the one just written,
+    which is whole, nor the best."""
+    kept = {newest} if best is None else {newest, Path(best)}
+    older = [folder for folder in of_run(output_dir) if folder not in kept]
+    for folder in older[: max(0, len(older) + len(kept) - limit)] if limit else []:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""SIGTERM (a preempted machine) and Ctrl-C: the run ends after the current step, with a whole checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import TrainerCallback
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves and stops once `agreed` is set; evaluates nothing more.
+
+    Attributes:
+        received: the signal that this process got, 0 where none.
+        agreed: the signal that any process got, known to all of them in the same step; see
+            `RetrievalTrainer.begin_step`.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self.agreed = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the two signals until the end of the block; a second Ctrl-C does what it always does."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        process = os.getpid()
+
+        def handle(number: int, frame) -> None:
+            if os.getpid() == process:
+                self.received = number
+                signal.signal(number, previous[number])
+            elif number == signal.SIGTERM:  # a loader's worker, which was forked with this handler
+                os._exit(143)
+
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in previous:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, before in previous.items():
+                signal.signal(number, before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed:
+            control.should_evaluate = False
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed:
+            control.should_evaluate = control.should_save = False
+            control.should_log = control.should_log and state.epoch % 1 == 0

@@ -1,0 +1,107 @@
+"""What a run's result follows from, kept with its checkpoints: a resumed run says what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import accelerate
+import datasets
+import pyarrow as pa
+import torch
+import transformers
+
+
+if TYPE_CHECKING:
+    from .retrieval_trainer import RetrievalTrainer
+
+IDENTITY_FILE = "_run.json"
+FINGERPRINT_ROWS = 256
+# Settings without effect on weights, logged losses or figures.
+FREE_PREFIXES = ("do_", "hub_", "push_", "resume_", "logging_", "trackio_", "ddp_", "dataloader_p")
+FREE = (
+    "allow_changes", "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
+    "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "per_device_eval_batch_size", "project",
+    "report_to", "run_name", "save_total_limit", "output_dir", "accelerator_config", "max_skipped_steps", "local_rank",
+)  # fmt: skip
+OF_STREAMS = ("dataloader_num_workers",)  # it decides their order
+OF_FILES = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """A digest of the number of rows and of all columns but the images of some of them, at even distances."""
+    count = min(len(rows), FINGERPRINT_ROWS)
+    columns = [name for name in rows.column_names if name != "image"]
+    part = rows.select_columns(columns).with_format("arrow")[[i * len(rows) // count for i in range(count)]]
+    sink = pa.BufferOutputStream()
+    # One record batch without metadata: the bytes are those of the values alone.
+    table = part.replace_schema_metadata(None).combine_chunks()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return hashlib.sha256(f"{len(rows)} rows ".encode() + sink.getvalue().to_pybytes()).hexdigest()[:32]
+
+
+def describe_identity(trainer: RetrievalTrainer) -> dict[str, object]:
+    """Names and values, JSON-able, of all that the result of a run follows from."""
+    args = trainer.args
+    free = FREE if not trainer.streamed else tuple(name for name in FREE if name not in OF_STREAMS)
+    settings = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in free and not name.startswith(FREE_PREFIXES)
+    }
+    described = {
+        **settings,
+        "method": "distillation" if trainer.needs_teacher else "contrastive",
+        "fingerprint of the training split": trainer.data_fingerprint,
+        "fingerprint of the validation split": trainer.eval_fingerprint,
+        "teacher": trainer.facts.teacher,
+        "number of processes": args.world_size,
+        "device": args.device.type,
+        **_leaves("student", trainer.model.config.to_dict()),
+        **{of.__name__: of.__version__ for of in (torch, transformers, datasets, accelerate)},
+    }
+    return json.loads(json.dumps(described, default=str))
+
+
+def check_identity(trainer: RetrievalTrainer, checkpoint: str, allow_changes: bool) -> list[str]:
+    """What differs between a checkpoint's run and this one, a line each.
+
+    Raises:
+        ValueError: something differs and `allow_changes` is not set, or the checkpoint does not say what it is of.
+    """
+    path = Path(checkpoint) / IDENTITY_FILE
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{checkpoint} has no {IDENTITY_FILE}: it is no checkpoint of this program.") from None
+    now = describe_identity(trainer)
+    lines = [
+        f"{name}: {_short(saved.get(name))} in the checkpoint, {_short(now.get(name))} now"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if lines and not allow_changes:
+        listed = "\n  ".join(lines)
+        raise ValueError(
+            f"{checkpoint} is of another run, so that the result could not be the same:\n  {listed}\n"
+            "Resume with what it was started with, or say --allow_changes."
+        )
+    return lines
+
+
+def _leaves(prefix: str, config: dict) -> dict[str, object]:
+    """A nested config as {"student.text_config.hidden_size": 192, ...}, without what saving adds to it."""
+    leaves = {}
+    for key, value in config.items():
+        if key not in OF_FILES:
+            name = f"{prefix}.{key}"
+            leaves.update(_leaves(name, value) if isinstance(value, dict) else {name: value})
+    return leaves
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 200 else f"{text[:200]}..."
