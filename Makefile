@@ -27,6 +27,12 @@ browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get inst
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" "selenium>=4.51"
 	$(BIN)/python -m pytest -m browser
 
+bench: $(INSTALLED)  ## measure what the README claims, on CPU (under 20 minutes)
+	$(BIN)/python -m benchmarks
+
+soak: $(INSTALLED)  ## run the long tests: 300,000 rows of data in flat memory
+	$(BIN)/python -m pytest -m soak -rP
+
 quality: $(INSTALLED)  ## check style and lint (make style mends what it can)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +47,4 @@ icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its feat
 	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml
 	$(BIN)/python -m datasets_scripts.icons_teacher --model runs/icons_teacher --output runs/icons_teacher.safetensors
 
-.PHONY: help install quickstart test browser_test quality style icons_teacher
+.PHONY: help install quickstart test browser_test bench soak quality style icons_teacher

@@ -1,16 +1,19 @@
-"""What a distillation step costs beside a plain contrastive step of the same student on the same batch.
+"""What the method adds to a training step.
 
 python -m benchmarks.step_cost
 
-Quickstart student, queue 8,192 x 256, batch 128; forward, losses, backward and balancer. Medians of interleaved runs.
+The paper's student on 32 captions: a whole distillation step (four losses, all pairs, balancer, queues of 8,192 x
+768) beside the student's forward and backward and the optimiser. The quickstart's student, batches of 128, queues of
+8,192 x 256: forward, losses, backward and balancer beside those of a plain contrastive step; and the losses alone,
+forward and backward from given embeddings, beside the matrix products they cannot do without.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import datasets
 import torch
@@ -20,82 +23,154 @@ from transformers import HfArgumentParser
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.data_loading import DataArguments, load_data
 from trainers.losses import PAIRS
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
 from trainers.student import StudentArguments, build_student
 
+from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, ratio, training_step
+from .gpu.common import make_trainer
 
-def make_step(trainer_class, student_args, rows: datasets.Dataset, settings: dict, **changes):
-    """A function that takes one step's loss and gradient on a fixed batch, the queues full."""
-    captions = [caption for texts in rows["captions"] for caption in texts]
-    model, processor = build_student(student_args, captions, 256)
-    args = DSMDTrainingArguments(**{**settings, **changes})
-    trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=processor)
-    data = RetrievalDataset(rows, with_teacher=trainer.needs_teacher)
-    batch = RetrievalCollator(processor, args.max_caption_length)(data.__getitems__(list(range(128))))
-    batch.pop("unreadable")
-    trainer.begin_step([batch])
-    if trainer.needs_teacher:
-        generator = torch.Generator().manual_seed(0)
-        for queue in (trainer.image_queue, trainer.text_queue):
-            features = torch.randn(8192, 256, generator=generator)
-            queue.push(torch.nn.functional.normalize(features, dim=-1), torch.arange(8192))
-    model.train()
+
+BATCH = 128  # the quickstart's
+
+
+def bare_step(trainer: DSMDTrainer, batch: dict, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+    """The student's forward and backward and the optimiser; the gradient at its embeddings is a constant."""
 
     def step() -> float:
         started = time.perf_counter()
-        trainer.begin_step([dict(batch)])
-        trainer.compute_loss(model, batch).backward()
-        if trainer.needs_teacher:
-            trainer.end_step()
-        model.zero_grad()
+        embeds = trainer.embed(trainer.model, batch)
+        torch.autograd.backward(embeds, [torch.ones_like(rows) for rows in embeds])
+        optimizer.step()
+        trainer.model.zero_grad()
         return time.perf_counter() - started
 
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=15)
-    options = parser.parse_args()
+def paper_student(captions: int = 32, rounds: int = 5, tiny: bool = False) -> list[Row]:
+    """Five captions an image; the last image has what is left."""
+    images = -(-captions // 5)
+    settings = {"bf16": False, "contrastive_pairs": list(PAIRS), "per_device_train_batch_size": images}
+    settings["queue_size"] = count = 64 if tiny else 8192
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(folder, count, tiny, **settings)
+        fill_queues(trainer)
+        examples = first_examples(trainer, images)
+        left = captions - 5 * (images - 1)
+        examples[-1] |= {name: examples[-1][name][:left] for name in ("captions", "teacher_text")}
+        batch = collate(trainer, examples)
+        optimizer = trainer.create_optimizer()
+        steps = training_step(trainer, batch, optimizer), bare_step(trainer, batch, optimizer)
+        times = interleaved(*steps, rounds=rounds)
+    whole, bare = (f"{statistics.median(column):.2f} s" for column in times)
+    return [
+        Row(
+            f"a distillation step, ViT-B/16 and BERT-base, {captions} captions",
+            whole,
+            f"the student's forward, backward and optimiser: {bare}",
+            f"{ratio(*times):.3f} x",
+            "at most 1.05 x",
+        )
+    ]
+
+
+def loss_times(trainer: DSMDTrainer, batch: dict) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Seconds of the losses, forward and backward from given embeddings, and of their bare matrix products.
+
+    The products: each pair's similarities with the dictionary, and the way back to the student; each pair's
+    similarities within the batch, whose hardest negatives need no product on the way back.
+    """
+    batch = dict(batch)
+    trainer.begin_step([batch])
+    with torch.no_grad():
+        embeds = [rows.clone() for rows in trainer.embed(trainer.model, batch)]
+    student = dict(zip("IT", embeds))
+    teacher = {"I": batch["teacher_image"], "T": batch["teacher_text"]}
+    dictionary = {"I": trainer.image_queue.features, "T": trainer.text_queue.features}
+
+    def losses() -> float:
+        leaves = [rows.detach().requires_grad_() for rows in embeds]
+        started = time.perf_counter()
+        (trainer.balancer.weights() * trainer.losses(*leaves, batch)).sum().backward()
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def products() -> float:
+        started = time.perf_counter()
+        for query, target in PAIRS:
+            similarities = student[query] @ dictionary[target].T
+            similarities @ dictionary[target]
+            student[query] @ teacher[target].T
+        return time.perf_counter() - started
+
+    return losses, products
+
+
+def quickstart_trainer(trainer_class, rows: datasets.Dataset, folder: str, images: int, **settings):
+    """A trainer of the recipe's student on the icons, its queues full."""
     with open("recipes/icons.yaml") as file:
         recipe = yaml.safe_load(file)
-    rows = load_data(DataArguments(dataset_name="icons"))["train"]
-    folder = tempfile.mkdtemp()
     student = HfArgumentParser(StudentArguments).parse_dict(recipe, allow_extra_keys=True)[0]
-    settings = {"output_dir": folder, "use_cpu": True, "report_to": "none", "max_caption_length": 32}
-    settings |= {"per_device_train_batch_size": 128, "queue_size": 8192}
-    steps = {
-        "plain contrastive": make_step(ContrastiveTrainer, student, rows, settings),
-        "distillation, pairs II, TT": make_step(
-            DSMDTrainer,
-            student,
-            rows,
-            settings,
-            contrastive_pairs=["II", "TT"],
-            hard_negative_pairs=["II", "TT"],
+    captions = [caption for texts in rows["captions"][:] for caption in texts]
+    model, processor = build_student(student, captions, len(rows[0]["teacher_image_embeds"]))
+    settings = {"use_cpu": True, "report_to": "none", "max_caption_length": 32, "queue_size": 8192, **settings}
+    args = DSMDTrainingArguments(output_dir=folder, per_device_train_batch_size=images, **settings)
+    trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=processor)
+    if trainer.needs_teacher:
+        fill_queues(trainer)
+    return trainer
+
+
+def quickstart(rows: datasets.Dataset | None = None, images: int = BATCH, rounds: int = 15) -> list[Row]:
+    """Three rows of the table.
+
+    Args:
+        rows: with teacher features; the icons' by default.
+        images: of a batch.
+    """
+    if rows is None:
+        rows = load_data(DataArguments(dataset_name="icons"))["train"]
+    four = {"contrastive_pairs": list(PAIRS), "hard_negative_pairs": list(PAIRS)}
+    two = {"contrastive_pairs": ["II", "TT"], "hard_negative_pairs": ["II", "TT"]}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [
+            quickstart_trainer(ContrastiveTrainer, rows, folder, images),
+            quickstart_trainer(DSMDTrainer, rows, folder, images, **two),
+            quickstart_trainer(DSMDTrainer, rows, folder, images, **four),
+        ]
+        batches = [collate(trainer, first_examples(trainer, images)) for trainer in trainers]
+        steps = [training_step(trainer, batch) for trainer, batch in zip(trainers, batches)]
+        sides = *steps, *loss_times(trainers[2], batches[2])
+        plain, in_two, in_four, losses, products = interleaved(*sides, rounds=rounds, warm_up=2)
+    milliseconds = [f"{1000 * statistics.median(column):.0f} ms" for column in (plain, in_two, in_four)]
+    against = f"a plain contrastive step: {milliseconds[0]}"
+    return [
+        Row(
+            "the quickstart's step, pairs II and TT",
+            milliseconds[1],
+            against,
+            f"{ratio(in_two, plain):.2f} x",
+            "below 1.16 x",
         ),
-        "distillation, four pairs": make_step(
-            DSMDTrainer,
-            student,
-            rows,
-            settings,
-            contrastive_pairs=list(PAIRS),
-            hard_negative_pairs=list(PAIRS),
+        Row(
+            "the quickstart's step, four pairs",
+            milliseconds[2],
+            against,
+            f"{ratio(in_four, plain):.2f} x",
+            "below 1.32 x",
         ),
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for run in range(options.runs + 2):
-        for name, step in steps.items():
-            seconds = step()
-            if run >= 2:  # two to warm up
-                times[name].append(seconds)
-    base = statistics.median(times["plain contrastive"])
-    print(
-        f"batch 128, queue 8,192 x 256, {torch.get_num_threads()} threads, median of {options.runs} interleaved runs"
-    )
-    for name, values in times.items():
-        print(f"{name:28} {1000 * statistics.median(values):7.1f} ms {statistics.median(values) / base:5.2f} x")
+        Row(
+            "its losses alone, four pairs",
+            f"{1000 * statistics.median(losses):.1f} ms",
+            f"their bare matrix products: {1000 * statistics.median(products):.1f} ms",
+            f"{ratio(losses, products):.2f} x",
+            "at most 1.3 x",
+        ),
+    ]
+
+
+def measure() -> list[Row]:
+    return [*paper_student(), *quickstart()]
 
 
 if __name__ == "__main__":
-    main()
+    print_table(measure())

@@ -1,10 +1,10 @@
 """What making teacher features costs beside the teacher's bare forward: rows/s, as a ratio taken in one run.
 
-python -m benchmarks.teacher_features [--rows 16] [--rounds 2]
+python -m benchmarks.teacher_features [--model ViT-L/14] [--rows 16] [--rounds 2]
 
-The teacher is a CLIP ViT-B/16 with random weights, the rows JPEG photos of 500 x 375 pixels with five captions of some
-12 words. The bare forward gets the same batches as tensors, decoded and tokenised before the clock starts. On a GPU,
-take thousands of rows.
+The teacher is a CLIP with random weights, the rows JPEG photos of 500 x 375 pixels with five captions of some 12
+words. The bare forward gets the same batches as tensors, decoded and tokenised before the clock starts. On a GPU, take
+thousands of rows, and batches of 256.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -27,12 +28,28 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from datasets_scripts.teacher_features import Encoding, Preparation, encode_dataset, plan
 from teachers import Teacher, load_teacher
 
+from .common import Row
+
 
 WORDS = [f"word{i}" for i in range(1000)]
 
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+LARGE_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {  # CLIPConfig's own defaults are ViT-B's
+    "ViT-B/16": {"vision_config": {"patch_size": 16}, "text_config": {}},
+    "ViT-L/14": {"vision_config": {**LARGE, "patch_size": 14}, "text_config": LARGE_TEXT, "projection_dim": 768},
+    "tiny": {"vision_config": TINY, "text_config": TINY, "projection_dim": 32},
+}
 
-def make_teacher(device: torch.device, dtype: torch.dtype) -> Teacher:
-    """CLIP ViT-B/16, random, through a folder as any teacher."""
+
+def make_config(model: str) -> CLIPConfig:
+    text = {**SIZES[model]["text_config"], "eos_token_id": 2, "pad_token_id": 0}
+    return CLIPConfig(**{**SIZES[model], "text_config": text})
+
+
+def make_teacher(model: str, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """A random CLIP of a size of `SIZES`, through a folder as any teacher."""
     vocab = {word: i for i, word in enumerate(["<pad>", "<s>", "<|endoftext|>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -42,9 +59,8 @@ def make_teacher(device: torch.device, dtype: torch.dtype) -> Teacher:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|endoftext|>", model_max_length=77
     )
-    config = CLIPConfig(vision_config={"patch_size": 16}, text_config={"eos_token_id": 2, "pad_token_id": 0})
     with tempfile.TemporaryDirectory() as folder:
-        CLIPModel(config).save_pretrained(folder)
+        CLIPModel(make_config(model)).save_pretrained(folder)
         CLIPProcessor(CLIPImageProcessor(), fast).save_pretrained(folder)
         return load_teacher(folder, dtype=dtype, device=device)
 
@@ -61,6 +77,10 @@ def make_rows(count: int) -> datasets.DatasetDict:
         rows["image_id"].append(str(i))
     part = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     return datasets.DatasetDict({"train": part})
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def bare(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding) -> float:
@@ -87,24 +107,46 @@ def whole(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding, num_
         return time.perf_counter() - started
 
 
+def rates(model: str, rows: int, rounds: int, batch_size: int, num_workers: int) -> tuple[float, float, float]:
+    """rows/s of the bare forward and of the whole, and the share of the first that the second reaches."""
+    device = PartialState().device
+    teacher = make_teacher(model, device, dtype_of(device))
+    data, encoding = make_rows(rows), Encoding(batch_size=batch_size)
+    few = datasets.DatasetDict({"train": data["train"].select(range(min(rows, batch_size)))})
+    bare(teacher, few, encoding)  # to warm up
+    times = [(bare(teacher, data, encoding), whole(teacher, data, encoding, num_workers)) for _ in range(rounds)]
+    alone, together = (rows / statistics.median(column) for column in zip(*times))
+    return alone, together, statistics.median(first / second for first, second in times)
+
+
+def figures(model: str, rows: int, rounds: int, batch_size: int, num_workers: int) -> Iterator[tuple[str, str]]:
+    """What was measured, and the figure, one after the other."""
+    alone, together, share = rates(model, rows, rounds, batch_size, num_workers)
+    dtype = dtype_of(PartialState().device)
+    what = f"CLIP {model}, {dtype}, {rows} rows of an image and five captions, batches of {batch_size}"
+    yield f"bare forward, {what}", f"{alone:,.1f} rows/s"
+    yield f"add_teacher_features, {num_workers} workers", f"{together:,.1f} rows/s, {100 * share:.0f} % of it"
+
+
+def measure(
+    model: str = "ViT-B/16", rows: int = 16, rounds: int = 2, batch_size: int = 32, num_workers: int = 2
+) -> list[Row]:
+    """The row of `python -m benchmarks`."""
+    alone, together, share = rates(model, rows, rounds, batch_size, num_workers)
+    bare = f"its bare forward: {alone:.1f} rows/s"
+    return [Row(f"teacher features, CLIP {model}", f"{together:.1f} rows/s", bare, f"{share:.2f} x", "-")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SIZES, default="ViT-B/16")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_workers", type=int, default=2)
     options = parser.parse_args()
-    device = PartialState().device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher, rows, encoding = make_teacher(device, dtype), make_rows(options.rows), Encoding(batch_size=32)
-    bare(teacher, datasets.DatasetDict({"train": rows["train"].select(range(8))}), encoding)  # warm up
-    times = [
-        (bare(teacher, rows, encoding), whole(teacher, rows, encoding, options.num_workers))
-        for _ in range(options.rounds)
-    ]
-    alone, together = (options.rows / statistics.median(column) for column in zip(*times))
-    ratio = statistics.median(first / second for first, second in times)
-    print(f"{device}, {dtype}, {options.rows} rows of an image and five captions, median of {options.rounds} rounds")
-    print(f"bare forward {alone:.1f} rows/s, add_teacher_features {together:.1f} rows/s: {100 * ratio:.0f} %")
+    for what, figure in figures(**vars(options)):
+        print(f"{what}: {figure}")
 
 
 if __name__ == "__main__":

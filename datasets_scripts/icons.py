@@ -150,7 +150,7 @@ def fingerprint(dataset: DatasetDict) -> str:
     rows = sorted(
         (split, image_id, list(captions))
         for split, part in dataset.items()
-        for image_id, captions in zip(part["image_id"], part["captions"], strict=True)
+        for image_id, captions in zip(part["image_id"][:], part["captions"][:], strict=True)
     )
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
+
+from .distributed import rank
 
 
 # Cosines closer than this times the width count as equal. A float32 matmul rounds the same dot product differently in
@@ -12,6 +15,7 @@ import torch
 # where all rounding goes one way.
 TIE_TOLERANCE_PER_COLUMN = 1e-8
 MIN_TIE_TOLERANCE = 1e-6
+PAIRS_OF_A_BAR = 10**9  # some ten seconds on two CPU cores
 
 Groups = torch.Tensor | np.ndarray | Sequence[str] | Sequence[int]
 
@@ -108,6 +112,8 @@ def ranks(
 
         tolerance = max(MIN_TIE_TOLERANCE, TIE_TOLERANCE_PER_COLUMN * images.shape[1])
         image_bar, text_bar = best_of_image - tolerance, best_of_text - tolerance
+        small = len(images) * len(texts) < PAIRS_OF_A_BAR
+        progress = tqdm(total=len(images), desc="rank", leave=False, disable=True if small or rank() else None)
         for start, stop in _spans(0, len(images), chunk_size):
             for left, right in _spans(0, len(texts), chunk_size):
                 scores = images[start:stop] @ texts[left:right].T
@@ -120,6 +126,8 @@ def ranks(
                 reached = torch.ge(scores, image_bar[start:stop, None], out=torch.empty_like(scores))
                 above_image[start:stop] += reached.sum(1).long()
                 above_text[left:right] += scores.ge_(text_bar[left:right]).sum(0).long()
+            progress.update(stop - start)
+        progress.close()
 
     image_ranks, text_ranks = torch.empty_like(above_image), torch.empty_like(above_text)
     image_ranks[image_order] = above_image + 1

@@ -1,11 +1,13 @@
 """Ranks and recalls against loops over float64 numpy, hand values, ties and every bad input."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from trainers import retrieval
 from trainers.retrieval import metrics_from_ranks, ranks, retrieval_metrics
 
 
@@ -255,6 +257,21 @@ def test_memory_is_bounded_by_the_blocks():
     with Watch():
         ranks(images, texts, image_groups, text_groups, chunk_size=50)
     assert largest == 900 * 4
+
+
+def test_progress_of_large_problems_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(retrieval, "PAIRS_OF_A_BAR", 20_000)
+    groups = torch.arange(141)
+    embeds = torch.eye(141)
+    ranks(embeds, embeds, groups, groups, chunk_size=100)  # 19,881 pairs
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(retrieval, "PAIRS_OF_A_BAR", 19_000)
+    ranks(embeds, embeds, groups, groups, chunk_size=100)
+    assert "rank:   0%" in capsys.readouterr().err
+    monkeypatch.setattr(retrieval, "rank", lambda: 1)  # one process shows it
+    ranks(embeds, embeds, groups, groups, chunk_size=100)
+    assert capsys.readouterr().err == ""
 
 
 def test_metrics_from_ranks():

@@ -1,0 +1,35 @@
+"""All claims in one Markdown table, each program in a process of its own.
+
+python -m benchmarks
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from . import (
+    cached_teacher,
+    captions_per_second,
+    loader,
+    retrieval_speed,
+    start_up,
+    step_cost,
+    teacher_features,
+)
+from .common import Row, print_table
+
+
+PROGRAMS = (captions_per_second, step_cost, cached_teacher, teacher_features, loader, retrieval_speed, start_up)
+
+
+def rows() -> Iterator[Row]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for program in PROGRAMS:
+            yield from processes.submit(program.measure).result()
+
+
+if __name__ == "__main__":
+    print_table(rows())

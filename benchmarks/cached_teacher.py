@@ -1,0 +1,87 @@
+"""Training with cached teacher features beside the same with the teacher online, and when the cache has paid.
+
+python -m benchmarks.cached_teacher
+
+The paper's student under a CLIP ViT-L/14 with random weights, from stored rows: decoding, tokenising and the optimiser
+are in the step. Online, the teacher sees every image and caption in every epoch; the cache costs one pass of
+`add_teacher_features`. It has paid after (seconds a row to make it) / (seconds a row that online adds to an epoch)
+epochs, and each epoch after that is gain.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import torch
+
+from datasets_scripts.teacher_features import Encoding, encode_dataset
+
+from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, training_step
+from .gpu.common import make_rows, make_trainer
+from .teacher_features import make_teacher
+
+
+def measure(images: int = 4, rounds: int = 3, tiny: bool = False) -> list[Row]:
+    """Two rows of the table.
+
+    Args:
+        images: of a step, each with five captions.
+        tiny: small towers, and short queues.
+    """
+    name = "tiny" if tiny else "ViT-L/14"
+    teacher = make_teacher(name, torch.device("cpu"), torch.float32)
+    count = 64 if tiny else 8192
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"bf16": False, "per_device_train_batch_size": images, "queue_size": count}
+        trainer = make_trainer(folder, count, tiny, **settings)
+        fill_queues(trainer)
+        optimizer = trainer.create_optimizer()
+        rows = datasets.DatasetDict({"train": make_rows(images, trainer.model.config.projection_dim)})
+
+        def cached() -> float:
+            started = time.perf_counter()
+            training_step(trainer, collate(trainer, first_examples(trainer, images)), optimizer)()
+            return time.perf_counter() - started
+
+        def online() -> float:
+            started = time.perf_counter()
+            examples = first_examples(trainer, images)
+            image = teacher.image_features(teacher.prepare_images([example["image"] for example in examples]))
+            captions = [caption for example in examples for caption in example["captions"]]
+            text = teacher.text_features(teacher.prepare_texts(captions))
+            texts = text.split([len(example["captions"]) for example in examples])
+            for example, row, of_captions in zip(examples, image, texts):
+                example |= {"teacher_image": row.numpy(), "teacher_text": of_captions.numpy()}
+            training_step(trainer, collate(trainer, examples), optimizer)()
+            return time.perf_counter() - started
+
+        def making() -> float:
+            with tempfile.TemporaryDirectory() as features:
+                started = time.perf_counter()
+                encode_dataset(rows, [teacher], "{}", Encoding(), Path(features), num_workers=0)
+                return time.perf_counter() - started
+
+        with_cache, with_teacher, to_make = interleaved(cached, online, making, rounds=rounds)
+        captions = sum(len(example["captions"]) for example in first_examples(trainer, images))
+    faster = statistics.median(slow / fast for slow, fast in zip(with_teacher, with_cache))
+    epochs = statistics.median(once / (slow - fast) for once, slow, fast in zip(to_make, with_teacher, with_cache))
+    adds = statistics.median(slow - fast for slow, fast in zip(with_teacher, with_cache))
+    here, there = (f"{captions / statistics.median(column):.2f} captions/s" for column in (with_cache, with_teacher))
+    return [
+        Row("training with cached features", here, f"CLIP {name} online: {there}", f"{faster:.2f} x", "-"),
+        Row(
+            "making the cache",
+            f"{statistics.median(to_make) / images:.2f} s a row",
+            f"an epoch's teacher online: {adds / images:.2f} s a row",
+            f"paid after {epochs:.2f} epochs",
+            "1 epoch",
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    print_table(measure())

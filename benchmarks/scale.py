@@ -1,0 +1,150 @@
+"""What a run costs from Flickr30k on one GPU to 400 million pairs on 64: the tables of docs/scale.md, by arithmetic.
+
+python -m benchmarks.scale
+
+Models: ViT-B/16 at 224 and BERT-base under a CLIP ViT-L/14 teacher of width 768. The one thing measured here is how
+many images a core decodes; what is assumed stands in capitals below and is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from trainers.images import load_rgb
+
+
+PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, as its maker states
+UTILISATION = {"training": 0.35, "teacher": 0.45}  # assumed: share of PEAK that is reached
+NETWORK = 50e9  # bytes/s each GPU sends and receives at once between machines (400 Gbit/s), assumed
+IMAGE_BYTES = {"as photos come": 150e3, "stored at 256 pixels": 20e3}  # assumed, JPEG
+TOKENS = 15  # of a caption of about 12 words, with the two special ones
+DIM = 768  # of teacher and student
+QUEUE = 8192
+PARAMETERS = 86e6 + 109e6 + 1.2e6  # vision tower, text tower, projections
+
+
+@dataclass
+class Run:
+    """One line of the tables."""
+
+    name: str
+    images: float
+    captions: int  # of each image
+    epochs: int
+    gpus: int
+    batch: int  # images of one GPU
+
+    @property
+    def rows(self) -> int:
+        """Features that are stored for one image and its captions."""
+        return 1 + self.captions
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of one GPU, training on an image and its captions: forward and backward are three times the forward."""
+        flop = 3 * (transformer(197, 768, 12) + self.captions * transformer(TOKENS, 768, 12))
+        return flop / (PEAK * UTILISATION["training"])
+
+    @property
+    def teacher_seconds_per_image(self) -> float:
+        flop = transformer(257, 1024, 24) + self.captions * transformer(TOKENS, 768, 12)
+        return flop / (PEAK * UTILISATION["teacher"])
+
+    @property
+    def step_seconds(self) -> float:
+        return self.batch * self.seconds_per_image
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Received by a GPU in a step: teacher rows for the queues, then students and their teacher rows, float32."""
+        others = self.batch * (self.gpus - 1)
+        return 3 * others * self.rows * DIM * 4
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Sent by a GPU in a step, as a ring all-reduce of float32 gradients."""
+        return 2 * (self.gpus - 1) / self.gpus * PARAMETERS * 4
+
+
+RUNS = [
+    Run("Flickr30k", 29e3, 5, 20, 1, 128),
+    Run("COCO", 113_287, 5, 20, 1, 128),
+    Run("3 M pairs", 3e6, 1, 10, 8, 256),
+    Run("30 M pairs", 30e6, 1, 5, 16, 256),
+    Run("400 M pairs", 400e6, 1, 2, 64, 256),
+]
+
+
+def transformer(tokens: int, width: int, layers: int) -> float:
+    """FLOP of a forward of one sequence, the inner width being four times the outer one."""
+    return layers * (tokens * 24 * width**2 + 4 * tokens**2 * width)
+
+
+def images_per_core(size: tuple[int, int], seconds: float = 2.0) -> float:
+    """Images/s that one core decodes from JPEG, squashes to 224 and normalises; seconds of CPU, not of the clock."""
+    coarse = np.random.default_rng(0).integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    processor = ViTImageProcessorPil(size={"height": 224, "width": 224})
+    count, started = 0, time.process_time()
+    while time.process_time() - started < seconds:
+        processor(images=[load_rgb({"bytes": buffer.getvalue(), "path": None})], return_tensors="pt")
+        count += 1
+    return count / seconds
+
+
+def size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def tables() -> str:
+    """Three tables of Markdown: bytes and hours, what storage and cores must deliver, what a step sends."""
+    cores = {"500 x 375": images_per_core((500, 375)), "256 x 256": images_per_core((256, 256))}
+    lines = ["| run | GPUs | images as photos | at 256 px | features float16 | int8 | teacher | training |"]
+    lines += ["|---" * 8 + "|"]
+    for run in RUNS:
+        hours = [
+            run.images * run.teacher_seconds_per_image / run.gpus / 3600,
+            run.epochs * run.images * run.seconds_per_image / run.gpus / 3600,
+        ]
+        stored = [run.images * bytes_ for bytes_ in IMAGE_BYTES.values()]
+        stored += [run.images * run.rows * 2 * DIM, run.images * run.rows * (DIM + 2)]
+        cells = [*map(size, stored), f"{hours[0]:.2g} h", f"{hours[1]:.2g} h ({run.epochs} epochs)"]
+        lines.append(f"| {run.name} | {run.gpus} | " + " | ".join(cells) + " |")
+    lines += ["", "| run | images/s | features | photos | at 256 px | cores a GPU: photos | at 256 px |"]
+    lines += ["|---" * 7 + "|"]
+    for run in RUNS:
+        rate = run.gpus / run.seconds_per_image
+        read = [rate * run.rows * 2 * DIM] + [rate * bytes_ for bytes_ in IMAGE_BYTES.values()]
+        needed = [f"{rate / run.gpus / of:.1f}" for of in cores.values()]
+        cells = [f"{rate:,.0f}", *(f"{size(of)}/s" for of in read), *needed]
+        lines.append(f"| {run.name} | " + " | ".join(cells) + " |")
+    lines += ["", "| run | images a step | step | gathered by a GPU | gradients sent | both take | queues |"]
+    lines += ["|---" * 7 + "|"]
+    for run in RUNS:
+        seconds = (run.gathered_bytes + run.gradient_bytes) / NETWORK
+        cells = [f"{run.batch * run.gpus:,}", f"{1000 * run.step_seconds:.0f} ms", size(run.gathered_bytes)]
+        cells += [size(run.gradient_bytes), f"{1000 * seconds:.0f} ms", size(2 * QUEUE * (DIM * 4 + 8))]
+        lines.append(f"| {run.name} | " + " | ".join(cells) + " |")
+    shown = ", ".join(f"{rate:.0f} of {of}" for of, rate in cores.items())
+    lines += ["", f"Measured: a core decodes and resizes {shown} pixels a second."]
+    lines += [f"Assumed: {100 * UTILISATION['training']:.0f} % of {PEAK / 1e12:.0f} TFLOP/s in training and "
+              f"{100 * UTILISATION['teacher']:.0f} % for the teacher; {size(NETWORK)}/s a GPU; JPEGs of "
+              f"{' and '.join(f'{size(of)} {how}' for how, of in IMAGE_BYTES.items())}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    print(tables())

@@ -1,0 +1,134 @@
+"""A step reads nothing back from the device and copies nothing to it that would make the host wait.
+
+The device is `meta`: its tensors have no values, so whatever needs one fails, as it would wait for a GPU. Numbers that
+`torch.tensor` puts on the device by itself go unseen here; `benchmarks.gpu.training` counts every wait on a GPU.
+"""
+
+import contextlib
+import traceback
+
+import pytest
+import torch
+from conftest import make_student
+from tiny_trainer import make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainers import ContrastiveTrainer, DSMDTrainingArguments, FeatureQueue
+from trainers.losses import PAIRS
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what reads a tensor's value on the host, and copies between the host and the device.
+
+    One wait is transformers' own and only counted: it asks of each padding mask whether it masks anything.
+    """
+
+    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.masks = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_device = any(tensor.is_meta for tensor in tensors)
+        if on_device and name in self.READS:
+            if any(frame.name == "_ignore_bidirectional_mask_sdpa" for frame in traceback.extract_stack()):
+                self.masks += 1
+                return False
+            raise AssertionError(f"{func} waits for the device")
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        from_host = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
+        if from_host and name in ("_to_copy", "copy_") and any(tensor.is_meta for tensor in made):
+            raise AssertionError(f"{func} copies {[list(tensor.shape) for tensor in from_host]} to the device")
+        self.calls += on_device
+        return result
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: torch.repeat_interleave(x, x.long(), dim=0),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.arange(3).to(x.device),
+    ],
+    ids="item float bool tolist numpy cpu mask repeat copy to".split(),
+)
+def test_waits_are_seen(wait):
+    x = torch.ones(3, device="meta")
+    with pytest.raises((AssertionError, NotImplementedError, RuntimeError, TypeError)), NoSynchronisation():
+        wait(x)
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """`meta` is no device that autocast knows, not even to be switched off."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **settings: contextlib.nullcontext())
+
+
+def to_device(trainer, batch: dict) -> dict:
+    """Brings all of a trainer to the device, and a batch, as Trainer does before `begin_step`."""
+    trainer.model.to("meta")
+    if trainer.needs_teacher:
+        trainer.balancer.to("meta")
+        trainer._step_losses = trainer._step_losses.to("meta")
+        for name in ("image_queue", "text_queue"):
+            queue = getattr(trainer, name)
+            setattr(trainer, name, FeatureQueue(queue.size, queue.dim, device="meta"))
+    return {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def take_two_steps(trainer, micro_batches: int = 1) -> NoSynchronisation:
+    size = 8
+    spans = [list(range(size * i, size * (i + 1))) for i in range(micro_batches)]
+    batches = [trainer.data_collator(trainer.train_dataset.__getitems__(span)) for span in spans]
+    for batch in batches:
+        batch.pop("unreadable")
+    batches = [to_device(trainer, batch) for batch in batches]
+    optimizer = trainer.create_optimizer()
+    watch = NoSynchronisation()
+    for _ in range(2):  # the first also sets the balancer, the second finds rows in the queues
+        inputs = [dict(batch) for batch in batches]
+        with watch:
+            trainer.begin_step(inputs)
+            for batch in inputs:
+                trainer.compute_loss(trainer.model, batch).backward()
+            trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if trainer.needs_teacher:
+                trainer.end_step()
+    buckets = sum(len(batch["text_buckets"]) for batch in batches)
+    assert watch.masks <= buckets * (3 if trainer.needs_teacher else 2)  # with the pass that sets the balancer
+    return watch
+
+
+@pytest.mark.parametrize("balancer, hardest", [("dynamic", True), ("published", False), ("fixed", True)])
+def test_distillation_step(tmp_path, rows, balancer, hardest):
+    settings = {"contrastive_pairs": list(PAIRS), "hard_negative_margin_kind": "teacher", "optim": "adamw_torch"}
+    trainer = make_trainer(tmp_path, rows, balancer=balancer, hardest_negative=hardest, **settings)
+    assert take_two_steps(trainer).calls > 1000
+
+
+def test_distillation_step_of_two_micro_batches_without_queue(tmp_path, rows):
+    trainer = make_trainer(tmp_path, rows, queue_size=0, optim="adamw_torch", gradient_accumulation_steps=2)
+    assert take_two_steps(trainer, micro_batches=2).calls > 1000
+
+
+def test_contrastive_step(tmp_path, rows):
+    student, processor = make_student()
+    settings = {"use_cpu": True, "report_to": "none", "optim": "adamw_torch", "per_device_train_batch_size": 8}
+    args = DSMDTrainingArguments(output_dir=str(tmp_path), **settings)
+    trainer = ContrastiveTrainer(model=student, args=args, train_dataset=rows, processing_class=processor)
+    assert take_two_steps(trainer).calls > 500
