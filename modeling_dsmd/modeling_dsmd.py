@@ -22,6 +22,8 @@ OWN_POOLER = {
     "convnextv2": "layernorm",
     "siglip_vision_model": "head",
 }
+# Text towers that take a ready mask of the keys, where attention is "sdpa": every token looks at every other.
+MASKED_BY_KEY = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 # Attributes of configs that hold the width of the last hidden state, the more specific first.
 WIDTHS = ("neck_hidden_sizes", "hidden_sizes", "hidden_size", "hidden_dim")
 
@@ -222,7 +224,12 @@ class DSMDModel(PreTrainedModel):
         Returns:
             The tower's output with `pooler_output` `[C, D]` replaced by the projection.
         """
-        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        mask, config = attention_mask, self.config.text_config
+        if self.training and mask is not None and config.model_type in MASKED_BY_KEY:
+            if config._attn_implementation == "sdpa":
+                # Of a mask [C, L] transformers asks whether it masks anything, and training waits for the device.
+                mask = mask[:, None, None, :] > 0
+        output = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True, **kwargs)
         pooled = _pool(output, self.config.text_pooling, attention_mask)
         return _with_pooled(output, self.text_projection(pooled))
 
@@ -269,8 +276,7 @@ class DSMDModel(PreTrainedModel):
         if input_ids is None and pixel_values is None:
             raise ValueError("Give input_ids, pixel_values or both.")
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = image_output = text_output = None
-        # What is left in kwargs (output_hidden_states, ...) both towers understand. Captions first: text towers wait
-        # for the device once, to see whether their mask masks anything, and then it has little to do.
+        # What is left in kwargs (output_hidden_states, ...) both towers understand.
         if input_ids is not None and text_buckets is not None:
             buckets = self._in_buckets(text_buckets, input_ids, attention_mask, token_type_ids, **kwargs)
             text_embeds = nn.functional.normalize(torch.cat(buckets), dim=-1)
