@@ -30,12 +30,15 @@ browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get inst
 bench: $(INSTALLED)  ## measure what the README claims, on CPU (under 20 minutes)
 	$(BIN)/python -m benchmarks
 
-soak: $(INSTALLED)  ## run the long tests: 300,000 rows of data in flat memory
+soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostile inputs, the lower bounds of pyproject
 	$(BIN)/python -m pytest -m soak -rP
+	$(BIN)/python tests/lower_bounds.py .venv/lower
 
-quality: $(INSTALLED)  ## check style and lint (make style mends what it can)
+quality: $(INSTALLED)  ## check style, lint and known vulnerabilities (make style mends what it can)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	test -d .venv/audit || $(BIN)/pip install --quiet --disable-pip-version-check --target .venv/audit "pip-audit>=2.10"
+	PYTHONPATH=.venv/audit $(BIN)/python tests/audit.py
 
 style: $(INSTALLED)  ## format and mend lint
 	$(BIN)/ruff check --fix .

@@ -278,6 +278,11 @@ def main(arguments: list[str] | None = None) -> None:
             make(options, state)
         except ValueError as error:
             sys.exit(f"error: {error}")
+        except OSError as error:
+            raise OSError(
+                f"{error}\nNothing that was written is lost: mend this, and the same command goes on from "
+                f"{options.output}.partial."
+            ) from error
     if options.push_to_hub and state.is_main_process:
         HfApi().upload_folder(
             folder_path=options.output,

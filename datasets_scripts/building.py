@@ -23,7 +23,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from model_cards.tables import as_text
 from trainers.images import open_image, to_rgb
+from trainers.retrieval_data import printable
 
 
 # A split's usual names, and Karpathy's second part of the training images -> the split.
@@ -39,6 +41,7 @@ SPLIT_OF = {
 SPLITS = ("train", "validation", "test")
 IMAGES_AT_ONCE = 32
 BROKEN_SHOWN = 20
+LARGEST_FILE = 1 << 30  # bytes, of an image
 
 
 @dataclass
@@ -83,7 +86,9 @@ def file_in(folder: Path, name: str) -> Path:
 def read_file(path: Path) -> bytes:
     # A pipe or a device would block or never end.
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"no such file: {str(path)!r}")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size:,} bytes, expected {LARGEST_FILE:,} at most")
     return path.read_bytes()
 
 
@@ -96,7 +101,7 @@ def rgb_bytes(data: bytes) -> bytes:
     Raises:
         Exception: of many types, where the file is broken or a decompression bomb.
     """
-    image = open_image(data)
+    image = open_image(io.BytesIO(data))
     file_format = image.format
     upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
     if file_format in ("JPEG", "PNG") and image.mode == "RGB" and upright and not image.has_transparency_data:
@@ -216,7 +221,7 @@ def dataset_card(dataset: DatasetDict, title: str, how_made: str, license: str) 
 {data.to_yaml()}
 ---
 
-# {title}
+# {as_text(title)}
 
 {how_made}
 
@@ -226,7 +231,7 @@ def dataset_card(dataset: DatasetDict, title: str, how_made: str, license: str) 
 
 ## Licence
 
-{license}
+Of the data: {as_text(license)}
 """
     )
 
@@ -269,7 +274,7 @@ def _write_rows(parts: dict[str, list[Row]], folder: Path, license: str) -> list
         with ArrowWriter(features=features, path=str(folder / split / name), writer_batch_size=16) as writer:
             for row, image, reason in _read_images(rows, split):
                 if reason is not None:
-                    broken.append(f"{split} {row.image_id}: {reason}")
+                    broken.append(f"{split} {printable(row.image_id)}: {reason}")
                     continue
                 # A path beside the bytes would win over them where a file of that name lies in the working folder.
                 example = {"image": {"bytes": image, "path": None}}

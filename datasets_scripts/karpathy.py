@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import datasets
+
+from model_cards.tables import as_code
 
 from .building import SPLIT_OF, SPLITS, Row, build, file_in, parse_arguments, read_file
 from .own_data import Columns, rows_by_split, tables_of_datasets
@@ -75,7 +78,7 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
                 raise ValueError(f"unknown split {entry['split']!r}, expected train, restval, val or test")
             captions = [sentence["raw"] for sentence in entry["sentences"]]
             if not all(isinstance(caption, str) for caption in captions):
-                raise ValueError(f"sentences are not all text: {captions}")
+                raise ValueError(f"sentences are not all text: {reprlib.repr(captions)}")
             file = file_in(images, benchmark.path_of(entry))
             row = Row(benchmark.image_id_of(entry), captions, partial(read_file, file))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -137,10 +140,10 @@ def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> 
     if options.hub_id:
         columns = Columns(options.image_column, options.caption_column, options.id_column)
         parts = read_hub(options.hub_id, options.revision, columns, benchmark)
-        how_made = f"{benchmark.title} under Karpathy's split, from the Hub's `{options.hub_id}`, in its order."
+        how_made = f"{benchmark.title} under Karpathy's split, from the Hub's {as_code(options.hub_id)}, in its order."
     elif options.karpathy and options.images:
         parts = read_karpathy(options.karpathy, options.images, benchmark)
-        how_made = f"{benchmark.title} under Karpathy's split, in the order of `{options.karpathy.name}`."
+        how_made = f"{benchmark.title} under Karpathy's split, in the order of {as_code(options.karpathy.name)}."
     else:
         parser.error("--karpathy and --images need each other")
     check_counts(parts, benchmark, options.allow_other_counts)

@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,9 @@ import datasets
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
-from trainers.data_loading import license_on_card
+from model_cards.tables import as_code
+from trainers.data_loading import license_on_card, readable
+from trainers.retrieval_data import printable
 
 from .building import SPLIT_OF, SPLITS, Row, build, file_in, fold, parse_arguments, read_file
 
@@ -100,12 +103,14 @@ def read_source(source: str, columns: Columns, cache: Path) -> list[Table]:
     path = Path(source)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return tables_of_datasets(datasets.load_from_disk(path), columns)
+            with readable(source):
+                return tables_of_datasets(datasets.load_from_disk(path), columns)
         if files := sorted(file for file in path.rglob("metadata.*") if file.name in METADATA):
             return [_table_of_file(file, path, columns, cache) for file in files]
         if files := sorted(path.rglob("*.tar")):
             return [_table_of_tar(file, path, columns) for file in files]
-        return tables_of_datasets(datasets.load_dataset(source, cache_dir=str(cache)), columns)
+        with readable(source):
+            return tables_of_datasets(datasets.load_dataset(source, cache_dir=str(cache)), columns)
     files = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
     for file in files:
         if file.suffix.lower() not in (*TABLE_SUFFIXES, ".tar"):
@@ -121,7 +126,8 @@ def read_source(source: str, columns: Columns, cache: Path) -> list[Table]:
     if not re.fullmatch(HUB_ID, source):
         raise FileNotFoundError(f"nothing at {source}: expected a folder, file, glob or Hub id such as name/data")
     print(f"{source} is no file or folder here: taken for a dataset on the Hub")
-    return tables_of_datasets(datasets.load_dataset(source), columns)
+    with readable(source):
+        return tables_of_datasets(datasets.load_dataset(source), columns)
 
 
 def tables_of_datasets(loaded: datasets.Dataset | datasets.DatasetDict, columns: Columns) -> list[Table]:
@@ -160,7 +166,7 @@ def rows_by_split(tables: list[Table]) -> dict[str | None, list[Row]]:
                     raise ValueError(f"the id {row.image_id!r} stands for two images; name another --id_column")
                 earlier.captions += row.captions
             except (OSError, ValueError) as error:
-                raise ValueError(f"{table.name}, row {i + 1}: {error}") from None
+                raise ValueError(f"{printable(table.name)}, row {i + 1}: {error}") from None
     return parts
 
 
@@ -276,7 +282,8 @@ def _table_of_file(file: Path, root: Path, columns: Columns, cache: Path) -> Tab
     split = _split_of_path(place)
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(cache))
+        with readable(str(file)):
+            dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(cache))
         table = _table_of_dataset(dataset, str(place), split, columns, file)
     else:
         rows = _read_jsonl(file) if suffix == ".jsonl" else _read_csv(file, "\t" if suffix == ".tsv" else ",")
@@ -416,8 +423,10 @@ def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
         if table.split_by_folder:
             split = _split_of_path(place) or split
     if "split" in cells:
-        if cells["split"] not in SPLIT_OF:
-            raise ValueError(f"unknown split {cells['split']!r}, expected {', '.join(SPLIT_OF)}; or rename the column")
+        if not isinstance(cells["split"], str) or cells["split"] not in SPLIT_OF:
+            raise ValueError(
+                f"unknown split {reprlib.repr(cells['split'])}, expected {', '.join(SPLIT_OF)}; or rename the column"
+            )
         split = SPLIT_OF[cells["split"]]
     if columns.id is not None:
         image_id = _name(cells.get(columns.id), columns.id)
@@ -425,7 +434,7 @@ def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
     captions = cells.get(columns.caption)
     captions = [captions] if isinstance(captions, str) else captions or []
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"column {columns.caption} holds {captions!r}, expected text or a list of texts")
+        raise ValueError(f"column {columns.caption} holds {reprlib.repr(captions)}, expected text or a list of texts")
     if image_id is None:
         # Nothing names the image but the image.
         image_id = hashlib.blake2b(read(), digest_size=8).hexdigest()
@@ -434,7 +443,9 @@ def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
 
 def _name(cell, column: str) -> str:
     if isinstance(cell, bool) or not isinstance(cell, (str, int)) or cell == "":
-        raise ValueError(f"column {column} holds {cell!r}, expected text that is not empty or a whole number")
+        raise ValueError(
+            f"column {column} holds {reprlib.repr(cell)}, expected text that is not empty or a whole number"
+        )
     return str(cell)
 
 
@@ -483,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
                 row.captions = list(dict.fromkeys(map(fold, row.captions)))
         is_on_hub = re.fullmatch(HUB_ID, options.source) and not Path(options.source).exists()
         # Of a path, only the last part is published.
-        how_made = f"Made from `{options.source if is_on_hub else Path(options.source).resolve().name}`."
+        how_made = f"Made from {as_code(options.source if is_on_hub else Path(options.source).resolve().name)}."
         title = options.output.name
         license = options.license or license_of_source(options.source) or "unknown"
         build(parts, options.output, title, how_made, license, options.skip_broken, options.push_to_hub)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from datasets_scripts.building import license_fields
 from datasets_scripts.teacher_features import shard_file
+from model_cards.tables import as_text, bullets
 from trainers import retrieval_metrics
 from trainers.retrieval_data import id_hash, teacher_columns, teacher_tensors
 from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
@@ -82,7 +82,7 @@ def evaluate_teacher(
         groups += [id_hash(group) for group in table[column].to_pylist()]
         counts += pc.list_value_length(table["captions"]).to_pylist()
         if int8:
-            exact.append(np.load(path.with_suffix(".npz")))
+            exact.append(np.load(path.with_suffix(".npz"), allow_pickle=False))
         if len(groups) >= EVALUATED:
             break
     groups = torch.tensor(groups)
@@ -108,7 +108,7 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
     lines.append("|---" * (len(names) + 2) + "|")
     for split, row in figures.items():
         cells = " | ".join(f"{row[name]:.2f}" for name in names)
-        lines.append(f"| {split} | {row['images']:,} | {cells} |")
+        lines.append(f"| {as_text(split)} | {row['images']:,} | {cells} |")
     return "\n".join(lines)
 
 
@@ -136,11 +136,10 @@ def write_card(
         tags=["image-text-retrieval", "distillation", "teacher-features"],
         task_categories=["zero-shot-image-classification"],
     )
-    rows = "\n".join(f"| {split} | {images:,} | {captions:,} |" for split, (images, captions) in counts.items())
-    teachers = "\n".join(
-        f"- `{key}`: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
-        for key, value in described.items()
+    rows = "\n".join(
+        f"| {as_text(split)} | {images:,} | {captions:,} |" for split, (images, captions) in counts.items()
     )
+    teachers = bullets(described)
     stored = (
         "int8 `teacher_image_embeds` and `teacher_text_embeds`, to be multiplied by `teacher_image_scale` and "
         "`teacher_text_scale`"
@@ -156,7 +155,7 @@ def write_card(
 {data.to_yaml()}
 ---
 
-# {source} with teacher features
+# {as_text(source)} with teacher features
 
 Images, captions and, for every row, what the teacher made of them: raw output features, not normalised, as {stored}.
 For distilling a dual encoder for retrieval.
@@ -165,7 +164,7 @@ For distilling a dual encoder for retrieval.
 |---|---|---|
 {rows}
 
-Data: {source}. Licence: {license or "not stated by the source"}.
+Data: {as_text(source)}. Licence: {as_text(license or "not stated by the source")}.
 
 ## Teacher
 

@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import os
+import pickle
 import shutil
 import statistics
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
@@ -40,7 +42,7 @@ from transformers import (
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from datasets_scripts.building import write_beside
-from model_cards.tables import markdown_table
+from model_cards.tables import as_text, markdown_table
 from trainers.data_loading import open_dataset
 from trainers.retrieval import retrieval_metrics
 from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
@@ -325,14 +327,15 @@ def recall_table(
         runtime: retrieval_metrics(torch.cat(of["vision"]), torch.cat(of["text"]), *groups)
         for runtime, of in embeds.items()
     }
-    table = [[f"{title}, {len(groups[0]):,} images", *RUNTIMES]]
+    table = [[f"{as_text(title)}, {len(groups[0]):,} images", *RUNTIMES]]
     for name in figures["torch"]:
         table.append([name.replace("_", " "), *(f"{figures[runtime][name]:.1f}" for runtime in RUNTIMES)])
     return markdown_table(table)
 
 
 def readme(name: str, hub_id: str | None, tables: list[str]) -> str:
-    base = f"base_model: {hub_id}\n" if hub_id else ""
+    base = yaml.safe_dump({"base_model": hub_id}) if hub_id else ""
+    name, whose = as_text(name), as_text(hub_id or name)
     measured = "\n\n".join(tables)
     return f"""---
 library_name: onnx
@@ -341,7 +344,7 @@ tags: [image-text-retrieval, dual-encoder]
 {base}---
 # {name} for ONNX
 
-A small dual encoder for image-text retrieval; its licence is that of {hub_id or name}.
+A small dual encoder for image-text retrieval; its licence is that of {whose}.
 
     pip install onnxruntime tokenizers pillow
     python onnx_search.py . IMAGES "a query"
@@ -390,10 +393,10 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(f"{options.dataset} has no split {options.split} (it has {', '.join(rows)}).")
             rows = rows[options.split]
             rows = rows.select(range(min(options.limit or len(rows), len(rows))))
-        model = AutoModel.from_pretrained(options.model, dtype=torch.float32).eval()
+        model = AutoModel.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False).eval()
         processor = VisionTextDualEncoderProcessor(
-            AutoImageProcessor.from_pretrained(options.model, backend="pil"),
-            AutoTokenizer.from_pretrained(options.model),
+            AutoImageProcessor.from_pretrained(options.model, backend="pil", trust_remote_code=False),
+            AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
         )
         local = Path(options.model).is_dir()
         with write_beside(options.output.resolve()) as beside:
@@ -404,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
                 tables.append(recall_table(model, processor, beside, rows, f"{source} {options.split}"))
             name = Path(options.model).resolve().name if local else options.model.split("/")[-1]
             (beside / "README.md").write_text(readme(name, None if local else options.model, tables))
-    except ValueError as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
     print("\n" + "\n\n".join(tables))
     print(f'\nIn {options.output}. Search: python {options.output}/onnx_search.py {options.output} IMAGES "a query"')

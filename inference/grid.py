@@ -113,7 +113,7 @@ def _paste(page: Image.Image, image: Image.Image, left: int, top: int) -> None:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
     """The text in lines of at most `width` pixels, broken between words, what is over `most` lines cut off."""
     lines = [""]
-    for word in text.split():
+    for word in text[:2000].split():  # no more fits, and a caption may be of any length
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

@@ -14,6 +14,9 @@ from PIL import Image, ImageOps  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not those for which Pillow starts other programs
+
+
 def pixels(image: Image.Image, settings: dict) -> np.ndarray:
     """`[1, 3, H, W]`: the image upright, on white, squashed to the student's size, normalised."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
@@ -28,6 +31,7 @@ if __name__ == "__main__":
     vision, text = (InferenceSession(folder / f"{name}_model.onnx") for name in ("vision", "text"))
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(query)
     query = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0][0]
-    index = np.concatenate([vision.run(None, {"pixel_values": pixels(Image.open(p), settings)})[0] for p in paths])
+    images = (pixels(Image.open(p, formats=FORMATS), settings) for p in paths)
+    index = np.concatenate([vision.run(None, {"pixel_values": image})[0] for image in images])
     for i in np.argsort(index @ query)[::-1][:10]:
         print(f"{index[i] @ query:.4f} {paths[i].name}")

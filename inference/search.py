@@ -13,7 +13,9 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import stat
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -32,23 +34,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
-from trainers.images import to_rgb
-from trainers.retrieval_data import rows_to_numpy
+from trainers.images import open_image, to_rgb
+from trainers.retrieval_data import LONGEST_CAPTION, printable, rows_to_numpy
 
 from .grid import Cell, result_grid
 
 
-# Suffix -> the reader, so that no other of PIL's many (PostScript, ...) meets a stranger's file.
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".gif": "GIF",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 DECODERS = 8  # images decoded at a time, at most: a large one takes half a gigabyte
 PART = 512  # images embedded between two writes: what a killed run loses, at most
 CHUNK = 16_384  # rows that are written, and later searched, at a time
@@ -85,7 +77,7 @@ class Index:
     @torch.inference_mode()
     def search_text(self, query: str, k: int = 10) -> list[Result]:
         """The k images most similar to a text, best first; fewer where there are fewer."""
-        inputs = self.processor(text=[query], padding=True, truncation=True, return_tensors="pt")
+        inputs = self.processor(text=[query[:LONGEST_CAPTION]], padding=True, truncation=True, return_tensors="pt")
         return self._search(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output, k)
 
     @torch.inference_mode()
@@ -189,8 +181,8 @@ def index_folder(
                     _write(_table(seen, embeds), sources[-1])
                     current += _read(sources[-1]).to_batches()
         if not sum(map(len, current)):
-            reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(skipped.items())[:5])
-            raise ValueError(f"{folder} holds no image that can be read ({', '.join(FORMATS)}).{reasons}")
+            reasons = "".join(f"\n  {printable(path)}: {reason}" for path, reason in list(skipped.items())[:5])
+            raise ValueError(f"{folder} holds no image that can be read ({', '.join(SUFFIXES)}).{reasons}")
         if is_stale or sources != [index]:
             index.with_suffix(".faiss").unlink(missing_ok=True)
             _write(pa.Table.from_batches(current), index)
@@ -209,7 +201,7 @@ def list_images(folder: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     for parent, folders, names in os.walk(folder, onerror=report):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in FORMATS:
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
                 continue
             path = os.path.relpath(os.path.join(parent, name), folder)
             try:
@@ -227,10 +219,10 @@ def read_image(path: Path) -> Image.Image:
     """An image file in RGB.
 
     Raises:
-        Exception: of many types, where the file is broken, of another format than FORMATS or a decompression bomb.
+        Exception: of many types, where the file is broken or refused, see [`open_image`].
     """
-    with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
-        return to_rgb(image)
+    with open(path, "rb") as file:
+        return to_rgb(open_image(file))
 
 
 def fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
@@ -312,17 +304,20 @@ def main(arguments: list[str] | None = None) -> None:
         query = options.query if options.image is None else read_image(options.image)
     except Exception as error:  # PIL raises many types on broken files
         parser.error(f"--image {options.image} cannot be read: {error}")
-    model = AutoModel.from_pretrained(options.model)
+    try:
+        model = AutoModel.from_pretrained(options.model, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        sys.exit(f"error: {options.model} is no student that can be read: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(options.model)
     index = index_folder(model, processor, options.images, options.cache_dir)
     if index.skipped:
         print(f"{len(index.skipped)} files were left out:")
-        print("\n".join(f"  {path}: {reason}" for path, reason in index.skipped.items()))
+        print("\n".join(f"  {printable(path)}: {reason}" for path, reason in index.skipped.items()))
     search = index.search_text if options.image is None else index.search_image
     results = search(query, options.k)
     print(f"{len(results)} of {len(index):,} images:")
-    print("\n".join(f"  {result.score:.3f}  {result.path}" for result in results))
+    print("\n".join(f"  {result.score:.3f}  {printable(result.path)}" for result in results))
     cells = [Cell(index.read_image(result), f"{result.score:.3f}  {Path(result.path).name}") for result in results]
     result_grid([query], [cells], options.grid)
     print(f"The picture of them: {options.grid}")

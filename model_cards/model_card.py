@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from . import tables
 from .record import RunRecord
-from .tables import RECALLS, across_table, bullets, data_table, figures, results_table, samples_table
 
 
 TAGS = {"contrastive": ["image-text-retrieval", "dual-encoder", "custom_code"]}
@@ -29,7 +29,9 @@ def render_card(record: RunRecord) -> str:
     key = next((key for key in ("test", "eval") if f"{key}_rsum" in metrics), None)
     split, teacher = key and facts.splits[key], facts.teacher or {}
     template = Path(__file__).with_name("template.md").read_text(encoding="utf-8")
-    fill = Environment(trim_blocks=True, undefined=StrictUndefined).from_string(template).render
+    environment = Environment(trim_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"as_text": tables.as_text, "fenced": tables.fenced}
+    fill = environment.from_string(template).render
     text = fill(
         record=record,
         distilled=distilled,
@@ -39,18 +41,18 @@ def render_card(record: RunRecord) -> str:
         how_trained=_how_trained(record),
         status=_status(record),
         split=split,
-        table=key and results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
-        across=key and across_table(metrics, key),
+        table=key and tables.results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
+        across=key and tables.across_table(metrics, key),
         grids=[(file, title) for file, title in GRIDS.items() if file in record.assets],
         code=usage_code(record.name, usage.get("captions"), facts.revision),
-        output=usage.get("output"),
+        output="\n".join(map(tables.without_controls, (usage.get("output") or "").split("\n"))),
         losses=", ".join(name.replace("_", " ") for name in record.settings.get("losses", ())),
         weights=_weights(record),
-        teacher=bullets(teacher),
-        data=data_table(facts.data),
-        samples=samples_table(facts.samples) if "sample_1.png" in record.assets else "",
+        teacher=tables.bullets(teacher),
+        data=tables.data_table(facts.data),
+        samples=tables.samples_table(facts.samples) if "sample_1.png" in record.assets else "",
         environment=_environment(record),
-        changed=bullets(record.changed),
+        changed=tables.bullets(record.changed),
         settings=yaml.safe_dump(record.settings, width=1000).strip(),
         limits=key and _limits(metrics, key, split, facts.baseline),
     )
@@ -60,7 +62,7 @@ def render_card(record: RunRecord) -> str:
 def front_matter(record: RunRecord, metrics: dict[str, float]) -> str:
     """The card's YAML; `model-index` has every recall and rsum of each split, unrounded."""
     facts, name = record.facts, record.facts.dataset_name
-    found = [(key, figure) for key in facts.splits for figure in figures(metrics, key)] if name else []
+    found = [(key, figure) for key in facts.splits for figure in tables.figures(metrics, key)] if name else []
     data = ModelCardData(
         license=facts.license,
         language=facts.languages,
@@ -94,7 +96,7 @@ def usage_code(repo: str, captions: list[str] | None = None, revision: str | Non
     """The code on the card; without captions it was not run, and is of an image of one's own."""
     at = f", revision={json.dumps(revision)}" if revision else ""
     image = f'cached_file(repo, "assets/query.png"{at})' if captions else '"photo.jpg"'
-    captions = captions or ["a first caption", "a second caption"]
+    captions = [tables.one_line(caption) for caption in captions or ["a first caption", "a second caption"]]
     return f"""import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -115,8 +117,8 @@ def _how_trained(record: RunRecord) -> str:
     facts = record.facts
     how = "trained on pairs of images and captions"
     if record.method == "distillation":
-        how = f"distilled from {(facts.teacher or {}).get('id', 'the features of a teacher')}"
-    return f"{how}, on `{facts.dataset_name}`" if facts.dataset_name else how
+        how = f"distilled from {tables.as_text((facts.teacher or {}).get('id', 'the features of a teacher'))}"
+    return f"{how}, on {tables.as_code(facts.dataset_name)}" if facts.dataset_name else how
 
 
 def _status(record: RunRecord) -> str:
@@ -156,9 +158,11 @@ def _environment(record: RunRecord) -> str:
 
 def _limits(metrics: dict[str, float], key: str, split: str, baseline: dict[str, float] | None) -> str:
     missed = {way: 100 - metrics[f"{key}_{way}_r1"] for way in ("text_to_image", "image_to_text")}
-    text = f"{missed['text_to_image']:.1f} % of the captions of the {split} split do not find a right image first, "
-    text += f"{missed['image_to_text']:.1f} % of its images no right caption."
-    teacher = {name: metrics[f"teacher_{key}_{name}"] for name in RECALLS if metrics.get(f"teacher_{key}_{name}")}
+    text = f"{missed['text_to_image']:.1f} % of the captions of the {tables.as_text(split)} split do not find a right "
+    text += f"image first, {missed['image_to_text']:.1f} % of its images no right caption."
+    teacher = {
+        name: metrics[f"teacher_{key}_{name}"] for name in tables.RECALLS if metrics.get(f"teacher_{key}_{name}")
+    }
     if teacher:
         name = min(teacher, key=lambda name: metrics[f"{key}_{name}"] / teacher[name])
         own, its, label = metrics[f"{key}_{name}"], teacher[name], name.replace("_", " ")

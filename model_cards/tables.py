@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 
 
+ZWJ = "\u200d"  # joins emoji
+SHOWN = 300  # characters of a caption on a card
 RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 
 
@@ -29,7 +32,9 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
     columns = [("student", metrics, f"{key}_"), ("teacher", metrics, f"teacher_{key}_")][: 1 + has_teacher]
     columns += [("plain contrastive", baseline, f"{key}_")] if baseline else []
     last = ["share kept"] if has_teacher else []
-    rows = [[f"{split or key} split, {metrics[f'{key}_images']:,} images", *(name for name, *_ in columns), *last]]
+    rows = [
+        [f"{as_text(split or key)} split, {metrics[f'{key}_images']:,} images", *(name for name, *_ in columns), *last]
+    ]
     for name in figures(metrics, key):
         row = [name.replace("_", " "), *(_cell(of.get(prefix + name), "{:.1f}") for _, of, prefix in columns)]
         teacher = metrics.get(f"teacher_{key}_{name}")
@@ -60,21 +65,49 @@ def data_table(data: dict[str, dict]) -> str:
     for name, of in data.items():
         spreads = (of["captions_per_image"], of["words_per_caption"])
         spreads = [f"{mean:.1f} ({least} to {most})" for mean, least, most in spreads]
-        rows.append([name, f"{of['images']:,}", f"{of['captions']:,}", *spreads])
+        rows.append([as_text(name), f"{of['images']:,}", f"{of['captions']:,}", *spreads])
     return markdown_table(rows) if data else ""
 
 
 def samples_table(samples: list[list[str]]) -> str:
     rows = [["image", "captions"]]
     for i, captions in enumerate(samples, start=1):
-        # Text, whatever it is: no markup, no end of a cell.
-        text = "; ".join(re.sub(r"([\\`*_\[\]|<>&])", r"\\\1", " ".join(caption.split())) for caption in captions)
-        rows.append([f"![sample {i}](assets/sample_{i}.png)", text])
+        rows.append([f"![sample {i}](assets/sample_{i}.png)", "; ".join(map(as_text, captions))])
     return markdown_table(rows) if samples else ""
 
 
 def bullets(values: dict[str, object]) -> str:
-    return "\n".join(f"- `{name}`: {json.dumps(of) if isinstance(of, dict) else of}" for name, of in values.items())
+    values = {name: json.dumps(of) if isinstance(of, dict | list) else of for name, of in values.items()}
+    return "\n".join(f"- {as_code(name)}: {as_text(of)}" for name, of in values.items())
+
+
+def as_text(value: object) -> str:
+    """Anything as one line of Markdown text: no markup, no end of a cell, nothing that a terminal would obey."""
+    text = re.sub(r"([\\`*\[\]|<>&$~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(value))
+    return text.replace("://", ":\\//")  # no link
+
+
+def as_code(value: object) -> str:
+    """A name as one code span, in a table too."""
+    return f"`{one_line(value).replace('`', chr(39)).replace('|', '/') or ' '}`"
+
+
+def one_line(value: object) -> str:
+    return without_controls(" ".join(str(value).split()))
+
+
+def without_controls(text: str) -> str:
+    """The text, other characters for those that control a terminal, turn the direction of writing or are halves."""
+    return "".join(
+        "\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char != ZWJ else char for char in text
+    )
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block of code that no line of its content ends."""
+    runs = re.findall(r"^\s*(`+)", text, re.MULTILINE)
+    fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def markdown_table(rows: list[list[str]]) -> str:

@@ -17,6 +17,7 @@ from transformers.utils.hub import resolve_revision
 import modeling_dsmd  # noqa: F401
 import teachers.beit3  # noqa: F401
 from trainers.images import to_rgb
+from trainers.retrieval_data import LONGEST_CAPTION
 
 
 TEXT_SETTINGS = {"padding": "longest", "truncation": True}  # where the processor asks for nothing else
@@ -93,7 +94,8 @@ class Teacher:
 
     def prepare_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """CPU tensors for `text_features`, made of N texts, at least one; what is too long is cut."""
-        texts = [text.lower() for text in texts] if self.lower_case else list(texts)
+        texts = [text[:LONGEST_CAPTION] for text in texts]
+        texts = [text.lower() for text in texts] if self.lower_case else texts
         inputs = self.tokenizer(texts, return_tensors="pt", **self.text_settings)
         return {name: inputs[name] for name in inputs if name in self.text_inputs}
 
@@ -159,10 +161,13 @@ class SentenceTransformersTeacher(Teacher):
         self.prompt = self.model.prompts.get(self.model.default_prompt_name)
 
     def prepare_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        return self.prepare_texts([to_rgb(image) for image in images])  # it tells them apart by itself
+        return self._prepare([to_rgb(image) for image in images])
 
     def prepare_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        prepared = self.model.preprocess(list(texts), prompt=self.prompt)
+        return self._prepare([text[:LONGEST_CAPTION] for text in texts])
+
+    def _prepare(self, inputs: list[Image.Image] | list[str]) -> dict[str, torch.Tensor]:
+        prepared = self.model.preprocess(inputs, prompt=self.prompt)  # it tells them apart by itself
         return {name: value for name, value in prepared.items() if name != "modality"}
 
     def _forward(self, modality: str, inputs: dict) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -86,18 +87,20 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
         streaming: read as it is used, from data files or the Hub.
 
     Raises:
-        ValueError: it cannot be streamed, is a single split, or names images that lie elsewhere.
+        ValueError: it cannot be read or streamed, is a single split, or names images that lie elsewhere.
     """
     if name == "icons":
         from datasets_scripts.icons import load_icons
 
         rows = load_icons()
     elif (Path(name) / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(name)
+        with readable(name):
+            rows = datasets.load_from_disk(name)
     elif (Path(name) / "state.json").is_file():
         raise ValueError(f"{name} is a single split: save a `DatasetDict` with its splits.")
     else:
-        rows = datasets.load_dataset(name, config_name, streaming=streaming)
+        with readable(name):
+            rows = datasets.load_dataset(name, config_name, streaming=streaming)
         if not streaming:
             return _checked(rows, name)
         unknown = [split for split, part in rows.items() if part.column_names is None]
@@ -110,6 +113,22 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     if streaming:
         return datasets.IterableDatasetDict({split: part.to_iterable_dataset() for split, part in rows.items()})
     return rows
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Gives what goes wrong in `datasets` one type, and says with which dataset.
+
+    Raises:
+        ValueError: the dataset is broken. That there is none stays an OSError.
+    """
+    try:
+        yield
+    except Exception as error:  # of its many readers, without a common type
+        if isinstance(error, OSError) and type(error) is not OSError:  # pyarrow's of broken bytes is a plain one
+            raise
+        reason = error.__cause__ or error
+        raise ValueError(f"{name} cannot be read: {type(reason).__name__}: {reason}") from error
 
 
 def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import reprlib
 from collections.abc import Callable
 
 import datasets
@@ -99,9 +100,9 @@ def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int 
         if not isinstance(image_id, str) or not image_id:
             fail(i, "image_id must be a string that is not empty.")
         if not isinstance(texts, list) or not texts:
-            fail(i, f"it has captions {texts!r}: expected one string or more. Drop the row.")
+            fail(i, f"it has captions {reprlib.repr(texts)}: expected one string or more. Drop the row.")
         if any(not isinstance(text, str) or not text.strip() for text in texts):
-            fail(i, f"it has an empty caption in {texts!r}: drop or fill it.")
+            fail(i, f"it has an empty caption in {reprlib.repr(texts)}: drop or fill it.")
     if "group_id" in table.column_names:
         for i, group in enumerate(table["group_id"].to_pylist()):
             if not isinstance(group, str) or not group:

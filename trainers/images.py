@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import random
+import re
+from pathlib import Path
+from typing import BinaryIO
 
+import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
+from huggingface_hub import constants
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # Not those for which Pillow starts other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+LONGEST_SIDES = 200  # times the other: a strip would grow without end where its short side is brought to a size
+SCANS = 20  # of a JPEG of most pixels; the usual has 10, and each costs as much as the whole image
+JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -28,16 +39,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(data: bytes) -> Image.Image:
-    """An image file, decoded, in its own mode.
+def open_image(file: BinaryIO) -> Image.Image:
+    """An image file, decoded, in its own mode; the first frame of an animated one.
 
     Raises:
         Exception: of many types (OSError, SyntaxError, ValueError, others of Pillow's decoders), where it is broken,
-            of a format that others than Pillow would have to read, or of more pixels than `Image.MAX_IMAGE_PIXELS`.
+            of a format that others than Pillow would have to read, of more pixels than `Image.MAX_IMAGE_PIXELS`, of a
+            strip's shape, or made to take very long.
     """
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns, up to twice as many
-        raise ValueError(f"{image.width} x {image.height} pixels, expected {Image.MAX_IMAGE_PIXELS:,} at most")
+    image = Image.open(file, formats=FORMATS)
+    size, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if size > most:  # Pillow only warns, up to twice as many
+        raise ValueError(f"{image.width} x {image.height} pixels, expected {most:,} at most")
+    if max(image.size) > LONGEST_SIDES * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, expected sides of 1 : {LONGEST_SIDES} at most")
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = sum(1 for _ in JPEG_SCAN.finditer(file.read()))
+        if scans * size > SCANS * most:
+            raise ValueError(f"a JPEG of {image.width} x {image.height} pixels in {scans} scans: decoding has no end")
     image.load()
     return image
 
@@ -53,11 +73,44 @@ def load_rgb(image: dict) -> Image.Image:
         if data is None:
             with fsspec.open(image["path"], "rb") as file:  # a path may lead into an archive or to the Hub
                 data = file.read()
-        return to_rgb(open_image(data))
+        return to_rgb(open_image(io.BytesIO(data)))
     except UnidentifiedImageError as error:  # its own message names an address in memory, another each time
         raise ValueError("unreadable image: of no format that Pillow knows") from error
     except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
         raise ValueError(f"unreadable image: {error}") from error
+
+
+def check_image_paths(images: pa.ChunkedArray | pa.Array, folder: Path | None) -> None:
+    """Refuses images that a dataset does not hold but names by a path elsewhere: its author would choose which of this
+    machine's pictures are read, shown on cards and published.
+
+    Args:
+        images: undecoded values of an `Image` column.
+        folder: of the dataset, where it is one.
+
+    Raises:
+        ValueError: a path leads out of the folder and of the Hub's caches, or to another host than the Hub.
+    """
+    roots = [constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, *([folder] if folder else [])]
+    roots = [os.path.realpath(root) for root in roots]
+
+    @functools.lru_cache(1024)
+    def is_inside(place: str) -> bool:
+        return any(Path(os.path.realpath(place)).is_relative_to(root) for root in roots)
+
+    for chunk in images.chunks if isinstance(images, pa.ChunkedArray) else [images]:
+        for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
+            if path is None:
+                continue
+            place = path.rpartition("::")[2]  # of the archive, where it lies in one
+            if place.startswith("hf://"):
+                continue
+            parent, name = os.path.split(place)
+            if "://" in place or not name or not is_inside(place if os.path.islink(place) else parent):
+                raise ValueError(
+                    f"The dataset holds no image but the path {path!r}, which is not in its folder. Bring it into one "
+                    "with its images: python -m datasets_scripts.own_data"
+                )
 
 
 def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: float) -> Image.Image:
@@ -81,6 +134,9 @@ def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: floa
         center_x + width * factor / 2,
         center_y + height * factor / 2,
     ]
-    pad = max(0, int(np.ceil(max(-box[0], -box[1], box[2] - width, box[3] - height))))
-    padded = Image.fromarray(np.pad(np.asarray(image), ((pad, pad), (pad, pad), (0, 0)), mode="edge"))
-    return padded.resize((width, height), Image.Resampling.BILINEAR, box=[side + pad for side in box])
+    # A strip padded by its length on all sides would not fit in memory.
+    across = max(0, int(np.ceil(max(-box[0], box[2] - width))))
+    down = max(0, int(np.ceil(max(-box[1], box[3] - height))))
+    padded = Image.fromarray(np.pad(np.asarray(image), ((down, down), (across, across), (0, 0)), mode="edge"))
+    box = [side + pad for side, pad in zip(box, (across, down, across, down))]
+    return padded.resize((width, height), Image.Resampling.BILINEAR, box=box)

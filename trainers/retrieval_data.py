@@ -30,6 +30,11 @@ def id_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def printable(name: str) -> str:
+    """A name, which may be anything, without what a terminal would obey."""
+    return name if name.isprintable() else repr(name)
+
+
 def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The innermost values of a (nested) list column of equal widths, as an array `[rows, D]` of their dtype."""
     values, rows = _innermost(column)
@@ -226,7 +231,9 @@ class RetrievalCollator:
         if examples[0] is None:  # of a stream's batch that a resumed run skips
             return {}
         unreadable = [
-            f"{example['image_id']}: {example['unreadable']}" for example in examples if "image" not in example
+            f"{printable(example['image_id'])}: {example['unreadable']}"
+            for example in examples
+            if "image" not in example
         ]
         examples = [example for example in examples if "image" in example]
         if not examples:

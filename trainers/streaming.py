@@ -12,6 +12,7 @@ from datasets.distributed import split_dataset_by_node
 from transformers import TrainerCallback
 
 from .dataset_checks import check_rows
+from .images import check_image_paths
 from .retrieval_data import make_examples, undecoded_rows
 
 
@@ -98,6 +99,7 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
                 yield from itertools.repeat(None, passed)
                 own = own.slice(passed)
                 if len(own):
+                    check_image_paths(own["image"], None)
                     check_rows(own, "streamed train", self.teacher_dim)
                     yield from make_examples(own, epoch, **self.settings)
             empty_passes = 0 if own_rows else empty_passes + 1

@@ -78,7 +78,7 @@ def build_student(
     """
     if args.model_name_or_path is not None:
         model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        return model, AutoProcessor.from_pretrained(args.model_name_or_path)
+        return model, AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     for modality in ("vision", "text"):
         if (getattr(args, f"{modality}_model_name_or_path") is None) == (getattr(args, f"{modality}_config") is None):
             raise ValueError(
@@ -92,13 +92,17 @@ def build_student(
     }
     if args.vision_config is None:
         image_processor = without_cropping(
-            AutoImageProcessor.from_pretrained(args.vision_model_name_or_path, backend="pil")
+            AutoImageProcessor.from_pretrained(
+                args.vision_model_name_or_path, backend="pil", trust_remote_code=args.trust_remote_code
+            )
         )
     else:
         side = {"height": args.image_size, "width": args.image_size}
         image_processor = ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if args.text_config is None:
-        tokenizer = AutoTokenizer.from_pretrained(args.text_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.text_model_name_or_path, trust_remote_code=args.trust_remote_code
+        )
     else:
         tokenizer = train_tokenizer(captions, args.vocab_size)
     processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)

@@ -14,6 +14,8 @@ import datasets
 import gradio as gr
 import torch
 from PIL import Image, ImageOps
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
@@ -28,11 +30,19 @@ MOST_IMAGES = int(os.environ.get("MOST_IMAGES", "5000"))
 TEACHER_ID = os.environ.get("TEACHER_ID")  # a dual encoder of transformers, to time beside the student
 RESULTS = 12
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")  # not those for which Pillow starts other programs
+LONGEST_QUERY = 1000  # characters
+MOST_PIXELS = 50_000_000
+LONGEST_SIDES = 200  # times the other
+LARGEST_BODY = 21 << 20  # bytes of a request: a picture of 20 MB
+LONGEST_QUEUE = 1000  # requests that wait; more are told to come back
+HOUR = 3600  # seconds; uploads older than that are deleted
 
 
 def load_images() -> datasets.Dataset:
     if Path(IMAGES).expanduser().is_dir():
-        files = sorted(path for path in Path(IMAGES).expanduser().rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = Path(IMAGES).expanduser().rglob("*")
+        files = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_symlink())
         dataset = datasets.Dataset.from_dict({"image": list(map(str, files))}).cast_column("image", datasets.Image())
     else:
         dataset = datasets.load_dataset(IMAGES, split=SPLIT)
@@ -45,6 +55,41 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Upright, and what is transparent on white, as the student was trained."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def open_image(path: str) -> Image.Image:
+    """An uploaded picture, in RGB.
+
+    Raises:
+        gr.Error: it cannot be read, or is too large or too long; the person sees the message.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS or max(image.size) > LONGEST_SIDES * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too many, or too long a strip")
+        return to_rgb(image)
+    except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
+        raise gr.Error(f"This picture cannot be read: expected {', '.join(FORMATS)}.") from error
+
+
+class LimitBody:
+    """Answers 413 to a request with a larger body than `LARGEST_BODY`; a text or a data URL has no limit otherwise."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        left = LARGEST_BODY
+
+        async def receive_some():
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, "The request is too large.")
+            return message
+
+        await self.app(scope, receive_some, send)
 
 
 class Encoder:
@@ -86,16 +131,19 @@ def time_bars(times: dict[str, float]) -> str:
 
 def make_demo() -> gr.Blocks:
     student = Encoder(MODEL_ID, revision=MODEL_REVISION, trust_remote_code=True)
-    teacher = Encoder(TEACHER_ID) if TEACHER_ID else None
+    teacher = Encoder(TEACHER_ID, trust_remote_code=False) if TEACHER_ID else None
     dataset = load_images()
     batches = (dataset[start : start + 32]["image"] for start in range(0, len(dataset), 32))
     total = -(-len(dataset) // 32)
     index = torch.cat([student.encode(list(map(to_rgb, images))) for images in tqdm(batches, "indexing", total)])
 
-    def search(query: str | Image.Image | None) -> tuple[list, str]:
-        if query is None or (isinstance(query, str) and not query.strip()):
-            return [], ""
-        query = query if isinstance(query, str) else to_rgb(query)
+    def search(query: str | None) -> tuple[list, str]:
+        return results_of(query[:LONGEST_QUERY]) if query and query.strip() else ([], "")
+
+    def search_image(path: str | None) -> tuple[list, str]:
+        return results_of(open_image(path)) if path else ([], "")
+
+    def results_of(query: str | Image.Image) -> tuple[list, str]:
         embedding, spent = milliseconds(lambda: student.encode([query]))
         (scores, rows), searching = milliseconds(lambda: (index @ embedding[0]).topk(min(RESULTS, len(index))))
         times = {f"Student, to encode the query (and {searching:.1f} ms to search {len(index):,} images)": spent}
@@ -104,18 +152,24 @@ def make_demo() -> gr.Blocks:
         images = dataset[rows.tolist()]["image"]
         return [(to_rgb(image), f"{score:.3f}") for image, score in zip(images, scores.tolist())], time_bars(times)
 
-    with gr.Blocks(title="Image search", analytics_enabled=False) as demo:
+    with gr.Blocks(title="Image search", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
         gr.Markdown(f"# Image search\n{len(dataset):,} images, searched with `{MODEL_ID}`.")
         with gr.Row():
-            text = gr.Textbox(label="Type what to look for", submit_btn="Search", scale=2)
-            image = gr.Image(label="or drop an image", type="pil", height=160, sources=["upload", "clipboard"])
+            text = gr.Textbox(label="Type what to look for", submit_btn="Search", scale=2, max_length=LONGEST_QUERY)
+            image = gr.Image(
+                label="or drop an image", type="filepath", image_mode=None, height=160, sources=["upload", "clipboard"]
+            )
         times = gr.HTML()
         gallery = gr.Gallery(label="Results, best first", columns=6, height=None, object_fit="contain")
         text.submit(search, text, [gallery, times]).then(lambda: None, outputs=image)
-        image.upload(search, image, [gallery, times]).then(lambda: "", outputs=text)
-    return demo
+        image.upload(search_image, image, [gallery, times]).then(lambda: "", outputs=text)
+    return demo.queue(max_size=LONGEST_QUEUE)
 
 
 if __name__ == "__main__":
     # Fonts of the machine: the default theme asks Google for its own.
-    make_demo().launch(theme=gr.themes.Default(font="sans-serif", font_mono="monospace"), max_file_size="20mb")
+    make_demo().launch(
+        theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
+        max_file_size="20mb",
+        app_kwargs={"middleware": [Middleware(LimitBody)]},
+    )

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerFast, VisionTextDualEncoderProcessor
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from model_cards.tables import as_code, as_text
+
 from . import Beit3Config, Beit3RetrievalModel
 
 
@@ -45,8 +47,8 @@ under the MIT licence), converted from the released checkpoint without changing 
 
 | | |
 |---|---|
-| checkpoint | `{checkpoint}`, sha256 `{checkpoint_sha256}` |
-| tokenizer | `{tokenizer}`, sha256 `{tokenizer_sha256}` |
+| checkpoint | {checkpoint}, sha256 `{checkpoint_sha256}` |
+| tokenizer | {tokenizer}, sha256 `{tokenizer_sha256}` |
 | image | {image_size}x{image_size} pixels, bicubic, no crop, mean = std = 0.5 |
 | text | at most {max_length} tokens with `<s>` and `</s>` |
 | layers, width, heads | {layers}, {width}, {heads} |
@@ -278,10 +280,10 @@ def convert(
         image_std=[0.5] * config.num_channels,
     )
     card = CARD.format(
-        name=checkpoint.stem,
-        checkpoint=checkpoint.name,
+        name=as_text(checkpoint.stem),
+        checkpoint=as_code(checkpoint.name),
         checkpoint_sha256=sha256(checkpoint),
-        tokenizer=sentencepiece_model.name,
+        tokenizer=as_code(sentencepiece_model.name),
         tokenizer_sha256=sha256(sentencepiece_model),
         image_size=config.image_size,
         max_length=MAX_TEXT_LENGTH,

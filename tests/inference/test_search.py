@@ -223,7 +223,7 @@ def test_broken_files_are_told_and_skipped_and_links_not_followed(student, folde
     (folder / "empty.jpg").touch()
     (folder / "cut.jpg").write_bytes((folder / "0.jpg").read_bytes()[:300])
     (folder / "text.png").write_text("not an image")
-    (folder / "other.jpg").write_bytes(encoded(picture(5), "PPM"))  # whole, and of a format that is not asked for
+    (folder / "other.jpg").write_bytes(encoded(picture(5), "TGA"))  # whole, and of a format that is not asked for
     bomb = Image.new("1", (20_000, 10_000))
     bomb.save(folder / "bomb.png")
     with open(os.fsencode(folder) + b"/caf\xe9.jpg", "wb") as file:

@@ -249,7 +249,7 @@ def test_an_interrupted_run(tmp_path, rows, validation_rows):
 def test_a_run_resumed_twice(tmp_path, rows, validation_rows):
     trainers = []
     for steps, checkpoint in ((4, None), (6, "checkpoint-2"), (6, "checkpoint-4")):
-        settings = {**STEPS, "max_steps": steps}
+        settings = {**STEPS, "max_steps": steps, "allow_changes": True}
         trainer = make_trainer(tmp_path / "run", rows, eval_dataset=validation_rows, **settings)
         trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / "run" / checkpoint))
         trainers.append(trainer)

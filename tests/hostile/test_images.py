@@ -1,0 +1,204 @@
+"""Images made to exhaust the machine, to lie, or to lead out of their folder."""
+
+import io
+import json
+import random
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_rows
+from hostile.fuzzing import at_most
+from image_files import encoded, picture
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from datasets_scripts.teacher_features import _chunks, _undecoded
+from inference import search
+from trainers.data_loading import open_dataset
+from trainers.images import LONGEST_SIDES, load_rgb, random_view
+from trainers.streaming import StreamedRetrievalDataset
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, pixels: bytes, *more: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def zeros(count: int) -> bytes:
+    """Compressed; a thousandth of their number."""
+    packer, block = zlib.compressobj(9), bytes(1 << 20)
+    return b"".join(packer.compress(block) for _ in range(count >> 20)) + packer.flush()
+
+
+def tiff(width: int, height: int, strip: bytes) -> bytes:
+    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 273: 134, 277: 1, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4 + 12) + strip
+
+
+def webp(width: int, height: int) -> bytes:
+    still = encoded(picture(0, size=(8, 8)), "WEBP", lossless=True)
+    lossless = bytearray(still)
+    at = lossless.index(b"VP8L") + 9
+    lossless[at : at + 4] = ((height - 1) << 14 | (width - 1)).to_bytes(4, "little")
+    return bytes(lossless)
+
+
+def many_scans() -> bytes:
+    """A JPEG whose last scan, of a hundred bytes, stands there ten thousand times: hours of decoding."""
+    data = encoded(Image.new("L", (9000, 9000), 128), "JPEG", progressive=True, quality=10)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 10_000 + data[-2:]
+
+
+def memory(field: str) -> int:
+    """KiB: VmRSS that are held, VmHWM that were held at most."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def forget_the_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08"
+BOMBS = {
+    "png": png(60_000, 60_000, zeros(1 << 24)),
+    "just above the limit": png(9460, 9460, zeros(1 << 24)),
+    "tiff": tiff(60_000, 60_000, zeros(1 << 24)),
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + encoded(picture(0), "GIF")[13:],
+    "webp": webp(16_384, 16_384),
+    "ppm": b"P6 60000 60000 255\n",
+    "bmp": encoded(picture(0), "BMP")[:18] + struct.pack("<ii", 60_000, 60_000) + encoded(picture(0), "BMP")[26:],
+    "strip": encoded(Image.new("RGB", (100_000, 1)), "PNG"),
+    "tall strip": encoded(Image.new("RGB", (1, 100_000)), "PNG"),
+    "scans": many_scans(),
+    "zipped text": png(8, 8, zlib.compress(bytes(8 * 25)), chunk(b"zTXt", b"a\0\0" + zeros(200 << 20))),
+    "zipped colours": png(8, 8, zlib.compress(bytes(8 * 25)), chunk(b"iCCP", b"a\0\0" + zeros(200 << 20))),
+    "exif of itself": encoded(picture(0), "JPEG", exif=EXIF + b"\0\1\x87\x69\0\4\0\0\0\1\0\0\0\x08" + b"\0" * 4),
+    "exif of many": encoded(picture(0), "JPEG", exif=EXIF + b"\xff\xff" + b"\1\0\0\2\xff\xff\xff\xff" * 5000),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_takes_neither_memory_nor_time(name):
+    assert len(BOMBS[name]) < 2_000_000
+    before = forget_the_peak()
+    with at_most(20):
+        try:
+            image = load_rgb({"bytes": BOMBS[name], "path": None})
+        except ValueError as error:
+            assert re.search("pixels|bomb|Decompressed data too large", str(error)), error
+        else:
+            assert name.startswith(("exif", "zipped")) and max(image.size) < 100
+    assert memory("VmHWM") - before < 300_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 100,
+        encoded(picture(0))[:-20],
+        encoded(picture(0))[:300],
+        png(64, 64, zlib.compress(bytes(100))),  # fewer pixels than it says
+        encoded(picture(0), "PNG")[:60],
+        encoded(picture(0), "TIFF")[:100],
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
+    ],
+)
+def test_broken_images_are_refused(data):
+    with pytest.raises(ValueError, match="unreadable image"):
+        load_rgb({"bytes": data, "path": None})
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_read(file_format):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue", "lime")]
+    data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    pixels = np.asarray(load_rgb({"bytes": data, "path": None})).astype(int)
+    assert np.abs(pixels - [255, 0, 0]).max() < 10
+
+
+def test_colour_profiles_of_junk_change_nothing():
+    plain = encoded(picture(0), "PNG")
+    junk = encoded(picture(0), "PNG", icc_profile=random.Random(0).randbytes(5000))
+    images = [load_rgb({"bytes": data, "path": None}) for data in (plain, junk)]
+    np.testing.assert_array_equal(*map(np.asarray, images))
+
+
+@pytest.mark.parametrize("size", [(9000, 45), (45, 9000), (1, 1)])
+def test_the_longest_strips_fit_every_resize_and_view(size):
+    """A processor that brings the short side to 224 makes 224 by 44,800 of them; one longer is refused."""
+    assert max(size) <= LONGEST_SIDES * min(size)
+    image = load_rgb({"bytes": encoded(Image.new("RGB", size), "PNG"), "path": None})
+    before = forget_the_peak()
+    with at_most(20):
+        view = random_view(image, random.Random(0), 0.9, 0.9)
+        CLIPImageProcessorPil()(images=[image], return_tensors="np")
+    assert view.size == size
+    assert memory("VmHWM") - before < 500_000
+
+
+def test_the_search_refuses_them_too(tmp_path):
+    for name in ("png", "strip", "scans"):
+        (tmp_path / "x.png").write_bytes(BOMBS[name])
+        with at_most(20), pytest.raises(Exception, match="pixels"):
+            search.read_image(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(OSError, match="cannot identify"):
+        search.read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("how", ["absolute", "up", "link", "linked folder", "other host", "archive"])
+def test_a_dataset_names_no_picture_of_this_machine(tmp_path, how):
+    """Its author would choose which are read, shown on the card and pushed with the features."""
+    private = tmp_path / "private.png"
+    picture(0).save(private)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(private)
+    (folder / "linked").symlink_to(tmp_path)
+    path = {
+        "absolute": private,
+        "up": folder / ".." / "private.png",
+        "link": folder / "link.png",
+        "linked folder": folder / "linked" / "private.png",
+        "other host": "http://127.0.0.1:9/x.png",
+        "archive": f"zip://x.png::{tmp_path}/private.zip",
+    }[how]
+    rows = make_rows(4).remove_columns("image").add_column("image", [{"bytes": None, "path": str(path)}] * 4)
+    features = datasets.Features({**rows.features, "image": datasets.Image()})
+    rows = rows.cast(features)
+    table = rows.data.table.replace_schema_metadata(features.arrow_schema.metadata)
+    pq.write_table(table, folder / "train.parquet")
+    with pytest.raises(ValueError, match="holds no image but the path"):
+        open_dataset(str(folder))
+    stream = open_dataset(str(folder), streaming=True)["train"]
+    with pytest.raises(ValueError, match="holds no image but the path"):
+        next(iter(_chunks(_undecoded(stream, "train"), 2)))
+    with pytest.raises(ValueError, match="holds no image but the path"):
+        next(iter(StreamedRetrievalDataset(stream, 2, None)))
+
+
+def test_images_in_the_datasets_own_folder_are_read(tmp_path):
+    for i in range(3):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        picture(i).save(tmp_path / "train" / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "captions": ["a"]} for i in range(3)]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(open_dataset(str(tmp_path))["train"]) == 3
+    rows[0]["file_name"] = "/etc/hostname"
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises((ValueError, OSError)):
+        open_dataset(str(tmp_path))
