@@ -9,11 +9,18 @@ from __future__ import annotations
 import argparse
 import atexit
 import difflib
+import json
 import os
+import pickle
 import shutil
 import signal
 import sys
 from pathlib import Path
+
+
+# Read when torch is loaded. A thread that waits must not take the core from a loader's worker or another program: with
+# one worker on two cores that were shared, a step of the quickstart took 0.9 s so, and 4.3 s with threads that spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
 from filelock import FileLock, Timeout
@@ -37,10 +44,14 @@ from trainers.data_loading import (
 from trainers.distributed import use_the_cores
 from trainers.hub_push import fetch_last_checkpoint
 from trainers.report import pin_revision, report
-from trainers.retrieval_trainer import RetrievalTrainer
+from trainers.retrieval_trainer import DISK_ERRORS, RetrievalTrainer
 from trainers.student import StudentArguments, build_student
 
 
+NO_PICKLES = (
+    "error: a file of weights or of a checkpoint is damaged, or a pickle of more than tensors, which can run any "
+    "code: it was not read."
+)
 LOCK = "_lock"  # in output_dir, while a run writes there
 LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice
 
@@ -59,25 +70,57 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, D
     )
     parser.add_argument("--config", type=Path, help="A recipe: a YAML file whose keys are the fields above.")
     parser.set_defaults(do_train=True)
-    if known.config is not None:
-        if not known.config.is_file():
-            raise ValueError(f"--config {known.config}: there is no such file.")
-        recipe = yaml.safe_load(known.config.read_text()) or {}
-        fields = {action.dest for action in parser._actions} - {"help", "config"}
-        for key in recipe:
-            if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else "`python train.py --help` lists the settings."
-                raise ValueError(f"{known.config}: {key!r} is not a setting. {hint}")
-        parser.set_defaults(**recipe)
+    recipe = {} if known.config is None else read_recipe(known.config)
+    fields = {action.dest for action in parser._actions} - {"help", "config"}
+    for key in recipe:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "`python train.py --help` lists the settings."
+            raise ValueError(f"{known.config}: {key!r} is not a setting. {hint}")
+    parser.set_defaults(**{key: None for key, value in recipe.items() if value is None})
     # An evaluation leaves its results with the student it evaluates, unless told otherwise.
     model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model.add_argument("--model_name_or_path")
     student_dir = model.parse_known_args(rest)[0].model_name_or_path
-    if student_dir is not None and parser.get_default("output_dir") is None:
+    if student_dir is not None and recipe.get("output_dir") is None:
         parser.set_defaults(output_dir=student_dir)
-    student, data, training, _ = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    try:
+        student, data, training, _ = parser.parse_args_into_dataclasses(
+            as_options(recipe) + rest, look_for_args_file=False
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # Trainer's own checks of its settings have no common type
+        raise ValueError(f"These settings cannot be: {type(error).__name__}: {error}") from error
     return student, data, training
+
+
+def read_recipe(path: Path) -> dict[str, object]:
+    """The fields of a recipe.
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML of fields.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, AttributeError, TypeError) as error:
+        raise ValueError(f"--config {path} is no recipe: {error or type(error).__name__}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path} holds a {type(recipe).__name__}, expected lines of `setting: value`.")
+    return recipe
+
+
+def as_options(recipe: dict[str, object]) -> list[str]:
+    """A recipe as on the command line, where each value is checked; a list as several values, a mapping as JSON."""
+    options = []
+    for key, value in recipe.items():
+        if isinstance(value, list):
+            options += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
+    return options
 
 
 def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
@@ -85,12 +128,14 @@ def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
     if not args.do_train or args.process_index != 0:
         return
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise ValueError(f"Another run is writing to {folder}: wait for it, or give another --output_dir.") from None
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written to: {error}. Give another --output_dir.") from None
     atexit.register(lock.release)  # held until then
     old = [path for path in folder.iterdir() if path.name != LOCK]
     if args.resume_from_checkpoint or args.resume_from_hub or not old:
@@ -185,17 +230,30 @@ def leave(trainer: RetrievalTrainer) -> None:
 def main(argv: list[str]) -> None:
     try:
         trainer, rows, checkpoint, fold_size = prepare(argv)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")  # bad input: the message says what to do, a traceback would hide it
+    except pickle.UnpicklingError:
+        sys.exit(NO_PICKLES)
     metrics = {}
     if trainer.args.do_train:
-        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        try:
+            metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        except pickle.UnpicklingError:
+            sys.exit(f"{NO_PICKLES} It is in {checkpoint}.")
         if trainer.interruption.agreed:
             leave(trainer)
-        trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
-    metrics.update(trainer.evaluate())
-    metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
-    report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
+    try:
+        if trainer.args.do_train:
+            trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
+        metrics.update(trainer.evaluate())
+        metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
+        report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
+    except DISK_ERRORS as error:
+        more = " with --resume_from_checkpoint last" * trainer.args.do_train
+        raise OSError(
+            f"{error}\nNothing that was written is lost: mend this, then the same command{more} completes "
+            f"{trainer.args.output_dir}."
+        ) from error
     if trainer.args.do_train and trainer.args.push_to_hub:
         commit = trainer.push_to_hub()
         if commit is not None:  # only now can the code on the card name the weights' commit

@@ -77,6 +77,14 @@ def validation_rows() -> datasets.Dataset:
     return make_rows(30, seed=1)
 
 
+@pytest.fixture(scope="session")
+def run_data(tmp_path_factory):
+    """The folder that `tiny_runs.arguments` takes."""
+    from tiny_runs import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def hub() -> loopback_hub.LoopbackHub:
     """The Hub that HF_ENDPOINT names, emptied."""

@@ -8,7 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+
+
+def epoch_ends(state: TrainerState) -> bool:
+    """Whether the last step was an epoch's last, or the run's."""
+    return state.epoch % 1 == 0 or state.global_step >= state.max_steps
 
 
 class StopOnSignal(TrainerCallback):
@@ -57,4 +62,4 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.agreed:
             control.should_evaluate = control.should_save = False
-            control.should_log = control.should_log and state.epoch % 1 == 0
+            control.should_log = control.should_log and epoch_ends(state)

@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 
 from model_cards.model_card import usage_code
-from model_cards.tables import across_table, results_table
+from model_cards.tables import SHOWN, across_table, results_table
 
 from .card import write_card
+from .checkpoints import write_json
 from .data_loading import Splits
 from .images import load_rgb
-from .retrieval_trainer import RetrievalTrainer, rows_and_captions, write_json
+from .retrieval_evaluation import rows_and_captions
+from .retrieval_trainer import RetrievalTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,7 @@ def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path
             image = load_rgb(row["image"])
         except ValueError:  # training left it out too
             continue
-        captions.append(row["captions"][:5])
+        captions.append([caption[:SHOWN] for caption in row["captions"][:5]])
         _save_small(image, folder / f"sample_{len(captions)}.png", 128)
     return captions
 
@@ -153,7 +155,7 @@ def save_query(rows: datasets.Dataset, folder: Path) -> list[str]:
     first, *others = evenly(range(len(rows)), 3)
     part = _undecoded(rows, ["image", "captions"])
     _save_small(load_rgb(part[first]["image"]), folder / "query.png", 256)
-    return [" ".join(part[i]["captions"][0].split()) for i in (first, *others)]
+    return [" ".join(part[i]["captions"][0].split())[:SHOWN] for i in (first, *others)]
 
 
 def _undecoded(rows, columns: list[str]):

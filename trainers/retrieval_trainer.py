@@ -7,8 +7,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -20,8 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, speed_metrics
 from transformers.utils import PushInProgress
@@ -29,21 +26,23 @@ from transformers.utils import PushInProgress
 from model_cards import RunFacts
 
 from . import checkpoints, distributed
+from .callbacks import MarkBeginning, SaveAtEpochEnd, SetEpoch
 from .card import write_card
+from .checkpoints import write_json
 from .dataset_checks import check_dataset
 from .distillation_config import DSMDTrainingArguments
 from .hub_push import one_line, push_checkpoint, push_run, pushed_place, snapshot
-from .images import load_rgb
 from .interruption import StopOnSignal
 from .nonfinite import SkipNonFiniteSteps
-from .retrieval import fold_metrics, retrieval_metrics
-from .retrieval_data import (
-    TEACHER_COLUMNS,
-    RetrievalCollator,
-    RetrievalDataset,
-    id_hash,
-    teacher_columns,
-    teacher_tensors,
+from .retrieval import retrieval_metrics
+from .retrieval_data import TEACHER_COLUMNS, RetrievalCollator, RetrievalDataset
+from .retrieval_evaluation import (
+    across_figures,
+    encode,
+    name_killed_workers,
+    recall_figures,
+    rows_and_captions,
+    teacher_rows,
 )
 from .run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
 from .sharding import prepare_sharding
@@ -54,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "_log.json"  # of a checkpoint: what is not logged yet
 WRITING = "_writing"  # where files of a folder are written before they are moved there
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for the disk's
 PUSH_SECONDS = 20  # what an interrupted run gives a push that is on its way
 
 
@@ -148,13 +148,13 @@ class RetrievalTrainer(Trainer):
         if self.streamed:
             self.add_callback(SkipTrainedBatches(self.train_dataset))
         elif self.train_dataset is not None:
-            self.add_callback(_SetEpoch(self.train_dataset))
-        self.add_callback(_MarkBeginning(self))
+            self.add_callback(SetEpoch(self.train_dataset))
+        self.add_callback(MarkBeginning(self))
         self.interruption = StopOnSignal()
         self.add_callback(self.interruption)
         self.nonfinite = SkipNonFiniteSteps(self, args.max_skipped_steps)
         self.add_callback(self.nonfinite)
-        self.add_callback(_SaveAtEpochEnd())
+        self.add_callback(SaveAtEpochEnd())
         self.resumed_from: str | None = None
         self.facts = RunFacts()  # for the card
         self.unreadable: dict[str, None] = {}
@@ -290,7 +290,7 @@ class RetrievalTrainer(Trainer):
         started = time.time()
         image_embeds, text_embeds = self.encode(dataset)
         groups, caption_to_image = rows_and_captions(dataset)
-        of_student = _figures(image_embeds, text_embeds, groups, caption_to_image, fold_size)
+        of_student = recall_figures(image_embeds, text_embeds, groups, caption_to_image, fold_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in of_student.items()}
         metrics[f"{metric_key_prefix}_images"] = len(image_embeds)
         metrics[f"{metric_key_prefix}_captions"] = len(text_embeds)
@@ -309,7 +309,7 @@ class RetrievalTrainer(Trainer):
         teacher_image, teacher_text = (rows.to(image_embeds.device) for rows in teacher_rows(dataset))
         key = (prefix, dataset._fingerprint, fold_size)
         if key not in self._teacher_metrics:
-            figures = _figures(teacher_image, teacher_text, groups, caption_to_image, fold_size)
+            figures = recall_figures(teacher_image, teacher_text, groups, caption_to_image, fold_size)
             self._teacher_metrics[key] = {f"teacher_{prefix}_{name}": value for name, value in figures.items()}
         metrics = dict(self._teacher_metrics[key])
         teacher_rsum = metrics[f"teacher_{prefix}_rsum"]
@@ -320,87 +320,14 @@ class RetrievalTrainer(Trainer):
             teacher_image, teacher_text = (rows @ self.teacher_projection for rows in (teacher_image, teacher_text))
             reduced = retrieval_metrics(teacher_image, teacher_text, groups, groups[caption_to_image])
             metrics[f"teacher_reduced_{prefix}_rsum"] = reduced["rsum"]
-        across = _across(image_embeds, text_embeds, teacher_image, teacher_text, groups, caption_to_image)
+        across = across_figures(image_embeds, text_embeds, teacher_image, teacher_text, groups, caption_to_image)
         for index, figures in across.items():
             metrics.update({f"{index}_{prefix}_{name}": value for name, value in figures.items()})
         return metrics
 
-    @torch.no_grad()
     def encode(self, dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process."""
-        was_training = self.model.training
-        self.model.eval()
-        for buffer in self.model.buffers():  # BatchNorm's are each rank's own since its last batch
-            distributed.from_first_rank(buffer)
-        images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
-        captions = [caption for row in dataset["captions"] for caption in row]
-        loader = DataLoader(
-            images.with_format(None).select(self._own_rows(len(images))),
-            batch_size=self.args.eval_batch_size,
-            collate_fn=_ImageCollator(self.processing_class.image_processor),
-            num_workers=self.args.dataloader_num_workers,
-            generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
-        )
-        tokenizer = self.processing_class.tokenizer
-        own = self._own_rows(len(captions))
-        # Captions of like length go together: padding costs as much as words.
-        by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
-        bar = tqdm(
-            total=len(images) + len(captions),
-            desc="encode",
-            leave=False,
-            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
-        )
-        with self.compute_loss_context_manager(), name_killed_workers():
-            image_embeds = []
-            for pixel_values in loader:
-                embeds = self._encode_in_memory("image_embeds", pixel_values=pixel_values)
-                image_embeds.append(embeds)
-                bar.update(len(embeds) * distributed.world_size())
-            text_embeds = torch.empty((len(own), self.model.config.projection_dim), device=self.args.device)
-            for start in range(0, len(own), self.args.eval_batch_size):
-                rows = by_length[start : start + self.args.eval_batch_size]
-                text = tokenizer(
-                    [captions[own[i]][:LONGEST_CAPTION] for i in rows],
-                    padding=True,
-                    truncation=True,
-                    max_length=self.args.max_caption_length,
-                    return_tensors="pt",
-                )
-                inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
-                text_embeds[rows] = self._encode_in_memory("text_embeds", **inputs)
-                bar.update(len(rows) * distributed.world_size())
-        bar.close()
-        self.model.train(was_training)
-        return self._in_row_order(torch.cat(image_embeds), len(images)), self._in_row_order(text_embeds, len(captions))
-
-    def _encode_in_memory(self, output: str, **inputs: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[N, D]` of a batch, in halves where the device's memory is not enough for it."""
-        try:
-            on_device = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
-            return self.model(**on_device)[output].float()
-        except torch.OutOfMemoryError as error:
-            rows = len(next(iter(inputs.values())))
-            if rows == 1 or self.is_fsdp_enabled:  # the parts of a sharded model's forward are those of all ranks
-                raise RuntimeError(
-                    f"The memory does not hold the evaluation of {rows} rows: lower --per_device_eval_batch_size or "
-                    "--max_caption_length, or free the device, and go on by --resume_from_checkpoint last."
-                ) from error
-        halves = zip(*(tensor.chunk(2) for tensor in inputs.values()))
-        return torch.cat([self._encode_in_memory(output, **dict(zip(inputs, half))) for half in halves])
-
-    @staticmethod
-    def _own_rows(rows: int) -> list[int]:
-        """As many on every rank, first rows again at the end: a sharded model's forward is a step of all ranks."""
-        world = distributed.world_size()
-        return [(start + distributed.rank()) % rows for start in range(0, rows, world)]
-
-    @staticmethod
-    def _in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
-        """All ranks' rows, of which rank r holds rows r, r + W, r + 2W, ..."""
-        world = distributed.world_size()
-        by_rank = distributed.gather_rows(own, [len(own)] * world).unflatten(0, (world, len(own)))
-        return by_rank.transpose(0, 1).flatten(0, 1)[:rows]
+        return encode(self, dataset)
 
     # Checkpoints
 
@@ -454,7 +381,17 @@ class RetrievalTrainer(Trainer):
         """Trainer's `train_loss` is a mean over the steps since the run was resumed."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
-        super().log(logs, start_time)
+        try:
+            super().log(logs, start_time)
+        except OSError as error:
+            raise self._cannot_write("The log", error) from error
+
+    def _cannot_write(self, what: str, error: Exception) -> OSError:
+        before = checkpoints.of_run(self.args.output_dir)
+        return OSError(
+            f"{what} could not be written: {one_line(error)}. The last checkpoint is "
+            f"{before[-1] if before else 'none'}: free the disk, then go on by --resume_from_checkpoint last."
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
         """Trainer's writes in place, in parts: a run killed meanwhile leaves what looks like a checkpoint. It also
@@ -490,17 +427,9 @@ class RetrievalTrainer(Trainer):
                 write_json(beside / LOG_FILE, log_state)
                 checkpoints.seal(beside)
                 checkpoints.publish(beside, folder)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for the disk's
+        except DISK_ERRORS as error:
             shutil.rmtree(beside, ignore_errors=True)
-            before = checkpoints.of_run(self.args.output_dir)
-            raise OSError(
-                f"checkpoint-{self.state.global_step} could not be written: {one_line(error)}. The last one is "
-                f"{before[-1] if before else 'none'}: free the disk, then go on by --resume_from_checkpoint last."
-            ) from error
+            raise self._cannot_write(folder.name, error) from error
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -520,7 +449,7 @@ class RetrievalTrainer(Trainer):
         if best == written or best.is_dir():
             self.state.best_model_checkpoint = str(best)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """What Trainer forgets of a resumed run: the losses that are not logged yet, where the best checkpoint is, and
         an evaluation that was due when the run was interrupted."""
         state = json.loads((Path(self.resumed_from) / LOG_FILE).read_text())
@@ -650,116 +579,3 @@ class RetrievalTrainer(Trainer):
             self.args.hub_revision,
             self.args.hub_private_repo,
         )
-
-
-class _MarkBeginning(TrainerCallback):
-    """Leaves in the log that a run was resumed, for its card, and takes from the card what earlier weights scored."""
-
-    def __init__(self, trainer: RetrievalTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.facts.metrics, self.trainer.facts.usage = {}, None
-        if self.trainer.resumed_from is not None:
-            state.log_history.append({"resumed": True, "epoch": state.epoch, "step": state.global_step})
-            self.trainer._go_on()
-
-
-class _SaveAtEpochEnd(TrainerCallback):
-    """At an epoch's last step saves after what the epoch's end logs and evaluates: a resumed run does not come back
-    to it."""
-
-    postponed = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.postponed = control.should_save and (state.epoch % 1 == 0 or state.global_step >= state.max_steps)
-        control.should_save = control.should_save and not self.postponed
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_save or self.postponed
-        self.postponed = False
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the dataset the epoch: a run resumed in mid-epoch does not (accelerate's skipping loader forgets to)."""
-
-    def __init__(self, dataset: RetrievalDataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
-class _ImageCollator:
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
-
-    def __call__(self, rows: list[dict]) -> torch.Tensor:
-        images = []
-        for row in rows:
-            try:
-                images.append(load_rgb(row["image"]))
-            except ValueError as error:
-                raise ValueError(
-                    f"The image of {row['image_id']!r} cannot be evaluated: {error}. Bring it back or drop the row."
-                ) from error
-        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-
-
-@contextmanager
-def name_killed_workers() -> Iterator[None]:
-    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise RuntimeError(
-            "A worker of the data loader was killed, as a rule because memory ran out: lower "
-            "--dataloader_num_workers or --shuffle_buffer_size, and go on by --resume_from_checkpoint last."
-        ) from error
-
-
-def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups `[N]` of the images, and the row `[M]` of each caption's image."""
-    column = "group_id" if "group_id" in dataset.column_names else "image_id"
-    groups = torch.tensor([id_hash(group) for group in dataset[column]])
-    counts = torch.tensor([len(captions) for captions in dataset["captions"]])
-    return groups, torch.repeat_interleave(torch.arange(len(groups)), counts)
-
-
-def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
-    return teacher_tensors(dataset.select_columns(teacher_columns(dataset.column_names)).with_format("arrow")[:])
-
-
-def _figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:
-    """Recall over all rows, and as `{1k}_*` the means over folds."""
-    figures = retrieval_metrics(image, text, groups, groups[caption_to_image])
-    if fold_size is not None:
-        folds = fold_metrics(image, text, groups, caption_to_image, fold_size)
-        label = f"{fold_size // 1000}k" if fold_size % 1000 == 0 else str(fold_size)
-        figures |= {f"{label}_{name}": value for name, value in folds.items()}
-    return figures
-
-
-def _across(image, text, teacher_image, teacher_text, groups, caption_to_image) -> dict[str, dict[str, float]]:
-    """Recall of one model's queries on the other's index: {"teacher_index": figures, "student_index": figures}."""
-    text_groups = groups[caption_to_image]
-    on_images = retrieval_metrics(teacher_image, text, groups, text_groups)  # student's captions, teacher's images
-    on_texts = retrieval_metrics(image, teacher_text, groups, text_groups)  # student's images, teacher's captions
-    ways = {"teacher_index": (on_texts, on_images), "student_index": (on_images, on_texts)}
-    across = {}
-    for index, (image_queries, text_queries) in ways.items():
-        recalls = {name: value for name, value in image_queries.items() if name.startswith("image_to_text_r")}
-        recalls |= {name: value for name, value in text_queries.items() if name.startswith("text_to_image_r")}
-        across[index] = {**recalls, "rsum": sum(recalls.values())}
-    return across
-
-
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Written beside, then renamed: the file is whole or absent."""
-    with open(f"{path}.part", "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.replace(f"{path}.part", path)

@@ -25,7 +25,7 @@ from teachers import load_teacher
 from trainers import retrieval_metrics
 from trainers.dataset_checks import check_dataset
 from trainers.retrieval_data import TEACHER_COLUMNS, RetrievalDataset, teacher_features
-from trainers.retrieval_trainer import rows_and_captions, teacher_rows
+from trainers.retrieval_evaluation import rows_and_captions, teacher_rows
 from trainers.teacher_pca import load_pca
 
 

@@ -17,7 +17,7 @@ from test_train import RECIPE
 import inference.grid
 import train
 from trainers.report import draw_grids, evenly, run_code, save_query, save_samples
-from trainers.retrieval_trainer import rows_and_captions
+from trainers.retrieval_evaluation import rows_and_captions
 
 
 def test_evenly():

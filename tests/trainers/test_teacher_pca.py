@@ -10,7 +10,7 @@ from tiny_trainer import largest_difference, make_trainer
 
 from trainers import DSMDTrainer, retrieval_metrics
 from trainers.report import across_table, results_table
-from trainers.retrieval_trainer import rows_and_captions, teacher_rows
+from trainers.retrieval_evaluation import rows_and_captions, teacher_rows
 from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca, save_pca
 
 

@@ -1,0 +1,172 @@
+"""A resumed run says what differs from the one it goes on, and is refused where the result could not be the same."""
+
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from conftest import make_rows, make_student
+from tiny_trainer import make_trainer
+
+from trainers import run_identity
+from trainers.run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
+
+
+SETTINGS = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, make_rows(16), eval_dataset=make_rows(6, seed=1), **SETTINGS)
+    trainer.facts.teacher = {"id": "a", "revision": "1"}
+    trainer.train()
+    return folder / "checkpoint-1"
+
+
+def differences(checkpoint, folder, rows=None, eval_dataset=None, teacher="a", **settings) -> list[str]:
+    trainer = make_trainer(
+        folder, rows or make_rows(16), eval_dataset=eval_dataset or make_rows(6, seed=1), **{**SETTINGS, **settings}
+    )
+    trainer.facts.teacher = {"id": teacher, "revision": "1"}
+    return check_identity(trainer, str(checkpoint), allow_changes=True)
+
+
+def change(rows: datasets.Dataset, row: int, **values) -> datasets.Dataset:
+    changed = [{**example, **(values if i == row else {})} for i, example in enumerate(rows)]
+    return datasets.Dataset.from_list(changed, features=rows.features)
+
+
+def test_the_same_run_differs_in_nothing(checkpoint, tmp_path):
+    assert differences(checkpoint, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logging_steps": 7, "logging_first_step": True},
+        {"per_device_eval_batch_size": 3},
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4, "dataloader_persistent_workers": True},
+        {"save_total_limit": 3, "run_name": "other", "disable_tqdm": False, "log_level": "error"},
+        {"push_to_hub": True, "hub_model_id": "user/other", "hub_strategy": "checkpoint"},
+        {"resume_from_checkpoint": "last", "allow_changes": True, "max_skipped_steps": 3, "do_eval": True},
+    ],
+)
+def test_what_changes_no_result_is_free(checkpoint, tmp_path, settings):
+    assert differences(checkpoint, tmp_path / "moved", **settings) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate: 0.001 in the checkpoint, 0.5 now"),
+        ({"max_steps": 2}, "max_steps: 1 in the checkpoint, 2 now"),
+        ({"random_shift": 0.1}, "random_shift: 0.0 in the checkpoint, 0.1 now"),
+        ({"seed": 1}, "seed: 42 in the checkpoint, 1 now"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size: 16 in the checkpoint, 8 now"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 in the checkpoint, 2 now"),
+        ({"queue_size": 8}, "queue_size: 24 in the checkpoint, 8 now"),
+        ({"losses": ["feature"]}, 'losses: ["contrastive", "feature", "similarity", "hard_negative"] in the'),
+        ({"bf16": True}, "bf16: false in the checkpoint, true now"),
+        ({"optim": "adamw_torch"}, 'optim: "adamw_torch_fused" in the checkpoint, "adamw_torch" now'),
+        (
+            {"teacher": "b"},
+            'teacher: {"id": "a", "revision": "1"} in the checkpoint, {"id": "b", "revision": "1"} now',
+        ),
+    ],
+)
+def test_each_difference_is_named(checkpoint, tmp_path, settings, line):
+    (found,) = differences(checkpoint, tmp_path, **settings)
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        make_rows(17),
+        make_rows(16).select([1, 0, *range(2, 16)]),
+        change(make_rows(16), 9, captions=["something else"], teacher_text_embeds=[[1.0] * 16]),
+        change(make_rows(16), 0, image_id="renamed"),
+        change(make_rows(16), 15, teacher_image_embeds=[1.0] * 16),
+    ],
+)
+def test_other_rows_are_named(checkpoint, tmp_path, rows):
+    (line,) = differences(checkpoint, tmp_path, rows=rows)
+    assert line.startswith("fingerprint of the training split: ")
+    (line,) = differences(checkpoint, tmp_path, eval_dataset=rows)
+    assert line.startswith("fingerprint of the validation split: ")
+
+
+def test_versions_processes_and_student_are_named(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "9.9")
+    (line,) = differences(checkpoint, tmp_path)
+    assert line.startswith("transformers: ") and line.endswith('in the checkpoint, "9.9" now')
+    monkeypatch.undo()
+    vision = {"model_type": "vit", "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 1}
+    model, _ = make_student({**vision, "num_attention_heads": 2, "intermediate_size": 64, "hidden_dropout_prob": 0.0})
+    trainer = make_trainer(tmp_path, make_rows(16), model=model, eval_dataset=make_rows(6, seed=1), **SETTINGS)
+    trainer.facts.teacher = {"id": "a", "revision": "1"}
+    (line,) = check_identity(trainer, str(checkpoint), True)
+    assert line == "student.vision_config.num_hidden_layers: 2 in the checkpoint, 1 now"
+    saved = json.loads((checkpoint / IDENTITY_FILE).read_text())
+    assert saved["number of processes"] == 1 and saved["device"] == "cpu" and saved["method"] == "distillation"
+
+
+def test_more_processes_and_another_method_are_named(checkpoint, tmp_path, monkeypatch):
+    described = describe_identity
+
+    def on_two(trainer):
+        return described(trainer) | {"number of processes": 2, "method": "contrastive"}
+
+    monkeypatch.setattr(run_identity, "describe_identity", on_two)
+    assert differences(checkpoint, tmp_path) == [
+        'method: "distillation" in the checkpoint, "contrastive" now',
+        "number of processes: 1 in the checkpoint, 2 now",
+    ]
+
+
+def test_it_is_refused_with_every_difference_and_goes_where_told(checkpoint, tmp_path, caplog):
+    changes = {"learning_rate": 0.5, "queue_size": 8, "max_steps": 2}
+    settings = {**SETTINGS, **changes, "eval_dataset": make_rows(6, seed=1)}
+    trainer = make_trainer(tmp_path, make_rows(16), **settings)
+    with pytest.raises(ValueError, match="is of another run") as refusal:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    for name in (*changes, "teacher", "--allow_changes"):
+        assert name in str(refusal.value)
+    assert trainer.state.global_step == 0
+    told = make_trainer(tmp_path, make_rows(16), allow_changes=True, **settings)
+    with caplog.at_level(logging.WARNING):
+        told.train(resume_from_checkpoint=str(checkpoint))
+    assert told.state.global_step == 2
+    for name in changes:
+        assert f"Resumed with a change, {name}: " in caplog.text
+
+
+def test_a_checkpoint_of_another_program_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="has no _run.json: it is no checkpoint of this program"):
+        check_identity(make_trainer(tmp_path, make_rows(16)), str(tmp_path), True)
+
+
+def test_workers_count_where_they_decide_a_streams_order(tmp_path):
+    stream = make_rows(16).to_iterable_dataset()
+    names = []
+    for rows in (make_rows(16), stream):
+        trainer = make_trainer(tmp_path, rows, max_steps=1, dataloader_num_workers=1)
+        names.append("dataloader_num_workers" in describe_identity(trainer))
+    assert names == [False, True]
+
+
+def test_nothing_private_is_kept(checkpoint):
+    content = (checkpoint / IDENTITY_FILE).read_text()
+    assert str(checkpoint.parent) not in content and "hub_token" not in content
+
+
+def test_the_fingerprint_is_of_values(tmp_path):
+    rows = make_rows(300)
+    rows.save_to_disk(tmp_path)
+    again = datasets.load_from_disk(tmp_path)
+    assert fingerprint(rows) == fingerprint(again) == fingerprint(rows.select(range(300)).flatten_indices())
+    assert fingerprint(rows) != fingerprint(rows.select(range(299)))
+    assert fingerprint(rows) != fingerprint(make_rows(300, seed=1))

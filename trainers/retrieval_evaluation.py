@@ -1,0 +1,167 @@
+"""A split's embeddings on any number of processes, and the figures that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from . import distributed
+from .images import load_rgb
+from .retrieval import fold_metrics, retrieval_metrics
+from .retrieval_data import LONGEST_CAPTION, id_hash, teacher_columns, teacher_tensors
+
+
+if TYPE_CHECKING:
+    from .retrieval_trainer import RetrievalTrainer
+
+
+@torch.no_grad()
+def encode(trainer: RetrievalTrainer, dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    for buffer in trainer.model.buffers():  # BatchNorm's are each rank's own since its last batch
+        distributed.from_first_rank(buffer)
+    images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
+    captions = [caption for row in dataset["captions"] for caption in row]
+    loader = DataLoader(
+        images.with_format(None).select(_own_rows(len(images))),
+        batch_size=trainer.args.eval_batch_size,
+        collate_fn=ImageCollator(trainer.processing_class.image_processor),
+        num_workers=trainer.args.dataloader_num_workers,
+        generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
+    )
+    tokenizer = trainer.processing_class.tokenizer
+    own = _own_rows(len(captions))
+    # Captions of like length go together: padding costs as much as words.
+    by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
+    bar = tqdm(
+        total=len(images) + len(captions),
+        desc="encode",
+        leave=False,
+        disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
+    )
+    with trainer.compute_loss_context_manager(), name_killed_workers():
+        image_embeds = []
+        for pixel_values in loader:
+            embeds = _encode_in_memory(trainer, "image_embeds", pixel_values=pixel_values)
+            image_embeds.append(embeds)
+            bar.update(len(embeds) * distributed.world_size())
+        text_embeds = torch.empty((len(own), trainer.model.config.projection_dim), device=trainer.args.device)
+        for start in range(0, len(own), trainer.args.eval_batch_size):
+            rows = by_length[start : start + trainer.args.eval_batch_size]
+            text = tokenizer(
+                [captions[own[i]][:LONGEST_CAPTION] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=trainer.args.max_caption_length,
+                return_tensors="pt",
+            )
+            inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+            text_embeds[rows] = _encode_in_memory(trainer, "text_embeds", **inputs)
+            bar.update(len(rows) * distributed.world_size())
+    bar.close()
+    trainer.model.train(was_training)
+    return _in_row_order(torch.cat(image_embeds), len(images)), _in_row_order(text_embeds, len(captions))
+
+
+def _encode_in_memory(trainer: RetrievalTrainer, output: str, **inputs: torch.Tensor) -> torch.Tensor:
+    """Embeddings `[N, D]` of a batch, in halves where the device's memory is not enough for it."""
+    try:
+        on_device = {name: tensor.to(trainer.args.device) for name, tensor in inputs.items()}
+        return trainer.model(**on_device)[output].float()
+    except torch.OutOfMemoryError as error:
+        rows = len(next(iter(inputs.values())))
+        if rows == 1 or trainer.is_fsdp_enabled:  # the parts of a sharded model's forward are those of all ranks
+            raise RuntimeError(
+                f"The memory does not hold the evaluation of {rows} rows: lower --per_device_eval_batch_size or "
+                "--max_caption_length, or free the device, and go on by --resume_from_checkpoint last."
+            ) from error
+    halves = zip(*(tensor.chunk(2) for tensor in inputs.values()))
+    return torch.cat([_encode_in_memory(trainer, output, **dict(zip(inputs, half))) for half in halves])
+
+
+def _own_rows(rows: int) -> list[int]:
+    """As many on every rank, first rows again at the end: a sharded model's forward is a step of all ranks."""
+    world = distributed.world_size()
+    return [(start + distributed.rank()) % rows for start in range(0, rows, world)]
+
+
+def _in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
+    """All ranks' rows, of which rank r holds rows r, r + W, r + 2W, ..."""
+    world = distributed.world_size()
+    by_rank = distributed.gather_rows(own, [len(own)] * world).unflatten(0, (world, len(own)))
+    return by_rank.transpose(0, 1).flatten(0, 1)[:rows]
+
+
+class ImageCollator:
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def __call__(self, rows: list[dict]) -> torch.Tensor:
+        images = []
+        for row in rows:
+            try:
+                images.append(load_rgb(row["image"]))
+            except ValueError as error:
+                raise ValueError(
+                    f"The image of {row['image_id']!r} cannot be evaluated: {error}. Bring it back or drop the row."
+                ) from error
+        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+@contextmanager
+def name_killed_workers() -> Iterator[None]:
+    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise RuntimeError(
+            "A worker of the data loader was killed, as a rule because memory ran out: lower "
+            "--dataloader_num_workers or --shuffle_buffer_size, and go on by --resume_from_checkpoint last."
+        ) from error
+
+
+def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups `[N]` of the images, and the row `[M]` of each caption's image."""
+    column = "group_id" if "group_id" in dataset.column_names else "image_id"
+    groups = torch.tensor([id_hash(group) for group in dataset[column]])
+    counts = torch.tensor([len(captions) for captions in dataset["captions"]])
+    return groups, torch.repeat_interleave(torch.arange(len(groups)), counts)
+
+
+def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
+    return teacher_tensors(dataset.select_columns(teacher_columns(dataset.column_names)).with_format("arrow")[:])
+
+
+def recall_figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:
+    """Recall over all rows, and as `{1k}_*` the means over folds."""
+    figures = retrieval_metrics(image, text, groups, groups[caption_to_image])
+    if fold_size is not None:
+        folds = fold_metrics(image, text, groups, caption_to_image, fold_size)
+        label = f"{fold_size // 1000}k" if fold_size % 1000 == 0 else str(fold_size)
+        figures |= {f"{label}_{name}": value for name, value in folds.items()}
+    return figures
+
+
+def across_figures(image, text, teacher_image, teacher_text, groups, caption_to_image) -> dict[str, dict[str, float]]:
+    """Recall of one model's queries on the other's index: {"teacher_index": figures, "student_index": figures}."""
+    text_groups = groups[caption_to_image]
+    on_images = retrieval_metrics(teacher_image, text, groups, text_groups)  # student's captions, teacher's images
+    on_texts = retrieval_metrics(image, teacher_text, groups, text_groups)  # student's images, teacher's captions
+    ways = {"teacher_index": (on_texts, on_images), "student_index": (on_images, on_texts)}
+    across = {}
+    for index, (image_queries, text_queries) in ways.items():
+        recalls = {name: value for name, value in image_queries.items() if name.startswith("image_to_text_r")}
+        recalls |= {name: value for name, value in text_queries.items() if name.startswith("text_to_image_r")}
+        across[index] = {**recalls, "rsum": sum(recalls.values())}
+    return across
