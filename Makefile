@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)  ## distil a student on the icons and evaluate it
 	$(BIN)/accelerate launch train.py --config recipes/icons.yaml
 
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get install chromium chromium-driver)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" "selenium>=4.51"

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 
 import train
-from trainers import checkpoints, distributed, report, retrieval_trainer
+from trainers import checkpoints, distributed, report, retrieval_evaluation, retrieval_trainer
 from trainers.retrieval_trainer import RetrievalTrainer
 
 
@@ -48,8 +48,8 @@ def count_events() -> None:
         (RetrievalTrainer, "begin_step", "step"),
         (RetrievalTrainer, "embed", "step"),
         (RetrievalTrainer, "_get_grad_norm", "step"),
-        (RetrievalTrainer, "_encode_in_memory", "evaluation"),
-        (retrieval_trainer, "retrieval_metrics", "evaluation"),
+        (retrieval_evaluation, "_encode_in_memory", "evaluation"),
+        (retrieval_evaluation, "retrieval_metrics", "evaluation"),
         (RetrievalTrainer, "_save_rng_state", "save"),
         (checkpoints, "_flush", "save"),
         (checkpoints, "publish", "save"),

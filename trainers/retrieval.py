@@ -5,9 +5,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
-
-from .distributed import rank
 
 
 # Cosines closer than this times the width count as equal. A float32 matmul rounds the same dot product differently in
@@ -113,7 +112,7 @@ def ranks(
         tolerance = max(MIN_TIE_TOLERANCE, TIE_TOLERANCE_PER_COLUMN * images.shape[1])
         image_bar, text_bar = best_of_image - tolerance, best_of_text - tolerance
         small = len(images) * len(texts) < PAIRS_OF_A_BAR
-        progress = tqdm(total=len(images), desc="rank", leave=False, disable=True if small or rank() else None)
+        progress = tqdm(total=len(images), desc="rank", leave=False, disable=True if small or _rank() else None)
         for start, stop in _spans(0, len(images), chunk_size):
             for left, right in _spans(0, len(texts), chunk_size):
                 scores = images[start:stop] @ texts[left:right].T
@@ -262,6 +261,11 @@ def _dense_groups(
 def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     for left in range(start, stop, size):
         yield left, min(left + size, stop)
+
+
+def _rank() -> int:
+    """This process's; the file stands alone, as a metric of `evaluate` it travels without the package."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @contextmanager

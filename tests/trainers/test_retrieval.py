@@ -269,7 +269,7 @@ def test_progress_of_large_problems_alone(monkeypatch, capsys):
     monkeypatch.setattr(retrieval, "PAIRS_OF_A_BAR", 19_000)
     ranks(embeds, embeds, groups, groups, chunk_size=100)
     assert "rank:   0%" in capsys.readouterr().err
-    monkeypatch.setattr(retrieval, "rank", lambda: 1)  # one process shows it
+    monkeypatch.setattr(retrieval, "_rank", lambda: 1)  # one process shows it
     ranks(embeds, embeds, groups, groups, chunk_size=100)
     assert capsys.readouterr().err == ""
 
