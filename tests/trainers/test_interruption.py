@@ -31,7 +31,7 @@ class Send(TrainerCallback):
     def send(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.step = None  # once
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)  # to this thread: it is here when the call returns
 
 
 def log_of(trainer) -> list[dict]:
