@@ -5,7 +5,6 @@ python -m teachers.beit3.convert beit3_base_patch16_384_coco_retrieval.pth beit3
 
 import argparse
 import functools
-import hashlib
 import math
 import os
 import pickle
@@ -14,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast, VisionTextDualEncoderProcessor
@@ -305,11 +305,8 @@ def convert(
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def main() -> None:
