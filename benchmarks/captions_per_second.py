@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainers import DSMDTrainer
 from trainers.losses import PAIRS
 
 from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, ratio, training_step
@@ -53,6 +54,15 @@ def flops(step: Callable[[], float]) -> int:
     return counter.get_total_flops()
 
 
+def four_pair_trainer(folder: str, images: int, tiny: bool) -> DSMDTrainer:
+    """The paper's student in float32 under all losses and pairs, its queues full; `images` of a batch."""
+    settings = {"bf16": False, "contrastive_pairs": list(PAIRS), "per_device_train_batch_size": images}
+    settings["queue_size"] = count = 64 if tiny else 8192
+    trainer = make_trainer(folder, count, tiny, **settings)
+    fill_queues(trainer)
+    return trainer
+
+
 def measure(images: int = 4, rounds: int = 3, tiny: bool = False) -> list[Row]:
     """The table's row.
 
@@ -60,11 +70,8 @@ def measure(images: int = 4, rounds: int = 3, tiny: bool = False) -> list[Row]:
         images: of a step, each with five captions.
         tiny: towers of width 32, and short queues.
     """
-    settings = {"bf16": False, "contrastive_pairs": list(PAIRS), "per_device_train_batch_size": images}
-    settings["queue_size"] = count = 64 if tiny else 8192
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, count, tiny, **settings)
-        fill_queues(trainer)
+        trainer = four_pair_trainer(folder, images, tiny)
         examples = first_examples(trainer, images)
         batches = [collate(trainer, examples), published_batch(trainer, examples)]
         optimizer = trainer.create_optimizer()

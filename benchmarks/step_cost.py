@@ -25,8 +25,8 @@ from trainers.data_loading import DataArguments, load_data
 from trainers.losses import PAIRS
 from trainers.student import StudentArguments, build_student
 
+from .captions_per_second import four_pair_trainer
 from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, ratio, training_step
-from .gpu.common import make_trainer
 
 
 BATCH = 128  # the quickstart's
@@ -49,11 +49,8 @@ def bare_step(trainer: DSMDTrainer, batch: dict, optimizer: torch.optim.Optimize
 def paper_student(captions: int = 32, rounds: int = 5, tiny: bool = False) -> list[Row]:
     """Five captions an image; the last image has what is left."""
     images = -(-captions // 5)
-    settings = {"bf16": False, "contrastive_pairs": list(PAIRS), "per_device_train_batch_size": images}
-    settings["queue_size"] = count = 64 if tiny else 8192
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, count, tiny, **settings)
-        fill_queues(trainer)
+        trainer = four_pair_trainer(folder, images, tiny)
         examples = first_examples(trainer, images)
         left = captions - 5 * (images - 1)
         examples[-1] |= {name: examples[-1][name][:left] for name in ("captions", "teacher_text")}
