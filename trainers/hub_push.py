@@ -10,7 +10,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snapshot_download
+from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 
 from .checkpoints import damage, publish, reseal
@@ -23,6 +24,25 @@ LAST_CHECKPOINT = "last-checkpoint"
 RESUME_FILE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|_.*")
 # Nor what codecarbon writes: where on earth the machine stands.
 NOT_THE_STUDENTS = ("_*", "checkpoint-*/*", "*.part", "emissions.csv")
+
+
+def let_workers_fork() -> None:
+    """Makes pushes in a thread safe for loader workers, which are forked meanwhile.
+
+    huggingface_hub closes its client in every new process. Where a push has just taken the client's lock, the new
+    worker waits for it for ever, and the training for the worker.
+    """
+    make = _http._GLOBAL_CLIENT_FACTORY  # the user's own, where there is one
+    if make.__module__ == __name__:
+        return
+
+    def make_client():
+        client, process = make(), os.getpid()
+        close = client.close
+        client.close = lambda: close() if os.getpid() == process else None
+        return client
+
+    set_client_factory(make_client)
 
 
 def snapshot(checkpoint: Path, folder: Path) -> None:

@@ -31,7 +31,7 @@ from .card import write_card
 from .checkpoints import write_json
 from .dataset_checks import check_dataset
 from .distillation_config import DSMDTrainingArguments
-from .hub_push import one_line, push_checkpoint, push_run, pushed_place, snapshot
+from .hub_push import let_workers_fork, one_line, push_checkpoint, push_run, pushed_place, snapshot
 from .interruption import StopOnSignal
 from .nonfinite import SkipNonFiniteSteps
 from .retrieval import retrieval_metrics
@@ -520,6 +520,7 @@ class RetrievalTrainer(Trainer):
             return
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         self.push_in_progress = None
+        let_workers_fork()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer's pushes a revision without code and card, and its arguments as a pickle; a failure goes unseen."""

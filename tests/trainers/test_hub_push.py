@@ -3,22 +3,25 @@
 import errno
 import io
 import json
+import multiprocessing
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_rows
-from huggingface_hub import get_token
+from huggingface_hub import get_session, get_token, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file
 from tiny_trainer import largest_difference, make_trainer
 from transformers import AutoModel, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
-from trainers.hub_push import RESUME_FILE, fetch_last_checkpoint
+from trainers.hub_push import RESUME_FILE, fetch_last_checkpoint, let_workers_fork
 
 
 REPO = "user/student"
@@ -207,6 +210,37 @@ def test_a_full_disk_stops_only_the_push(tmp_path, rows, hub, monkeypatch, caplo
     assert trainer.state.global_step == 4 and "Step 4 is not pushed: OSError" in caplog.text
     assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").is_file()
     assert not list((tmp_path / "run").glob("_push-*"))
+
+
+@pytest.mark.parametrize("ours", [True, False])  # False: fails when let_workers_fork is no longer needed
+def test_a_worker_is_forked_while_a_push_is_under_way(ours):
+    set_client_factory(default_client_factory)
+    if ours:
+        let_workers_fork()
+        let_workers_fork()
+    lock = get_session()._transport._pool._optional_thread_lock
+    held, enough = threading.Event(), threading.Event()
+
+    def push():
+        with lock:
+            held.set()
+            enough.wait()
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    held.wait()
+    worker = multiprocessing.get_context("fork").Process(target=str)
+    worker.start()
+    worker.join(60 if ours else 2)
+    status = worker.exitcode
+    worker.kill()
+    worker.join()
+    enough.set()
+    thread.join()
+    assert status == (0 if ours else None)
+    assert not get_session().is_closed
+    get_session().close()
+    assert get_session().is_closed
 
 
 def test_trainers_own_push_still_lacks_the_code(tmp_path, rows, hub):
