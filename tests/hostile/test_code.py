@@ -187,9 +187,9 @@ def test_datasets_of_pickles_and_programs_run_nothing(tmp_path, pickles, mark, h
     program = f"import os, datasets\nos.mkdir({str(mark)!r})\nclass B(datasets.GeneratorBasedBuilder): pass\n"
     (folder / "mine.py").write_text(program)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.pkl\n---\n")
-    HfApi().create_repo("user/mine", repo_type="dataset")
-    HfApi().upload_folder(repo_id="user/mine", folder_path=folder, repo_type="dataset")
-    for name in (str(folder), "user/mine"):
+    HfApi().create_repo("user/pickles", repo_type="dataset")
+    HfApi().upload_folder(repo_id="user/pickles", folder_path=folder, repo_type="dataset")
+    for name in (str(folder), "user/pickles"):
         for streaming in (False, True):
             with pytest.raises((ValueError, OSError)):
                 open_dataset(name, streaming=streaming)

@@ -20,6 +20,14 @@ from trainers.checkpoints import damage, last_whole
 from trainers.interruption import StopOnSignal
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As in a terminal: whoever runs the tests in the background of a script has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Send(TrainerCallback):
     """Sends this process a signal in a step, or in an evaluation."""
 
