@@ -87,8 +87,8 @@ def bare(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding) -> fl
     """Seconds of the forwards alone."""
     device = teacher.device
     part = rows["train"].cast_column("image", datasets.Image(decode=False))
-    preparation, shard = Preparation([teacher]), plan("train", 0, part, encoding)
-    prepared = [preparation.__getitems__(shard.contents(*batch)) for batch in shard.batches]
+    preparation, shard = Preparation([teacher], None), plan("train", 0, part, encoding)
+    prepared = [preparation.__getitems__(shard.contents(*batch))[:2] for batch in shard.batches]
     # The copy to the device is no part of the forward.
     prepared = [(kind, ({name: value.to(device) for name, value in inputs.items()},)) for kind, (inputs,) in prepared]
     started = time.perf_counter()

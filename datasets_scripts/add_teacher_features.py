@@ -129,6 +129,8 @@ def describe(teachers: list[Teacher], encoding: Encoding) -> dict:
     """What the column `teacher` says: one teacher's description, or those of several and how they are joined."""
     described = [teacher.describe() for teacher in teachers]
     stored = {"stored_as": "int8 with a scale a row" if encoding.int8 else "float16"}
+    if encoding.image_size is not None:
+        stored["images"] = f"stored with no side above {encoding.image_size} pixels; the teacher saw them whole"
     if len(described) == 1:
         return {**described[0], **stored}
     return {
@@ -245,13 +247,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="store int8 with a scale a row: half of float16")
     parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
     parser.add_argument("--shard_rows", type=int, default=1024, help="rows in a file")
+    parser.add_argument("--image_size", type=int, metavar="PIXELS",
+                        help="store images at the student's size: faster to read, smaller on disk")  # fmt: skip
     parser.add_argument("--num_workers", type=int, help="processes that decode, for each process; default: its cores")
     parser.add_argument("--license", help="of the data; default: what the dataset says")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the teachers' repositories run code")
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "shard_rows"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: expected 1 or more")
+    for name in ("batch_size", "shard_rows", "image_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: expected 1 or more")
     for name in ("teacher_revision", "weights"):
         values = getattr(options, name)
         if values is not None and len(values) != len(options.teacher):
@@ -314,6 +319,7 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
             int8=options.int8,
             batch_size=options.batch_size,
             shard_rows=options.shard_rows,
+            image_size=options.image_size,
         ),
         source=Path(options.dataset).name if Path(options.dataset).exists() else options.dataset,
         num_workers=default_workers() if options.num_workers is None else options.num_workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 from collections import deque
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from datasets.table import embed_table_storage
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -39,12 +41,15 @@ class Encoding:
         int8: store int8 with one scale a row instead of float16.
         batch_size: images in a batch; of captions as many as make about the same work.
         shard_rows: rows in a file.
+        image_size: store images with no side above this many pixels, as a student of this size would squash them
+            again in every epoch; the teacher sees them whole. None: as they are.
     """
 
     weights: list[float] = field(default_factory=lambda: [1.0])
     int8: bool = False
     batch_size: int = 64
     shard_rows: int = 1024
+    image_size: int | None = None
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Shard:
     text_of_caption: list[int]  # [C] which of the distinct captions
     batches: list[tuple[str, range]]  # ("image" or "text", places among the distinct ones), in order
     features: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"image": [], "text": []})
+    stored_images: list[bytes] = field(default_factory=list)  # of the distinct images so far, with `image_size`
 
     @property
     def is_encoded(self) -> bool:
@@ -116,7 +122,7 @@ def encode_dataset(
                 turn += 1
 
     loader = DataLoader(
-        Preparation(teachers),
+        Preparation(teachers, encoding.image_size),
         batch_sampler=work(),
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -125,7 +131,7 @@ def encode_dataset(
     )
     with ThreadPoolExecutor(1) as writer:
         written: Future | None = None  # the file before is written while the next is encoded
-        for kind, prepared in loader:
+        for kind, prepared, stored_images in loader:
             shard = pending[0]
             if kind == "error":
                 raise ValueError(_unreadable_row(shard, *prepared))
@@ -133,6 +139,7 @@ def encode_dataset(
             parts_of_row = [getattr(teacher, make)(inputs) for teacher, inputs in zip(teachers, prepared)]
             shard.features[kind].append(join(parts_of_row, encoding.weights))
             if kind == "image":
+                shard.stored_images += stored_images
                 bar.update(len(shard.features[kind][-1]))
             if shard.is_encoded:
                 if written is not None:
@@ -207,7 +214,13 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     except ValueError as error:
         raise ValueError(f"{shard.split} split: {error} Try another --dtype, or another teacher.") from None
     columns["teacher"] = pa.array([description] * len(ids)), datasets.Value("string")
-    table, schema = shard.table, datasets.Features.from_arrow_schema(shard.table.schema)
+    table = shard.table
+    if shard.stored_images:
+        paths = table["image"].combine_chunks().field("path")
+        images = pa.array([shard.stored_images[place] for place in shard.image_of_row], pa.binary())
+        images = pa.StructArray.from_arrays([images, paths], ["bytes", "path"])
+        table = table.set_column(table.column_names.index("image"), "image", images)
+    schema = datasets.Features.from_arrow_schema(shard.table.schema)
     schema["image"] = datasets.Image()  # decoded again for a reader
     for name, (array, feature) in columns.items():
         table = table.append_column(name, array)
@@ -280,20 +293,43 @@ def shard_file(folder: Path, split: str, number: int) -> Path:
 class Preparation(torch.utils.data.Dataset):
     """What a loader's worker does with a batch of images or captions before the model."""
 
-    def __init__(self, teachers: list[Teacher]):
+    def __init__(self, teachers: list[Teacher], image_size: int | None):
         self.teachers = teachers
+        self.image_size = image_size
 
-    def __getitems__(self, batch: tuple[str, list]) -> tuple[str, object]:
+    def __getitems__(self, batch: tuple[str, list]) -> tuple[str, object, list[bytes]]:
+        """Kind, the teachers' inputs, and images as they are to be stored where they are not stored as they came."""
         kind, contents = batch
         if kind == "text":
-            return kind, [teacher.prepare_texts(contents) for teacher in self.teachers]
+            return kind, [teacher.prepare_texts(contents) for teacher in self.teachers], []
         images = []
         for i, content in enumerate(contents):
             try:
                 images.append(load_rgb({"bytes": content or b"", "path": None}))
             except ValueError as error:
-                return "error", (i, str(error))
-        return kind, [teacher.prepare_images(images) for teacher in self.teachers]
+                return "error", (i, str(error)), []
+        stored = []
+        if self.image_size is not None:
+            stored = [shrunk(content, image, self.image_size) for content, image in zip(contents, images)]
+        return kind, [teacher.prepare_images(images) for teacher in self.teachers], stored
+
+
+def shrunk(content: bytes, image: Image.Image, size: int) -> bytes:
+    """An image's file with no side longer than `size`: squashed, as processors do, and never enlarged.
+
+    Args:
+        content: the file; given back where nothing is to be done.
+        image: what is in it, in RGB.
+    """
+    if max(image.size) <= size:
+        return content
+    buffer = io.BytesIO()
+    small = image.resize((min(image.width, size), min(image.height, size)), Image.Resampling.BICUBIC)
+    if content[:2] == b"\xff\xd8":
+        small.save(buffer, "JPEG", quality=95)
+    else:
+        small.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _as_it_is(batch):

@@ -312,6 +312,34 @@ def test_each_distinct_image_and_caption_is_encoded_once(source, teacher_folder,
     assert out[5]["teacher_image_embeds"] == out[2]["teacher_image_embeds"]
 
 
+def test_images_are_stored_at_the_students_size_and_the_teacher_sees_them_whole(
+    output, source, teacher_folder, tmp_path
+):
+    rows = datasets.load_from_disk(source)
+    photo, buffer = Image.new("RGB", (64, 20), "red"), io.BytesIO()
+    photo.save(buffer, "JPEG")
+    jpeg = {**rows["test"][0], "image": {"bytes": buffer.getvalue(), "path": "photo.jpg"}, "image_id": "photo"}
+    jpeg = datasets.Dataset.from_list([jpeg], features=rows["test"].features)
+    rows["test"] = datasets.concatenate_datasets([rows["test"], jpeg])
+    rows.save_to_disk(tmp_path / "rows")
+    for number, (size, workers) in enumerate(((24, 0), (24, 2), (32, 0))):
+        folder = tmp_path / str(number)
+        options = arguments(tmp_path / "rows", teacher_folder, folder, "--image_size", size)
+        script.main(options + ["--num_workers", str(workers)])
+        if workers:
+            assert contents(folder / "data") == contents(tmp_path / "0" / "data")
+            continue
+        plain, stored = datasets.load_dataset(str(output)), datasets.load_dataset(str(folder))
+        assert f"no side above {size} pixels" in (folder / "README.md").read_text()
+        for split, part in plain.items():
+            assert stored[split]["teacher_image_embeds"][: len(part)] == part["teacher_image_embeds"][:]
+            for old, new in zip(part["image"], stored[split]["image"]):
+                assert np.array_equal(new, old if size == 32 else old.resize((24, 24), Image.Resampling.BICUBIC))
+        new = stored["test"].cast_column("image", datasets.Image(decode=False))[12]["image"]
+        assert new["bytes"][:2] == b"\xff\xd8" and new["path"] == "photo.jpg"
+        assert Image.open(io.BytesIO(new["bytes"])).size == (size, 20)
+
+
 def test_one_row_and_one_caption(teacher_folder, tmp_path):
     rows = datasets.DatasetDict({"train": make_rows(1).remove_columns(TEACHER_COLUMNS)})
     add(rows, [load_teacher(str(teacher_folder))], tmp_path / "out")
