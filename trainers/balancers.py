@@ -182,19 +182,169 @@ class DynamicBalancer(LossBalancer):
         self.largest.copy_(self.largest.maximum(self.fast))
 
 
+class GeometricMeanBalancer(LossBalancer):
+    """`1 / L_i`: the direction of `grad sum_i log L_i`, and so of the losses' geometric mean (GLS, Chennupati et al.
+    2019), with the losses of the step before. A loss below a millionth of the largest counts as that.
+
+    Args:
+        names: the losses.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__(names)
+        self.register_buffer("current", torch.ones(len(self.names)))
+
+    def weights(self) -> Tensor:
+        return self.current.clone()
+
+    @torch.no_grad()
+    def initialise(self, losses: Tensor) -> None:
+        self.current.fill_(1.0)
+        self.update(losses)
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> None:
+        losses, finite = self._read(losses, self.current)
+        smallest = (1e-6 * losses.max()).clamp(min=SMALLEST)
+        self.current.copy_(torch.where(finite, 1 / losses.maximum(smallest), self.current))
+
+
+class DWABalancer(LossBalancer):
+    """Dynamic weight average (Liu et al. 2019): `n softmax(r / T)_i`, `r_i` the mean of a loss over the last whole
+    epoch by its mean over the one before; 1 each until there are two. It knows rates, not magnitudes.
+
+    Rates stay within [0.1, 10]; a loss whose mean was 0 has rate 1.
+
+    Args:
+        names: the losses.
+        steps_per_epoch: updates that make an epoch, 1 or more.
+        temperature: T, above 0; the paper's is 2.
+    """
+
+    def __init__(self, names: Sequence[str], steps_per_epoch: int, temperature: float = 2.0):
+        super().__init__(names)
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch is {steps_per_epoch}; expected 1 or more")
+        _check_positive("temperature", temperature)
+        self.steps_per_epoch = steps_per_epoch
+        self.temperature = temperature
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(len(self.names)))  # finite losses of this epoch
+        self.register_buffer("mean", torch.zeros(len(self.names)))  # of them
+        self.register_buffer("last", torch.zeros(len(self.names)))  # mean of the last whole epoch, 0 where none
+        self.register_buffer("before", torch.zeros(len(self.names)))  # of the one before it
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        known = (self.last > 0) & (self.before > 0)
+        rates = torch.where(known, self.last / self.before.clamp(min=SMALLEST), 1.0).clamp(0.1, 10.0)
+        return len(self.names) * torch.softmax(rates / self.temperature, dim=0)
+
+    @torch.no_grad()
+    def initialise(self, losses: Tensor) -> None:
+        self._read(losses, self.mean)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> None:
+        losses, finite = self._read(losses, self.mean)
+        self.seen.add_(finite)
+        self.mean.add_(torch.where(finite, (losses - self.mean) / self.seen.clamp(min=1), 0.0))
+        self.updates.add_(1)
+        over = self.updates % self.steps_per_epoch == 0
+        self.before.copy_(torch.where(over, self.last, self.before))
+        self.last.copy_(torch.where(over, self.mean, self.last))
+        for sums in (self.seen, self.mean):
+            sums.copy_(torch.where(over, 0.0, sums))
+
+
+class UncertaintyBalancer(LossBalancer):
+    """Learned uncertainties (Kendall et al. 2018): `e^{-s_i} / 2`, where `s_i` starts at 0 and descends the gradient
+    of `sum_i e^{-s_i} L_i / 2 + s_i / 2`.
+
+    The gradient, `(1 - e^{-s_i} L_i) / 2`, is written down, so that s needs no optimiser. At rest `s_i = log L_i`, and
+    the direction is that of the geometric mean; what is its own is how slowly it gets there.
+
+    Args:
+        names: the losses.
+        rate: step size of s, above 0. One update moves no s by more than 1.
+    """
+
+    def __init__(self, names: Sequence[str], rate: float = 0.025):
+        super().__init__(names)
+        _check_positive("rate", rate)
+        self.rate = rate
+        self.register_buffer("log_variance", torch.zeros(len(self.names)))
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        return torch.exp(-self.log_variance) / 2
+
+    @torch.no_grad()
+    def initialise(self, losses: Tensor) -> None:
+        self._read(losses, self.log_variance)
+        self.log_variance.zero_()
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> None:
+        losses, finite = self._read(losses, self.log_variance)
+        steps = (self.rate * (1 - torch.exp(-self.log_variance) * losses) / 2).clamp(-1.0, 1.0)
+        # Between the logarithms of SMALLEST and LARGEST, which no loss leaves.
+        self.log_variance.sub_(torch.where(finite, steps, 0.0)).clamp_(math.log(SMALLEST), math.log(LARGEST))
+
+
+class RandomBalancer(LossBalancer):
+    """Random weights (RLW, Lin et al. 2022): `n softmax(z)`, z standard normal and new in each step. What a balancer
+    is worth is what it has over this one.
+
+    Args:
+        names: the losses.
+        seed: of the numbers, which come again after 16,384 steps.
+    """
+
+    def __init__(self, names: Sequence[str], seed: int = 0):
+        super().__init__(names)
+        numbers = torch.randn(16384, len(self.names), generator=torch.Generator().manual_seed(seed))
+        # Drawn ahead: the same on every rank and in a resumed run, and on the device.
+        self.register_buffer("numbers", numbers, persistent=False)
+        self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        numbers = self.numbers.index_select(0, self.updates % len(self.numbers))[0]
+        return len(self.names) * torch.softmax(numbers, dim=0)
+
+    @torch.no_grad()
+    def initialise(self, losses: Tensor) -> None:
+        self._read(losses, self.numbers)
+        self.updates.zero_()
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> None:
+        self._read(losses, self.numbers)
+        self.updates.add_(1)
+
+
+BALANCERS = {
+    "dynamic": DynamicBalancer,
+    "published": PublishedBalancer,
+    "geometric_mean": GeometricMeanBalancer,
+    "dwa": DWABalancer,
+    "uncertainty": UncertaintyBalancer,
+    "random": RandomBalancer,
+    "fixed": FixedBalancer,
+}
+
+
 def make_balancer(kind: str, names: Sequence[str], **settings) -> LossBalancer:
-    """The balancer of a kind: "dynamic", "published" or "fixed", with the settings of its class.
+    """The balancer of a kind, one of `BALANCERS`, with the settings of its class.
 
     Raises: ValueError for an unknown kind or setting, naming the choices.
     """
-    if kind == "dynamic":
-        balancer = DynamicBalancer
-    elif kind == "published":
-        balancer = PublishedBalancer
-    elif kind == "fixed":
-        balancer = FixedBalancer
-    else:
-        raise ValueError(f'balancer kind is {kind!r}; expected "dynamic", "published" or "fixed"')
+    if kind not in BALANCERS:
+        raise ValueError(f"balancer kind is {kind!r}; expected one of {', '.join(BALANCERS)}")
+    balancer = BALANCERS[kind]
     choices = [name for name in inspect.signature(balancer).parameters if name != "names"]
     unknown = sorted(set(settings) - set(choices))
     if unknown:

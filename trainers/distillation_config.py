@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from .balancers import BALANCERS
 from .losses import PAIRS
 
 
@@ -50,10 +51,13 @@ class DSMDTrainingArguments(TrainingArguments):
     )
     balancer: str = field(
         default="dynamic",
-        metadata={"help": "What sets the losses' weights.", "choices": ["dynamic", "published", "fixed"]},
+        metadata={"help": "What sets the losses' weights; see trainers/balancers.py.", "choices": list(BALANCERS)},
     )
-    balancer_temperature: float = field(
-        default=1.0, metadata={"help": "Of the softmax over the losses' rates: smaller lets rates count for more."}
+    balancer_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of the softmax over the losses' rates: smaller lets rates count for more. Default: 1, of dwa 2."
+        },
     )
     balancer_smoothing: float = field(
         default=0.9, metadata={"help": "Decay of the dynamic balancer's averages of the losses, in [0, 1)."}
@@ -115,8 +119,9 @@ class DSMDTrainingArguments(TrainingArguments):
             ("balancer_temperature", 0, float("inf")),
             ("max_caption_length", 2, float("inf")),
         ):
-            if not low < getattr(self, name) < high:
-                raise ValueError(f"{name}={getattr(self, name)}: expected more than {low}.")
+            value = getattr(self, name)
+            if value is not None and not low < value < high:
+                raise ValueError(f"{name}={value}: expected more than {low}.")
         for name in ("random_shift", "random_zoom", "balancer_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number in [0, 1).")

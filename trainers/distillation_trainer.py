@@ -76,14 +76,8 @@ class DSMDTrainer(RetrievalTrainer):
             # Each process may have fitted its own; on unlike machines they differ in the last digits.
             self.teacher_projection = distributed.from_first_rank(teacher_projection.to(args.device))
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        settings = {}
-        if args.balancer == "dynamic":
-            settings = {"temperature": args.balancer_temperature, "smoothing": args.balancer_smoothing}
-        elif args.balancer == "published":
-            settings = {"temperature": args.balancer_temperature}
-        elif args.loss_weights is not None:
-            settings = {"weights": dict(zip(args.losses, args.loss_weights))}
-        self.balancer = make_balancer(args.balancer, args.losses, **settings).to(args.device)
+        self.balancer = make_balancer(args.balancer, args.losses, **self._balancer_settings(train_dataset))
+        self.balancer.to(args.device)
         self.balancer_is_set = False
         sizes = (0, 0)
         if isinstance(train_dataset, datasets.IterableDataset):
@@ -105,6 +99,24 @@ class DSMDTrainer(RetrievalTrainer):
         self._step_losses = torch.zeros(len(args.losses), device=args.device)
         self._history: list[torch.Tensor] = []
         self.add_callback(_UpdateBalancer(self))
+
+    def _balancer_settings(self, train_dataset) -> dict:
+        args = self.args
+        settings = {}
+        if args.balancer in ("dynamic", "published", "dwa") and args.balancer_temperature is not None:
+            settings["temperature"] = args.balancer_temperature
+        if args.balancer == "dynamic":
+            settings["smoothing"] = args.balancer_smoothing
+        elif args.balancer == "fixed" and args.loss_weights is not None:
+            settings["weights"] = dict(zip(args.losses, args.loss_weights))
+        elif args.balancer == "dwa":
+            if isinstance(train_dataset, datasets.IterableDataset):
+                raise ValueError(
+                    "balancer=dwa compares epochs, and a stream's are not known: choose another balancer."
+                )
+            rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
+            settings["steps_per_epoch"] = max(1, len(train_dataset or ()) // rows_per_step)
+        return settings
 
     def begin_step(self, batches: list[dict]) -> None:
         super().begin_step(batches)

@@ -5,13 +5,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchjd import scalarization
 
-from trainers.balancers import DynamicBalancer, FixedBalancer, PublishedBalancer, make_balancer
+from trainers import balancers
+from trainers.balancers import BALANCERS, DynamicBalancer, FixedBalancer, PublishedBalancer
 
 
 NAMES = ("contrastive", "feature", "similarity", "hard_negative")
-KINDS = ("dynamic", "published", "fixed")
+KINDS = tuple(BALANCERS)
+ADAPTIVE = tuple(kind for kind in KINDS if kind not in ("fixed", "random"))
 FIRST = torch.tensor([4.0, 0.03, 0.4, 0.25])
+
+
+def make_balancer(kind, names, **settings):
+    return balancers.make_balancer(kind, names, **{"steps_per_epoch": 7} if kind == "dwa" else {}, **settings)
 
 
 def feed(balancer, sequence):
@@ -92,10 +99,69 @@ def test_published_is_the_gradient_of_the_sum_of_logs():
         optimiser.step()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "published"])
+@pytest.mark.parametrize("kind", ["dynamic", "published", "geometric_mean"])
 def test_magnitudes_are_right_from_the_first_step(kind):
     weighted = feed(make_balancer(kind, NAMES), FIRST[None])[0] * FIRST
     torch.testing.assert_close(weighted, weighted[:1].expand(4))
+
+
+def scalarized_gradient(scalarizer, losses):
+    losses = losses.clone().requires_grad_()
+    return torch.autograd.grad(scalarizer(losses), losses)[0]
+
+
+def test_geometric_mean_against_torchjd():
+    sequence = noisy(10, steps=20)
+    for weights, losses in zip(feed(make_balancer("geometric_mean", NAMES), sequence), sequence):
+        gradient = scalarized_gradient(scalarization.GeometricMean(), losses)
+        torch.testing.assert_close(weights / weights.sum(), gradient / gradient.sum())
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.1])
+def test_dwa_against_torchjd(temperature):
+    sequence = noisy(11, steps=40)
+    balancer = make_balancer("dwa", NAMES, temperature=temperature)
+    balancer.initialise(sequence[0])
+    reference = scalarization.DWA(temperature)
+    seen = []
+    for step, losses in enumerate(sequence, start=1):
+        weights = balancer.weights()
+        torch.testing.assert_close(weights, scalarized_gradient(reference, losses))
+        seen.append(weights)
+        balancer.update(losses)
+        if step % 7 == 0:
+            reference.step()
+    assert torch.equal(seen[13], torch.ones(4)) and not torch.equal(seen[14], torch.ones(4))
+
+
+def test_uncertainty_against_torchjd():
+    sequence = noisy(12, steps=80)
+    balancer = make_balancer("uncertainty", NAMES, rate=0.1)
+    balancer.initialise(sequence[0])
+    reference = scalarization.UW(4)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for losses in sequence:
+        torch.testing.assert_close(balancer.weights(), scalarized_gradient(reference, losses))
+        optimizer.zero_grad()
+        reference(losses).backward()
+        optimizer.step()
+        balancer.update(losses)
+    for _ in range(2000):
+        balancer.update(FIRST)
+    torch.testing.assert_close(balancer.log_variance, FIRST.log(), rtol=1e-3, atol=1e-3)  # at rest: geometric mean
+
+
+def test_random_against_torchjd():
+    """The same distribution: of torchjd's weights mean and spread, and no two steps alike."""
+    balancer = make_balancer("random", NAMES)
+    weights = feed(balancer, FIRST.repeat(4000, 1))
+    torch.manual_seed(0)
+    reference = torch.stack([4 * scalarized_gradient(scalarization.Random(), FIRST) for _ in range(4000)])
+    torch.testing.assert_close(weights.sum(dim=1), torch.full((4000,), 4.0))
+    torch.testing.assert_close(weights.mean(dim=0), reference.mean(dim=0), rtol=0, atol=0.06)
+    torch.testing.assert_close(weights.std(dim=0), reference.std(dim=0), rtol=0, atol=0.06)
+    assert len(weights[:, 0].unique()) > 3990
+    assert not torch.equal(weights[0], make_balancer("random", NAMES, seed=1).weights())
 
 
 def test_fixed():
@@ -143,10 +209,12 @@ def test_dynamic_swings_no_more_than_the_rates_allow():
         assert (shares.max() / shares.min()).item() <= math.exp((2 - 0.5) / 0.5) * 1.001
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.05])
-@pytest.mark.parametrize("kind", ["dynamic", "published"])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [(kind, {}) for kind in ADAPTIVE] + [(kind, {"temperature": 0.05}) for kind in ("dynamic", "published", "dwa")],
+)
 @pytest.mark.parametrize("seed", range(10))
-def test_weights_are_finite_for_any_finite_losses(kind, seed, temperature):
+def test_weights_are_finite_for_any_finite_losses(seed, kind, settings):
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor([0.0, 0.0, 1e-45, 1e-38, 1e-30, 1e-8, 1e-3, 1.0, 1e30, 3.4e38, torch.finfo().max, -1e-7])
     sequence = values[torch.randint(0, len(values), (200, 4), generator=generator)]
@@ -157,11 +225,11 @@ def test_weights_are_finite_for_any_finite_losses(kind, seed, temperature):
     if seed == 5:
         sequence = torch.finfo().max * (1 - 0.5 * torch.rand(200, 4, generator=generator))
         sequence[:, 0] = torch.finfo().max
-    weights = feed(make_balancer(kind, NAMES, temperature=temperature), sequence)
+    weights = feed(make_balancer(kind, NAMES, **settings), sequence)
     assert torch.isfinite(weights).all() and (weights >= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "published"])
+@pytest.mark.parametrize("kind", ["dynamic", "published", "geometric_mean"])
 def test_a_loss_that_touches_zero_and_comes_back(kind):
     """The published code has weights of NaN here."""
     sequence = FIRST.repeat(800, 1)
@@ -182,7 +250,7 @@ def test_dynamic_a_loss_that_was_never_positive():
     torch.testing.assert_close(weights[30:, 3], torch.full((30,), 4.0))  # at once by its first positive value
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "published"])
+@pytest.mark.parametrize("kind", ADAPTIVE)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_losses_that_are_not_finite_change_nothing_of_theirs(kind, bad):
     balancer = make_balancer(kind, NAMES)
@@ -191,8 +259,9 @@ def test_losses_that_are_not_finite_change_nothing_of_theirs(kind, bad):
     weights = balancer.weights()
     balancer.update(torch.tensor([bad, 0.1, 0.2, bad]))
     for name, value in balancer.state_dict().items():
-        assert torch.equal(value[[0, 3]], before[name][[0, 3]])
-        assert not torch.equal(value[[1, 2]], before[name][[1, 2]]) or name == "largest"
+        if value.ndim:
+            assert torch.equal(value[[0, 3]], before[name][[0, 3]])
+            assert not torch.equal(value[[1, 2]], before[name][[1, 2]]) or name in ("largest", "last", "before")
     assert torch.isfinite(balancer.weights()).all()
     balancer.load_state_dict(before)
     balancer.update(torch.full((4,), bad))
@@ -235,7 +304,7 @@ def test_state_round_trip_is_exact(kind):
         other.update(losses)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "published"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_initialise_forgets_the_past(kind):
     sequence = noisy(7)
     fresh, used = make_balancer(kind, NAMES), make_balancer(kind, NAMES)
@@ -244,12 +313,15 @@ def test_initialise_forgets_the_past(kind):
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match='"dynamic", "published" or "fixed"'):
-        make_balancer("dwa", NAMES)
+    with pytest.raises(ValueError, match="'famo'; expected one of dynamic, published, geometric_mean"):
+        make_balancer("famo", NAMES)
     for kind, setting, choices in (
         ("dynamic", "scale", "temperature, smoothing"),
         ("published", "smoothing", "scale, temperature"),
         ("fixed", "temperature", "weights"),
+        ("dwa", "smoothing", "steps_per_epoch, temperature"),
+        ("uncertainty", "temperature", "rate"),
+        ("random", "temperature", "seed"),
     ):
         with pytest.raises(ValueError, match=f"no setting {setting}; it has {choices}"):
             make_balancer(kind, NAMES, **{setting: 0.5})
@@ -260,9 +332,13 @@ def test_bad_input_is_refused():
         ("dynamic", "smoothing", -0.1),
         ("published", "scale", -1.0),
         ("published", "temperature", math.inf),
+        ("dwa", "temperature", 0.0),
+        ("uncertainty", "rate", 0.0),
     ):
         with pytest.raises(ValueError, match=setting):
             make_balancer(kind, NAMES, **{setting: value})
+    with pytest.raises(ValueError, match="steps_per_epoch is 0"):
+        balancers.make_balancer("dwa", NAMES, steps_per_epoch=0)
     for weights in ({"feature": 1.0}, {**dict.fromkeys(NAMES, 1.0), "extra": 1.0}):
         with pytest.raises(ValueError, match="weights are given for"):
             make_balancer("fixed", NAMES, weights=weights)

@@ -61,7 +61,7 @@ def test_dynamic_weights_are_right_from_the_first_step(tmp_path, rows):
         assert first[f"share_{name}"] == pytest.approx(0.25, abs=1e-4)
 
 
-@pytest.mark.parametrize("balancer", ["dynamic", "published"])
+@pytest.mark.parametrize("balancer", ["dynamic", "dwa", "random"])
 @pytest.mark.parametrize("stop", [3, 4])  # in the middle of an epoch (two steps long), and at its end
 def test_resume_gives_the_same_run(tmp_path, rows, validation_rows, stop, balancer):
     settings = {

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainers import ContrastiveTrainer, DSMDTrainingArguments, FeatureQueue
+from trainers.balancers import BALANCERS
 from trainers.losses import PAIRS
 
 
@@ -104,7 +105,10 @@ def take_two_steps(trainer, micro_batches: int = 1) -> NoSynchronisation:
     return watch
 
 
-@pytest.mark.parametrize("balancer, hardest", [("dynamic", True), ("published", False), ("fixed", True)])
+@pytest.mark.parametrize(
+    "balancer, hardest",
+    [("published", False)] + [(balancer, True) for balancer in BALANCERS if balancer != "published"],
+)
 def test_distillation_step(tmp_path, rows, balancer, hardest):
     settings = {"contrastive_pairs": list(PAIRS), "hard_negative_margin_kind": "teacher", "optim": "adamw_torch"}
     trainer = make_trainer(tmp_path, rows, balancer=balancer, hardest_negative=hardest, **settings)
