@@ -1,0 +1,263 @@
+"""A table of many trainings: each variant of a recipe with its own best learning rate, over several seeds.
+
+python -m benchmarks.ablation --config recipes/ablation_icons.yaml         # trains what is missing, prints the tables
+python -m benchmarks.ablation --config recipes/ablation_icons.yaml --test  # at the very end: opens the test split
+
+A run is one line of JSON in `results`. What has a line is not run again; a run that was stopped goes on from its last
+checkpoint. Every choice (learning rate, best of the random vectors, best epoch) is made on the validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from .common import machine
+
+
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclasses.dataclass
+class Ablation:
+    """A study, as its YAML file says it.
+
+    Attributes:
+        recipe: of `train.py`, which every variant changes.
+        results: the file of JSON lines.
+        runs: the folder of the students.
+        seeds: of each variant.
+        learning_rates: of the sweep that each variant gets on the first seed.
+        settings: of every run, over the recipe's.
+        questions: for each its variants, for each the settings it changes.
+        random_vectors: `{"question": where the best one becomes a variant, "count": 20, "seed": 0, "centres": [n],
+            "decades": 1.0}`: fixed weights of the losses drawn log-uniformly around the centres, each trained once.
+    """
+
+    recipe: str
+    results: Path
+    runs: Path
+    seeds: list[int]
+    learning_rates: list[float]
+    questions: dict[str, dict[str, dict]]
+    settings: dict = dataclasses.field(default_factory=dict)
+    random_vectors: dict | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Ablation:
+        """Raises: ValueError for a key that is none of its attributes, or one that is missing."""
+        content = yaml.safe_load(path.read_text())
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        required = {name for name, field in known.items() if field.default_factory is field.default}
+        if set(content) - set(known) or required - set(content):
+            raise ValueError(
+                f"{path} has {sorted(content)}; expected {sorted(required)}, and of {sorted(known)} no more"
+            )
+        return cls(**content | {"results": Path(content["results"]), "runs": Path(content["runs"])})
+
+    def vectors(self) -> list[dict]:
+        """Settings of the hand-tuned weight vectors."""
+        if self.random_vectors is None:
+            return []
+        rng, decades = random.Random(self.random_vectors["seed"]), self.random_vectors["decades"]
+        draws = [
+            [centre * 10 ** rng.uniform(-decades, decades) for centre in self.random_vectors["centres"]]
+            for _ in range(self.random_vectors["count"])
+        ]
+        return [{"balancer": "fixed", "loss_weights": [float(f"{w:.3g}") for w in draw]} for draw in draws]
+
+
+def key_of(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train_one(recipe: str, settings: dict, folder: Path) -> dict:
+    """Trains a student into `folder`, or goes on with it, and evaluates it on the validation split alone.
+
+    Returns: validation figures, parameters, steps and seconds of this training.
+    """
+    from train import as_options, prepare
+
+    options = as_options(settings | {"output_dir": str(folder), "report_to": "none", "disable_tqdm": True})
+    trainer, _, checkpoint, _ = prepare(["--config", recipe, "--resume_from_checkpoint", "last", *options])
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.interruption.agreed:
+        sys.exit("interrupted; the same command goes on")
+    metrics = trainer.evaluate()
+    trainer.save_model(_internal_call=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    figures = {
+        name: value for name, value in metrics.items() if not name.startswith(("teacher_", "eval_samples", "eval_run"))
+    }
+    return figures | {
+        "parameters": trainer.model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+def test_one(recipe: str, settings: dict, folder: Path) -> dict:
+    """Figures of a trained student on the test split."""
+    from train import as_options, prepare
+
+    options = as_options(settings | {"model_name_or_path": str(folder), "report_to": "none", "disable_tqdm": True})
+    trainer, rows, _, fold_size = prepare(["--config", recipe, "--do_train", "False", *options])
+    metrics = trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size)
+    return {name: value for name, value in metrics.items() if name in ("test_rsum", "test_share_of_teacher")}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t); infinite for one value."""
+    if len(values) < 2:
+        return values[0], math.inf
+    return statistics.mean(values), T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def shown(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:.1f}" if math.isinf(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+class Study:
+    """The runs of an ablation: those that have a line, and the making of those that have none."""
+
+    def __init__(self, ablation: Ablation, train: bool):
+        self.ablation = ablation
+        self.train = train
+        self.lines = {line["key"]: line for line in read_lines(ablation.results)}
+
+    def run(self, variant: dict, seed: int, learning_rate: float) -> dict | None:
+        """The line of a run; None where it has none and nothing is to be trained."""
+        settings = self.ablation.settings | variant | {"seed": seed, "learning_rate": learning_rate}
+        key = key_of(settings)
+        if key not in self.lines and self.train:
+            print(f"{datetime.datetime.now():%H:%M} {settings}", file=sys.stderr, flush=True)
+            call = [sys.executable, "-m", "benchmarks.ablation", "--one", json.dumps(settings)]
+            folder = self.ablation.runs / key
+            output = subprocess.run(
+                [*call, "--recipe", self.ablation.recipe, "--folder", str(folder)], stdout=subprocess.PIPE, text=True
+            )
+            if output.returncode:
+                raise RuntimeError(f"The run of {settings} failed: see above. The same command goes on with it.")
+            figures = json.loads(output.stdout.splitlines()[-1])
+            self.add({"key": key, "settings": settings, **figures})
+        return self.lines.get(key)
+
+    def add(self, line: dict) -> None:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        line |= {"commit": commit.stdout.strip(), "machine": machine()}
+        self.lines[line["key"]] = line
+        self.ablation.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.ablation.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def best_rate(self, variant: dict) -> float | None:
+        """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
+        first = self.ablation.seeds[0]
+        lines = [self.run(variant, first, rate) for rate in self.ablation.learning_rates]
+        if None in lines:
+            return None
+        return max(lines, key=lambda line: line["eval_rsum"])["settings"]["learning_rate"]
+
+    def best_vector(self) -> dict | None:
+        """Of the random vectors that whose validation RSUM is largest, with the middle learning rate of the sweep."""
+        rates = self.ablation.learning_rates
+        vectors = self.ablation.vectors()
+        lines = [self.run(vector, self.ablation.seeds[0], rates[len(rates) // 2]) for vector in vectors]
+        if None in lines:
+            return None
+        return max(zip(lines, vectors), key=lambda pair: pair[0]["eval_rsum"])[1]
+
+    def variants(self, question: str) -> dict[str, dict]:
+        variants = dict(self.ablation.questions[question])
+        if self.ablation.random_vectors is not None and self.ablation.random_vectors["question"] == question:
+            best = self.best_vector()
+            if best is not None:
+                name = f"best of {len(self.ablation.vectors())} random vectors, {best['loss_weights']}"
+                variants[name] = best
+        return variants
+
+    def lines_of(self, variant: dict) -> list[dict]:
+        """One for each seed, with the variant's best learning rate."""
+        rate = self.best_rate(variant)
+        lines = [] if rate is None else [self.run(variant, seed, rate) for seed in self.ablation.seeds]
+        return [line for line in lines if line is not None]
+
+    def table(self, question: str) -> str:
+        """Markdown. Differences are those to the question's first variant, seed by seed."""
+        rows, first = [], None
+        for name, variant in self.variants(question).items():
+            lines = self.lines_of(variant)
+            by_seed = {line["settings"]["seed"]: line for line in lines}
+            first = by_seed if first is None else first
+            common = [seed for seed in by_seed if seed in first]
+            gains = [by_seed[seed]["eval_rsum"] - first[seed]["eval_rsum"] for seed in common]
+            columns = [shown([line[figure] for line in lines if figure in line]) for figure in FIGURES]
+            rate = lines[0]["settings"]["learning_rate"] if lines else "-"
+            rows.append(f"| {name} | {rate} | {len(lines)} | {' | '.join(columns)} | {shown(gains)} |")
+        return "\n".join([f"### {question}\n", *HEADER, *rows])
+
+    def open_test(self) -> None:
+        """Adds the test figures of every variant's runs to their lines."""
+        for question in self.ablation.questions:
+            for variant in self.variants(question).values():
+                for line in self.lines_of(variant):
+                    if "test_rsum" not in line:
+                        folder = self.ablation.runs / line["key"]
+                        self.add(line | test_one(self.ablation.recipe, line["settings"], folder))
+
+
+FIGURES = ("eval_rsum", "eval_share_of_teacher", "test_rsum", "test_share_of_teacher")
+HEADER = (
+    "| variant | learning rate | seeds | validation RSUM | % of the teacher's | test RSUM | % of the teacher's | "
+    "validation, to the first |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--questions", nargs="+", help="only these; all by default")
+    parser.add_argument("--tables", action="store_true", help="print what there is and train nothing")
+    parser.add_argument("--test", action="store_true", help="open the test split for the runs of the tables")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # a run, in a process of its own
+    parser.add_argument("--recipe", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one is not None:
+        print(json.dumps(train_one(args.recipe, args.one, args.folder)))
+        return
+    ablation = Ablation.read(args.config)
+    study = Study(ablation, train=not args.tables and not args.test)
+    if args.test:
+        study.open_test()
+    for question in args.questions or ablation.questions:
+        print(study.table(question), flush=True)
+    print(f"\n{machine()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
