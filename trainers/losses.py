@@ -23,6 +23,7 @@ PAIRS = ("II", "TT", "IT", "TI")
 
 # Stands for "not a negative": finite, so that a row without any negative has finite (zero) gradients.
 MASKED = torch.finfo(torch.float32).min
+LARGEST_LOGIT = 60.0  # e^60 times a dictionary is still a float32 number, and so is e^-60
 DICTIONARY_BLOCK = 4096  # rows of the dictionary that are compared at once: what the processor's cache likes best
 
 
@@ -141,7 +142,6 @@ def contrastive_distillation(
     with torch.autocast(student_image.device.type, enabled=False):
         student = {"I": student_image.float(), "T": student_text.float()}
         teacher = {"I": teacher_image.float(), "T": teacher_text.float()}
-        groups = {"I": image_groups, "T": image_groups[caption_to_image]}
         dictionary = {"I": dictionary_image.float(), "T": dictionary_text.float()}
         dictionary_groups = {"I": dictionary_image_groups, "T": dictionary_text_groups}
         counts = {"I": _count(num_images, student_image), "T": _count(num_captions, student_text)}
@@ -150,7 +150,12 @@ def contrastive_distillation(
         for pair in pairs:
             query, target = pair
             negatives = _LogSumExp.apply(
-                student[query], groups[query], dictionary[target], dictionary_groups[target], temperature
+                student[query],
+                image_groups,
+                None if query == "I" else caption_to_image,
+                dictionary[target],
+                dictionary_groups[target],
+                temperature,
             )
             # In IT the captions of an image share its negatives: the product is made once per image.
             negatives = _per_query(negatives, pair, query, caption_to_image)
@@ -165,33 +170,43 @@ class _LogSumExp(torch.autograd.Function):
 
     The dictionary is constant, so the gradient, its mean under the softmax, is made beside the value, block by block
     (online softmax, Milakov and Gimelshein 2018): the `[B, Q]` logits are never stored, and cost one product each way.
-    Without negatives the value is about MASKED.
+    Without negatives the value is MASKED.
     """
 
     @staticmethod
-    def forward(ctx, queries, groups, dictionary, dictionary_groups, temperature):
+    def forward(ctx, queries, image_groups, image_of_query, dictionary, dictionary_groups, temperature):
         queries = queries / temperature
-        largest = queries.new_full((len(queries), 1), MASKED)
+        # Rows of length 1 have logits of 1 / tau at most: where their exponentials and the sums of those are float32
+        # numbers, no largest one has to be found and taken off.
+        bounded = 1 / temperature <= LARGEST_LOGIT
+        largest = queries.new_full((len(queries), 1), 0.0 if bounded else MASKED)
         total = torch.zeros_like(largest)  # of e^{logit - largest}
         weighted = torch.zeros_like(queries)  # dictionary rows, weighted so
         for start in range(0, len(dictionary), DICTIONARY_BLOCK):
             rows = dictionary[start : start + DICTIONARY_BLOCK]
+            same = image_groups[:, None] == dictionary_groups[None, start : start + DICTIONARY_BLOCK]
             logits = queries @ rows.T
-            _mask(logits, groups, dictionary_groups[start : start + DICTIONARY_BLOCK])
-            before, largest = largest, largest.maximum(logits.amax(dim=1, keepdim=True))
-            shrink = (before - largest).exp_()
-            logits.sub_(largest).exp_()
-            total.mul_(shrink).add_(logits.sum(dim=1, keepdim=True))
+            # Captions have their image's group: compared once an image.
+            logits.masked_fill_(same if image_of_query is None else same.index_select(0, image_of_query), MASKED)
+            if not bounded:
+                before, largest = largest, largest.maximum(logits.amax(dim=1, keepdim=True))
+                shrink = (before - largest).exp_()
+                total.mul_(shrink)
+                weighted.mul_(shrink)
+                logits.sub_(largest)
+            logits.exp_()
+            total.add_(logits.sum(dim=1, keepdim=True))
             if ctx.needs_input_grad[0]:
-                weighted.mul_(shrink).addmm_(logits, rows)
-        total.clamp_(min=torch.finfo(torch.float32).tiny)  # an empty dictionary
-        ctx.save_for_backward(weighted.div_(total * temperature))
-        return (largest + total.log()).squeeze(1)
+                weighted.addmm_(logits, rows)
+        ctx.save_for_backward(weighted.div_(total.clamp(min=torch.finfo(torch.float32).tiny) * temperature))
+        # A row without negatives has a total of 0, or only struck logits.
+        none = (total == 0) | (largest == MASKED)
+        return torch.where(none, MASKED, largest + total.log()).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None], None, None, None, None
+        return gradient * grad[:, None], None, None, None, None, None
 
 
 def hard_negative_distillation(

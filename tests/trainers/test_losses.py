@@ -206,10 +206,32 @@ def test_the_largest_logits_may_come_last_and_be_large(monkeypatch):
     query = torch.tensor([[1.0, 0.0]]).requires_grad_()
     columns = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     groups, temperature = torch.tensor([7, 7, 1, 2, 3]), 1e-3
-    value = losses_module._LogSumExp.apply(query, torch.tensor([7]), columns, groups, temperature)
+    value = losses_module._LogSumExp.apply(query, torch.tensor([7]), None, columns, groups, temperature)
     assert value.item() == pytest.approx(600)  # cosine 0.6 over 0.001; the own group's 1.0 would give 1,000
     (gradient,) = torch.autograd.grad(value, query)
     torch.testing.assert_close(gradient, columns[-1:] / temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1 / 59.9, 1 / 60.1, 0.002])  # on both sides of LARGEST_LOGIT
+@pytest.mark.parametrize("what", ["alike", "opposite", "random", "none"])
+def test_log_sum_exp_against_float64(temperature, what):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(3, 8, generator=generator), dim=-1).requires_grad_()
+    rows = torch.nn.functional.normalize(torch.randn(9000, 8, generator=generator), dim=-1)
+    if what in ("alike", "opposite"):
+        rows = query.detach()[:1].repeat(9000, 1) * (1 if what == "alike" else -1)
+    groups = torch.full((9000,), 5) if what == "none" else torch.arange(9000)
+    images, image_of_query = torch.tensor([5, 9001]), torch.tensor([0, 1, 0])
+    value = losses_module._LogSumExp.apply(query, images, image_of_query, rows, groups, temperature)
+    logits = query.double() @ rows.double().T / temperature
+    logits = logits.masked_fill(images[image_of_query][:, None] == groups, -torch.inf)
+    expected = logits.logsumexp(dim=1)
+    alone = torch.isinf(expected)
+    assert (value[alone] == losses_module.MASKED).all() and alone.sum() == (2 if what == "none" else 0)
+    torch.testing.assert_close(value[~alone].double(), expected[~alone], rtol=1e-5, atol=1e-4)
+    (found,) = torch.autograd.grad(value.sum(), query)
+    (gradient,) = torch.autograd.grad(expected[~alone].sum(), query)
+    torch.testing.assert_close(found[~alone].double(), gradient[~alone].double(), rtol=2e-4, atol=1e-4 / temperature)
 
 
 @pytest.mark.parametrize("name", ["contrastive", "fixed", "teacher"])
