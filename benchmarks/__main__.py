@@ -6,7 +6,7 @@ python -m benchmarks
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from . import (
@@ -24,11 +24,16 @@ from .common import Row, print_table
 PROGRAMS = (captions_per_second, step_cost, cached_teacher, teacher_features, loader, retrieval_speed, start_up)
 
 
+def measured(measure: Callable[[], list[Row]]) -> list[Row]:
+    multiprocessing.set_start_method(None, force=True)  # loader workers are forked again, as in train.py
+    return measure()
+
+
 def rows() -> Iterator[Row]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         for program in PROGRAMS:
-            yield from processes.submit(program.measure).result()
+            yield from processes.submit(measured, program.measure).result()
 
 
 if __name__ == "__main__":

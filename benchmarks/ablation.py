@@ -61,9 +61,9 @@ class Ablation:
     def read(cls, path: Path) -> Ablation:
         """Raises: ValueError for a key that is none of its attributes, or one that is missing."""
         content = yaml.safe_load(path.read_text())
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        required = {name for name, field in known.items() if field.default_factory is field.default}
-        if set(content) - set(known) or required - set(content):
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = known - {"settings", "random_vectors"}
+        if set(content) - known or required - set(content):
             raise ValueError(
                 f"{path} has {sorted(content)}; expected {sorted(required)}, and of {sorted(known)} no more"
             )

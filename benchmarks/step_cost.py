@@ -46,7 +46,7 @@ def bare_step(trainer: DSMDTrainer, batch: dict, optimizer: torch.optim.Optimize
     return step
 
 
-def paper_student(captions: int = 32, rounds: int = 5, tiny: bool = False) -> list[Row]:
+def paper_student(captions: int = 32, rounds: int = 3, tiny: bool = False) -> list[Row]:
     """Five captions an image; the last image has what is left."""
     images = -(-captions // 5)
     with tempfile.TemporaryDirectory() as folder:
