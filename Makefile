@@ -31,7 +31,8 @@ bench: $(INSTALLED)  ## measure what the README claims, on CPU
 	$(BIN)/python -m benchmarks
 
 soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostile inputs, the lower bounds of pyproject
-	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600
+	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 tests/test_soak.py  # alone: it holds rates
+	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 -n logical --maxprocesses 4 --ignore tests/test_soak.py
 	$(BIN)/python tests/lower_bounds.py .venv/lower
 
 quality: $(INSTALLED)  ## check style, lint and known vulnerabilities (make style mends what it can)

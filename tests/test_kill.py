@@ -116,7 +116,7 @@ def run_and_kill(folder: Path, data: Path, kind: str, place: float, rank: int, p
     return output
 
 
-@pytest.mark.parametrize("number", [*range(4), *(pytest.param(n, marks=pytest.mark.soak) for n in range(4, 30))])
+@pytest.mark.parametrize("number", [*range(4), *(pytest.param(n, marks=pytest.mark.soak) for n in range(4, 34))])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path, run_data, hub, number):
     at = moment(number)
     run_and_kill(tmp_path, run_data, **at)

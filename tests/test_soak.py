@@ -118,7 +118,8 @@ def check_flat(samples: list[Sample], total: int, what: str) -> None:
     )
     assert growth < 0.1
     # Another program may take the cores for a while: time of the clock alone would blame this one.
-    assert max(kept.values()) > 0.8
+    # Beside other tests, CPU time stands for the clock; `make soak` has the machine to itself.
+    assert (kept["seconds"] if total >= 300_000 else max(kept.values())) > 0.8
 
 
 @pytest.fixture(scope="module")
