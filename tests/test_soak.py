@@ -117,8 +117,7 @@ def check_flat(samples: list[Sample], total: int, what: str) -> None:
         f"of that ({kept['cpu_seconds']:.2f} by CPU time); memory {held}: {100 * growth:+.1f} %"
     )
     assert growth < 0.1
-    # Another program may take the cores for a while: time of the clock alone would blame this one.
-    # Beside other tests, CPU time stands for the clock; `make soak` has the machine to itself.
+    # Beside CI's other tests, CPU time may stand for the clock; in `make soak` this test has the machine to itself.
     assert (kept["seconds"] if total >= 300_000 else max(kept.values())) > 0.8
 
 

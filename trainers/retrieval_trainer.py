@@ -366,9 +366,12 @@ class RetrievalTrainer(Trainer):
         return result
 
     def _run_epoch(self, **kwargs):
-        """Trainer takes one step more of a run that is resumed at its end, if that is no epoch's."""
+        """Trainer takes one step more of a run that is resumed at its end, if that is no epoch's; and a stream has no
+        last epoch."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _finalize_training(self, *args):
         """With a limit of 1 Trainer deletes the last checkpoint where another is the best: then nothing goes on."""
