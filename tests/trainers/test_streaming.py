@@ -302,6 +302,18 @@ def test_resume_gives_the_same_run(tmp_path, workers):
     assert last[0]["loss"] == last[1]["loss"] and last[0]["epoch"] == last[1]["epoch"]
 
 
+def test_a_finished_run_that_is_resumed_ends(tmp_path):
+    """A stream has no last epoch at which Trainer would stop."""
+    stream = make_rows(16).to_iterable_dataset()
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    finished = make_trainer(tmp_path, stream, **settings)
+    finished.train()
+    resumed = make_trainer(tmp_path, stream, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert_equal_states(full_state(finished), full_state(resumed))
+
+
 def test_the_queue_of_a_stream_is_not_clamped_and_unreadable_images_are_listed(tmp_path, monkeypatch, caplog):
     broken = {"bytes": b"no image", "path": None}
     rows = make_rows(20).cast_column("image", datasets.Image(decode=False))
