@@ -356,6 +356,9 @@ class RetrievalTrainer(Trainer):
             for line in check_identity(self, resume_from_checkpoint, self.args.allow_changes):
                 logger.warning(f"Resumed with a change, {line}.")
         self.resumed_from = resume_from_checkpoint or None
+        if self.is_world_process_zero():
+            for left in Path(self.args.output_dir).glob("_push-*"):  # of a run that was killed in a push
+                shutil.rmtree(left, ignore_errors=True)
         with self.interruption.listening(), name_killed_workers():
             result = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
             received = int(distributed.gather_counts([[self.interruption.received]]).max())
@@ -535,7 +538,6 @@ class RetrievalTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"_push-{step}"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         try:
             snapshot(Path(checkpoint_folder), folder)
         except OSError as error:
