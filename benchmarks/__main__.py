@@ -5,7 +5,9 @@ python -m benchmarks
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -26,7 +28,8 @@ PROGRAMS = (captions_per_second, step_cost, cached_teacher, teacher_features, lo
 
 def measured(measure: Callable[[], list[Row]]) -> list[Row]:
     multiprocessing.set_start_method(None, force=True)  # loader workers are forked again, as in train.py
-    return measure()
+    with contextlib.redirect_stdout(sys.stderr):  # the table's lines stay together
+        return measure()
 
 
 def rows() -> Iterator[Row]:
