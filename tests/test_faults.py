@@ -356,7 +356,7 @@ def checkpoints_of_a_run(tmp_path_factory) -> list[Path]:
     return of_run(folder)
 
 
-@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 100), marks=pytest.mark.soak)], ids=["10", "90"])
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 110), marks=pytest.mark.soak)], ids=["10", "100"])
 def test_faults_of_the_hub_leave_no_checkpoint_broken(tmp_path, hub, monkeypatch, checkpoints_of_a_run, seeds):
     """Pushed and fetched amid faults: what is on the Hub, and what is fetched, is a whole checkpoint."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -387,7 +387,7 @@ def test_faults_of_the_hub_leave_no_checkpoint_broken(tmp_path, hub, monkeypatch
     assert 0 < came_through < len(seeds)
 
 
-@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 100), marks=pytest.mark.soak)], ids=["10", "90"])
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 110), marks=pytest.mark.soak)], ids=["10", "100"])
 def test_faults_of_the_hub_leave_no_feature_dataset_broken(tmp_path, hub, monkeypatch, teacher, seeds):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     rows = datasets.DatasetDict({"train": make_rows(6), "validation": make_rows(3, seed=1)})
