@@ -25,7 +25,7 @@ from .gpu.common import make_rows, make_trainer
 from .teacher_features import make_teacher
 
 
-def measure(images: int = 4, rounds: int = 3, tiny: bool = False) -> list[Row]:
+def measure(images: int = 4, rounds: int = 2, tiny: bool = False) -> list[Row]:
     """Two rows of the table.
 
     Args:

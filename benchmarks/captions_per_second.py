@@ -63,7 +63,7 @@ def four_pair_trainer(folder: str, images: int, tiny: bool) -> DSMDTrainer:
     return trainer
 
 
-def measure(images: int = 6, rounds: int = 3, tiny: bool = False) -> list[Row]:
+def measure(images: int = 6, rounds: int = 2, tiny: bool = False) -> list[Row]:
     """The table's row.
 
     Args:
