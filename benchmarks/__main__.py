@@ -5,10 +5,8 @@ python -m benchmarks
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from . import (
@@ -20,16 +18,10 @@ from . import (
     step_cost,
     teacher_features,
 )
-from .common import Row, print_table
+from .common import Row, measured, print_table
 
 
 PROGRAMS = (captions_per_second, step_cost, cached_teacher, teacher_features, loader, retrieval_speed, start_up)
-
-
-def measured(measure: Callable[[], list[Row]]) -> list[Row]:
-    multiprocessing.set_start_method(None, force=True)  # loader workers are forked again, as in train.py
-    with contextlib.redirect_stdout(sys.stderr):  # the table's lines stay together
-        return measure()
 
 
 def rows() -> Iterator[Row]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,6 +42,13 @@ def print_table(rows: Iterable[Row]) -> None:
     for row in rows:
         print(row, flush=True)
     print(f"\n{machine()}")
+
+
+def measured(measure: Callable[[], list[Row]]) -> list[Row]:
+    """A program's rows, in the process that was spawned for it."""
+    multiprocessing.set_start_method(None, force=True)  # loader workers are forked again, as in train.py
+    with contextlib.redirect_stdout(sys.stderr):  # the table's lines stay together
+        return measure()
 
 
 def machine() -> str:
