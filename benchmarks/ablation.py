@@ -15,13 +15,17 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -126,6 +130,18 @@ def test_one(recipe: str, settings: dict, folder: Path) -> dict:
     return {name: value for name, value in metrics.items() if name in ("test_rsum", "test_share_of_teacher")}
 
 
+def commit() -> str:
+    """Of the tree, with `-dirty` where more than the results of studies differs from it."""
+    head, changes = (
+        subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+        for arguments in (
+            ["rev-parse", "--short", "HEAD"],
+            ["status", "--porcelain", "-uno", "--", ".", ":!docs/study"],
+        )
+    )
+    return f"{head}-dirty" if changes else head
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval (Student's t); infinite for one value."""
     if len(values) < 2:
@@ -141,11 +157,12 @@ def shown(values: list[float]) -> str:
 
 
 class Study:
-    """The runs of an ablation: those that have a line, and the making of those that have none."""
+    """The runs of an ablation: those that have a line, and the making of those that have none, `jobs` at once."""
 
-    def __init__(self, ablation: Ablation, train: bool):
+    def __init__(self, ablation: Ablation, train: bool, jobs: int = 1):
         self.ablation = ablation
         self.train = train
+        self.jobs = jobs
         self.lines = {line["key"]: line for line in read_lines(ablation.results)}
 
     def run(self, variant: dict, seed: int, learning_rate: float) -> dict | None:
@@ -155,19 +172,24 @@ class Study:
         if key not in self.lines and self.train:
             print(f"{datetime.datetime.now():%H:%M} {settings}", file=sys.stderr, flush=True)
             call = [sys.executable, "-m", "benchmarks.ablation", "--one", json.dumps(settings)]
-            folder = self.ablation.runs / key
-            output = subprocess.run(
-                [*call, "--recipe", self.ablation.recipe, "--folder", str(folder)], stdout=subprocess.PIPE, text=True
-            )
+            call += ["--recipe", self.ablation.recipe, "--folder", str(self.ablation.runs / key)]
+            threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))} if self.jobs > 1 else {}
+            output = subprocess.run(call, stdout=subprocess.PIPE, text=True, env=os.environ | threads)
             if output.returncode:
                 raise RuntimeError(f"The run of {settings} failed: see above. The same command goes on with it.")
             figures = json.loads(output.stdout.splitlines()[-1])
-            self.add({"key": key, "settings": settings, **figures})
+            self.add({"key": key, "settings": settings, **figures, "commit": commit(), "machine": machine()})
         return self.lines.get(key)
 
+    def each(self, function: Callable, values: Iterable) -> list[Any]:
+        """`function` of the values, of `jobs` at once; after one that fails no other is begun."""
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            return list(pool.map(function, values))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def add(self, line: dict) -> None:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        line |= {"commit": commit.stdout.strip(), "machine": machine()}
         self.lines[line["key"]] = line
         self.ablation.results.parent.mkdir(parents=True, exist_ok=True)
         with self.ablation.results.open("a") as file:
@@ -185,19 +207,23 @@ class Study:
         """Of the random vectors that whose validation RSUM is largest, with the middle learning rate of the sweep."""
         rates = self.ablation.learning_rates
         vectors = self.ablation.vectors()
-        lines = [self.run(vector, self.ablation.seeds[0], rates[len(rates) // 2]) for vector in vectors]
+        rate = rates[len(rates) // 2]
+        lines = self.each(lambda vector: self.run(vector, self.ablation.seeds[0], rate), vectors)
         if None in lines:
             return None
         return max(zip(lines, vectors), key=lambda pair: pair[0]["eval_rsum"])[1]
 
-    def variants(self, question: str) -> dict[str, dict]:
+    def lines_by_variant(self, question: str) -> dict[str, list[dict]]:
+        """For each variant of a question its runs; the best random vector comes last."""
         variants = dict(self.ablation.questions[question])
+        lines = self.each(self.lines_of, variants.values())
         if self.ablation.random_vectors is not None and self.ablation.random_vectors["question"] == question:
             best = self.best_vector()
             if best is not None:
                 name = f"best of {len(self.ablation.vectors())} random vectors, {best['loss_weights']}"
                 variants[name] = best
-        return variants
+                lines.append(self.lines_of(best))
+        return dict(zip(variants, lines))
 
     def lines_of(self, variant: dict) -> list[dict]:
         """One for each seed, with the variant's best learning rate."""
@@ -208,8 +234,7 @@ class Study:
     def table(self, question: str) -> str:
         """Markdown. Differences are those to the question's first variant, seed by seed."""
         rows, first = [], None
-        for name, variant in self.variants(question).items():
-            lines = self.lines_of(variant)
+        for name, lines in self.lines_by_variant(question).items():
             by_seed = {line["settings"]["seed"]: line for line in lines}
             first = by_seed if first is None else first
             common = [seed for seed in by_seed if seed in first]
@@ -222,11 +247,12 @@ class Study:
     def open_test(self) -> None:
         """Adds the test figures of every variant's runs to their lines."""
         for question in self.ablation.questions:
-            for variant in self.variants(question).values():
-                for line in self.lines_of(variant):
+            for lines in self.lines_by_variant(question).values():
+                for line in lines:
                     if "test_rsum" not in line:
                         folder = self.ablation.runs / line["key"]
-                        self.add(line | test_one(self.ablation.recipe, line["settings"], folder))
+                        figures = test_one(self.ablation.recipe, line["settings"], folder)
+                        self.add(line | figures | {"test_commit": commit()})
 
 
 FIGURES = ("eval_rsum", "eval_share_of_teacher", "test_rsum", "test_share_of_teacher")
@@ -241,6 +267,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--questions", nargs="+", help="only these; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--tables", action="store_true", help="print what there is and train nothing")
     parser.add_argument("--test", action="store_true", help="open the test split for the runs of the tables")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # a run, in a process of its own
@@ -251,7 +278,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(train_one(args.recipe, args.one, args.folder)))
         return
     ablation = Ablation.read(args.config)
-    study = Study(ablation, train=not args.tables and not args.test)
+    study = Study(ablation, train=not args.tables and not args.test, jobs=args.jobs)
     if args.test:
         study.open_test()
     for question in args.questions or ablation.questions:

@@ -51,7 +51,7 @@ def trained(monkeypatch):
 
     def run(command, **kwargs):
         if command[0] == "git":
-            return types.SimpleNamespace(stdout="abc\n")
+            return types.SimpleNamespace(stdout="abc\n" if command[1] == "rev-parse" else "")
         settings = json.loads(command[command.index("--one") + 1])
         runs.append(settings)
         line = json.dumps({"eval_rsum": rsum(settings), "eval_share_of_teacher": 50.0})
