@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import re
-from collections.abc import Hashable, Iterable
 from importlib import metadata, util
 from pathlib import Path
 
@@ -20,11 +18,11 @@ import datasets
 import PIL
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
-from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
 
+from . import glyphs
 from .building import SPLITS, parse_arguments, push, write_beside
+from .glyphs import IMAGE_SIZE, GlyphDrawer, components, png
 
 
 QTAWESOME_VERSION = "1.4.2"
@@ -42,8 +40,6 @@ STYLE_WORDS = frozenset(
     "outline outlined filled fill bold thick fat thin light line duotone solid regular sharp round rounded alt "
     "alternate variant simple small large mini s empty".split()
 )
-IMAGE_SIZE = 64
-MARGIN = 4
 FEATURES = Features(
     {
         "image": Image(),
@@ -91,7 +87,7 @@ def build_icons() -> DatasetDict:
     for font, (stem, version) in FONTS.items():
         font_file = folder / f"{stem}-{version}.ttf"
         charmap = _read_charmap(folder / f"{stem}-charmap-{version}.json")
-        draw = _GlyphDrawer(font_file)
+        draw = GlyphDrawer(font_file)
         for name, code_point in tqdm(charmap.items(), desc=f"icons: {font}", leave=False):
             image = draw(chr(code_point))
             if image is None:
@@ -99,7 +95,12 @@ def build_icons() -> DatasetDict:
                 continue
             row = rows.get(pixels := image.tobytes())
             if row is None:
-                row = {"image": _png(image), "captions": [], "image_id": f"{font}/{code_point:x}", "font": font}
+                row = {
+                    "image": {"bytes": png(image), "path": None},
+                    "captions": [],
+                    "image_id": f"{font}/{code_point:x}",
+                    "font": font,
+                }
                 rows[pixels] = row
             if (caption := caption_of(name)) not in row["captions"]:
                 row["captions"].append(caption)
@@ -107,14 +108,14 @@ def build_icons() -> DatasetDict:
     rows = list(rows.values())
     captions = [row["captions"] for row in rows]
     image_ids = [row["image_id"] for row in rows]
-    groups = _components(captions, image_ids)
+    groups = components(captions, image_ids)
     # The group is a key too: rows of one group may have no stem in common.
     stems = [
         [("group", group), *(("stem", stem_of(caption)) for caption in row)]
         for group, row in zip(groups, captions, strict=True)
     ]
     parts: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for row, group, component in zip(rows, groups, _components(stems, image_ids), strict=True):
+    for row, group, component in zip(rows, groups, components(stems, image_ids), strict=True):
         parts[_split_of(component)].append({**row, "group_id": group})
     print(f"icons: {len(rows)} drawings, {len(skipped)} glyphs without a drawing left out {skipped or ''}".rstrip())
     return DatasetDict(
@@ -128,9 +129,10 @@ def build_icons() -> DatasetDict:
 def load_icons() -> DatasetDict:
     """Same as `build_icons`, built once and then read from the datasets cache (`HF_DATASETS_CACHE`).
 
-    The cache's key changes with QtAwesome, Pillow and this file. Several processes may build at the same time.
+    The cache's key changes with QtAwesome, Pillow, this file and `glyphs.py`. Several processes may build at once.
     """
-    source = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, glyphs.__file__))
+    source = hashlib.blake2b(sources, digest_size=6).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_icons"
     folder /= f"qtawesome-{QTAWESOME_VERSION}-pillow-{PIL.__version__}-{source}"
     if not folder.is_dir():
@@ -231,50 +233,6 @@ Logos among the icons remain trademarks of their owners.
     )
 
 
-class _GlyphDrawer:
-    """Draws characters of one font file, each as large as the square's margin allows."""
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; expected a font of {_requirement()}")
-        self.path = path
-        self.fonts: dict[int, ImageFont.FreeTypeFont] = {}
-        # U+10FFFF is not a character, so every font answers with its sign for a missing glyph.
-        self.missing = self._ink(chr(0x10FFFF), IMAGE_SIZE)
-
-    def __call__(self, character: str) -> PILImage.Image | None:
-        """The drawing, 64 x 64 in mode L, or None where the font has no glyph or an empty one."""
-        ink = self._ink(character, IMAGE_SIZE)
-        if ink is None or ink == self.missing:
-            return None
-        room = IMAGE_SIZE - 2 * MARGIN
-        size = IMAGE_SIZE * room // max(ink.size)
-        # Edges fall between pixels: a glyph small in its square was measured coarsely, any may be a pixel too large.
-        ink = self._ink(character, size)
-        if max(ink.size) < room - 1:
-            size = size * room // max(ink.size)
-            ink = self._ink(character, size)
-        while max(ink.size) > room:
-            size -= 1
-            ink = self._ink(character, size)
-        image = PILImage.new("L", (IMAGE_SIZE, IMAGE_SIZE), 255)
-        image.paste(ImageOps.invert(ink), ((IMAGE_SIZE - ink.width) // 2, (IMAGE_SIZE - ink.height) // 2))
-        return image
-
-    def _ink(self, character: str, size: int) -> PILImage.Image | None:
-        """The character at a font size, white on black, cut to what is drawn; None where nothing is."""
-        if size not in self.fonts:
-            # The basic layout is in every Pillow; the other one depends on a system library.
-            self.fonts[size] = ImageFont.truetype(self.path, size, layout_engine=ImageFont.Layout.BASIC)
-        font = self.fonts[size]
-        # `getbbox` counts the advance too, and a glyph centred by it is off its square's centre.
-        left, top, right, bottom = font.getbbox(character)
-        canvas = PILImage.new("L", (right - left + 2 * MARGIN, bottom - top + 2 * MARGIN))
-        ImageDraw.Draw(canvas).text((MARGIN - left, MARGIN - top), character, fill=255, font=font)
-        box = canvas.getbbox()
-        return canvas.crop(box) if box else None
-
-
 def _requirement() -> str:
     return f"qtawesome=={QTAWESOME_VERSION}: pip install qtawesome=={QTAWESOME_VERSION}"
 
@@ -308,32 +266,6 @@ def _read_charmap(path: Path) -> dict[str, int]:
     if not charmap:
         raise ValueError(f"{path} has no icons; install again {_requirement()}")
     return charmap
-
-
-def _png(image: PILImage.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _components(keys: list[Iterable[Hashable]], names: list[str]) -> list[str]:
-    """Connected components of rows that share a key: per row the smallest name in its component."""
-    parent = list(range(len(keys)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first: dict[Hashable, int] = {}
-    for i, row in enumerate(keys):
-        for key in row:
-            a, b = root(first.setdefault(key, i)), root(i)
-            # The smaller name stays the root and so names the component.
-            if names[b] < names[a]:
-                a, b = b, a
-            parent[b] = a
-    return [names[root(i)] for i in range(len(keys))]
 
 
 def _split_of(component: str) -> str:
