@@ -29,7 +29,7 @@ browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get inst
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" "selenium>=4.51"
 	$(BIN)/python -m pytest -m browser
 
-bench: $(INSTALLED)  ## measure what the README claims, on CPU
+bench: $(INSTALLED)  ## measure what the README claims, on CPU, in under 20 minutes
 	$(BIN)/python -m benchmarks
 
 soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostile inputs, the lower bounds of pyproject
