@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import defaultdict
 
@@ -114,8 +115,11 @@ class DSMDTrainer(RetrievalTrainer):
                 raise ValueError(
                     "balancer=dwa compares epochs, and a stream's are not known: choose another balancer."
                 )
-            rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
-            settings["steps_per_epoch"] = max(1, len(train_dataset or ()) // rows_per_step)
+            batches = len(train_dataset or ()) / (args.train_batch_size * distributed.world_size())
+            batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+            settings["steps_per_epoch"] = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        elif args.balancer == "random":
+            settings["seed"] = args.seed
         return settings
 
     def begin_step(self, batches: list[dict]) -> None:
