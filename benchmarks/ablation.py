@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .common import machine
@@ -63,14 +64,19 @@ class Ablation:
 
     @classmethod
     def read(cls, path: Path) -> Ablation:
-        """Raises: ValueError for a key that is none of its attributes, or one that is missing."""
-        content = yaml.safe_load(path.read_text())
+        """Raises: ValueError for a key that is unknown or missing, too many seeds, vectors for no question."""
+        content = yaml.safe_load(path.read_text()) or {}
         known = {field.name for field in dataclasses.fields(cls)}
         required = known - {"settings", "random_vectors"}
         if set(content) - known or required - set(content):
             raise ValueError(
                 f"{path} has {sorted(content)}; expected {sorted(required)}, and of {sorted(known)} no more"
             )
+        if not 1 <= len(content["seeds"]) <= len(T_975) + 1:
+            raise ValueError(f"{path} has {len(content['seeds'])} seeds; expected 1 to {len(T_975) + 1}")
+        vectors = content.get("random_vectors")
+        if vectors is not None and vectors["question"] not in content["questions"]:
+            raise ValueError(f"{path} has random_vectors for {vectors['question']!r}; expected one of its questions")
         return cls(**content | {"results": Path(content["results"]), "runs": Path(content["runs"])})
 
     def vectors(self) -> list[dict]:
@@ -90,33 +96,42 @@ def key_of(settings: dict) -> str:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Raises: ValueError for a line that is cut short, as one is that was being written when the power went."""
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}): delete it, its run is made again") from None
+    return lines
 
 
-def train_one(recipe: str, settings: dict, folder: Path) -> dict:
+def train_one(recipe: str, settings: dict, folder: Path, threads: int) -> dict:
     """Trains a student into `folder`, or goes on with it, and evaluates it on the validation split alone.
 
-    Returns: validation figures, parameters, steps and seconds of this training.
+    Returns: validation figures, parameters, steps, and the seconds and threads of this process.
     """
     from train import as_options, prepare
 
     options = as_options(settings | {"output_dir": str(folder), "report_to": "none", "disable_tqdm": True})
     trainer, _, checkpoint, _ = prepare(["--config", recipe, "--resume_from_checkpoint", "last", *options])
+    torch.set_num_threads(threads)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interruption.agreed:
         sys.exit("interrupted; the same command goes on")
     metrics = trainer.evaluate()
     trainer.save_model(_internal_call=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     figures = {
-        name: value for name, value in metrics.items() if not name.startswith(("teacher_", "eval_samples", "eval_run"))
+        name: value
+        for name, value in metrics.items()
+        if name.startswith("eval_") and not name.startswith(("eval_samples", "eval_run"))
     }
     return figures | {
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - began),
+        "threads": threads,
     }
 
 
@@ -131,13 +146,12 @@ def test_one(recipe: str, settings: dict, folder: Path) -> dict:
 
 
 def commit() -> str:
-    """Of the tree, with `-dirty` where more than the results of studies differs from it."""
+    """Of the tree, with `-dirty` where more than the results of studies differs from it; empty where there is none."""
+    if shutil.which("git") is None:
+        return ""
     head, changes = (
         subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-        for arguments in (
-            ["rev-parse", "--short", "HEAD"],
-            ["status", "--porcelain", "-uno", "--", ".", ":!docs/study"],
-        )
+        for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", ":!*.jsonl"])
     )
     return f"{head}-dirty" if changes else head
 
@@ -163,37 +177,42 @@ class Study:
         self.ablation = ablation
         self.train = train
         self.jobs = jobs
+        self.failed = False
+        self.recipe = yaml.safe_load(Path(ablation.recipe).read_text())
         self.lines = {line["key"]: line for line in read_lines(ablation.results)}
 
     def run(self, variant: dict, seed: int, learning_rate: float) -> dict | None:
         """The line of a run; None where it has none and nothing is to be trained."""
         settings = self.ablation.settings | variant | {"seed": seed, "learning_rate": learning_rate}
-        key = key_of(settings)
-        if key not in self.lines and self.train:
+        key = key_of(self.recipe | settings)
+        if key not in self.lines and self.train and not self.failed:
             print(f"{datetime.datetime.now():%H:%M} {settings}", file=sys.stderr, flush=True)
+            folder, code = self.ablation.runs / key, commit()
             call = [sys.executable, "-m", "benchmarks.ablation", "--one", json.dumps(settings)]
-            call += ["--recipe", self.ablation.recipe, "--folder", str(self.ablation.runs / key)]
-            threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))} if self.jobs > 1 else {}
-            output = subprocess.run(call, stdout=subprocess.PIPE, text=True, env=os.environ | threads)
+            call += ["--recipe", self.ablation.recipe, "--folder", str(folder)]
+            call += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.jobs))]
+            output = subprocess.run(call, stdout=subprocess.PIPE, text=True)
             if output.returncode:
+                self.failed = True
                 raise RuntimeError(f"The run of {settings} failed: see above. The same command goes on with it.")
             figures = json.loads(output.stdout.splitlines()[-1])
-            self.add({"key": key, "settings": settings, **figures, "commit": commit(), "machine": machine()})
+            self.add({"key": key, "settings": settings, **figures, "commit": code, "machine": machine()})
+            for checkpoint in folder.glob("checkpoint-*"):  # only now: until its line is there a run may be resumed
+                shutil.rmtree(checkpoint)
         return self.lines.get(key)
 
     def each(self, function: Callable, values: Iterable) -> list[Any]:
-        """`function` of the values, of `jobs` at once; after one that fails no other is begun."""
-        pool = ThreadPoolExecutor(self.jobs)
-        try:
+        """`function` of the values, of `jobs` at once."""
+        with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(function, values))
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def add(self, line: dict) -> None:
         self.lines[line["key"]] = line
         self.ablation.results.parent.mkdir(parents=True, exist_ok=True)
         with self.ablation.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def best_rate(self, variant: dict) -> float | None:
         """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
@@ -244,15 +263,16 @@ class Study:
             rows.append(f"| {name} | {rate} | {len(lines)} | {' | '.join(columns)} | {shown(gains)} |")
         return "\n".join([f"### {question}\n", *HEADER, *rows])
 
-    def open_test(self) -> None:
+    def open_test(self, questions: Iterable[str]) -> None:
         """Adds the test figures of every variant's runs to their lines."""
-        for question in self.ablation.questions:
+        code = commit()
+        for question in questions:
             for lines in self.lines_by_variant(question).values():
                 for line in lines:
                     if "test_rsum" not in line:
                         folder = self.ablation.runs / line["key"]
                         figures = test_one(self.ablation.recipe, line["settings"], folder)
-                        self.add(line | figures | {"test_commit": commit()})
+                        self.add(line | figures | {"test_commit": code})
 
 
 FIGURES = ("eval_rsum", "eval_share_of_teacher", "test_rsum", "test_share_of_teacher")
@@ -273,15 +293,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # a run, in a process of its own
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one is not None:
-        print(json.dumps(train_one(args.recipe, args.one, args.folder)))
+        print(json.dumps(train_one(args.recipe, args.one, args.folder, args.threads)))
         return
+    if args.config is None:
+        parser.error("--config is missing, e.g. recipes/ablation_icons.yaml")
     ablation = Ablation.read(args.config)
+    questions = args.questions or list(ablation.questions)
+    if unknown := sorted(set(questions) - set(ablation.questions)):
+        parser.error(f"--questions {' '.join(unknown)}: expected some of {', '.join(ablation.questions)}")
     study = Study(ablation, train=not args.tables and not args.test, jobs=args.jobs)
     if args.test:
-        study.open_test()
-    for question in args.questions or ablation.questions:
+        study.open_test(questions)
+    for question in questions:
         print(study.table(question), flush=True)
     print(f"\n{machine()}")
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 import types
 
 import numpy as np
@@ -31,6 +33,7 @@ STUDY = {
 @pytest.fixture
 def study_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("num_train_epochs: 6\n")
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(STUDY))
     return path
@@ -54,6 +57,8 @@ def trained(monkeypatch):
             return types.SimpleNamespace(stdout="abc\n" if command[1] == "rev-parse" else "")
         settings = json.loads(command[command.index("--one") + 1])
         runs.append(settings)
+        folder = ablation.Path(command[command.index("--folder") + 1])
+        (folder / "checkpoint-1").mkdir(parents=True)
         line = json.dumps({"eval_rsum": rsum(settings), "eval_share_of_teacher": 50.0})
         return types.SimpleNamespace(returncode=0, stdout=f"noise\n{line}\n")
 
@@ -83,21 +88,101 @@ def test_it_goes_on_where_it_was_stopped(study_file, trained, monkeypatch, capsy
     main(["--config", str(study_file)])
     whole, lines = capsys.readouterr().out, (study_file.parent / "lines.jsonl").read_text().splitlines()
     count = len(trained)
-    (study_file.parent / "lines.jsonl").write_text("".join(f"{line}\n" for line in lines[: count // 2]))
+    (study_file.parent / "lines.jsonl").write_text("".join(f"{line}\n" for line in lines[: count // 4]))
     trained.clear()
     main(["--config", str(study_file), "--tables"])
     assert not trained and "| - | 0 | - |" in capsys.readouterr().out
     main(["--config", str(study_file)])
-    assert len(trained) == count - count // 2
+    assert len(trained) == count - count // 4
     assert capsys.readouterr().out == whole
 
 
-def test_a_run_that_fails_stops_the_study(study_file, monkeypatch):
-    failed = types.SimpleNamespace(returncode=1, stdout="")
-    monkeypatch.setattr(ablation, "subprocess", types.SimpleNamespace(run=lambda *args, **kwargs: failed, PIPE=None))
-    with pytest.raises(RuntimeError, match="random|learning_rate"):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_stops_the_study(study_file, trained, monkeypatch, jobs):
+    run, asked = ablation.subprocess.run, []
+
+    def fail_once(command, **kwargs):
+        asked.append(command)
+        if "--one" in command and '"balancer": "random"' in command[command.index("--one") + 1]:
+            return types.SimpleNamespace(returncode=1, stdout="")
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(ablation.subprocess, "run", fail_once)
+    with pytest.raises(RuntimeError, match="'random'.*The same command goes on"):
+        main(["--config", str(study_file), "--jobs", str(jobs)])
+    assert [command for command in asked if "--one" in command and '"random"' in " ".join(command)][1:] == []
+    lines = ablation.read_lines(study_file.parent / "lines.jsonl")
+    assert len(lines) == len(trained) <= 5 and not any(line["settings"].get("balancer") for line in lines)
+
+
+def test_runs_at_once_share_the_cores_and_give_the_same_table(study_file, trained, monkeypatch, capsys):
+    main(["--config", str(study_file)])
+    one, lines = capsys.readouterr().out, ablation.read_lines(study_file.parent / "lines.jsonl")
+    (study_file.parent / "lines.jsonl").unlink()
+    shutil.rmtree(study_file.parent / "runs")
+    run, threads = ablation.subprocess.run, set()
+
+    def watch(command, **kwargs):
+        if "--one" in command:
+            threads.add(command[command.index("--threads") + 1])
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(ablation.subprocess, "run", watch)
+    monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda pid: range(8))
+    main(["--config", str(study_file), "--jobs", "3"])
+    assert threads == {"2"} and capsys.readouterr().out == one
+    again = ablation.read_lines(study_file.parent / "lines.jsonl")
+    assert sorted(line["key"] for line in again) == sorted(line["key"] for line in lines)
+    assert not list((study_file.parent / "runs").glob("*/checkpoint-*"))
+
+
+def test_another_recipe_makes_other_runs(study_file, trained):
+    main(["--config", str(study_file)])
+    count = len(trained)
+    (study_file.parent / "recipe.yaml").write_text("num_train_epochs: 6\nqueue_size: 5\n")
+    main(["--config", str(study_file)])
+    assert len(trained) == 2 * count
+
+
+def test_the_test_split_is_opened_for_the_questions_asked(study_file, trained, monkeypatch, capsys):
+    main(["--config", str(study_file)])
+    opened = []
+
+    def test_one(recipe, settings, folder):
+        opened.append(settings)
+        return {"test_rsum": 7.0, "test_share_of_teacher": 3.0}
+
+    monkeypatch.setattr(ablation, "test_one", test_one)
+    for _ in range(2):  # the second time there is nothing left to open
+        capsys.readouterr()
+        main(["--config", str(study_file), "--test", "--questions", "losses"])
+        assert len(opened) == 3 and all("balancer" not in settings for settings in opened)
+        assert "| all | 0.2 | 3 | 104.7 ± 10.0 | 50.0 ± 0.0 | 7.0 ± 0.0 | 3.0 ± 0.0 |" in capsys.readouterr().out
+    line = ablation.read_lines(study_file.parent / "lines.jsonl")[-1]
+    assert line["commit"] == line["test_commit"] == "abc" and "eval_rsum" in line
+
+
+def test_the_commit_says_whether_the_tree_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first", "--no-gpg-sign"]):
+        (tmp_path / "code.py").write_text("1")
+        (tmp_path / "lines.jsonl").write_text("1")
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, *command], check=True)
+    clean = ablation.commit()
+    assert len(clean) >= 4 and "dirty" not in clean
+    (tmp_path / "lines.jsonl").write_text("2")
+    assert ablation.commit() == clean
+    (tmp_path / "code.py").write_text("2")
+    assert ablation.commit() == f"{clean}-dirty"
+    monkeypatch.setattr(ablation.shutil, "which", lambda name: None)
+    assert ablation.commit() == ""
+
+
+def test_a_line_cut_short_is_named(study_file, trained):
+    (study_file.parent / "lines.jsonl").write_text('{"key": "a"}\n{"key": "b", "set')
+    with pytest.raises(ValueError, match="lines.jsonl, line 2 is no JSON"):
         main(["--config", str(study_file)])
-    assert not (study_file.parent / "lines.jsonl").exists()
 
 
 def test_interval_against_scipy():
@@ -121,10 +206,28 @@ def test_keys_follow_the_settings_alone():
 
 
 def test_a_study_with_unknown_or_missing_keys_is_refused(study_file):
-    for content in ({**STUDY, "seed": 1}, {name: value for name, value in STUDY.items() if name != "seeds"}):
+    without = {name: value for name, value in STUDY.items() if name != "seeds"}
+    elsewhere = {**STUDY["random_vectors"], "question": "margins"}
+    for content, message in (
+        ({**STUDY, "seed": 1}, "'seed'"),
+        (without, "expected.*'seeds'"),
+        ({}, r"study.yaml has \[\]"),
+        ({**STUDY, "seeds": list(range(17))}, "17 seeds; expected 1 to 16"),
+        ({**STUDY, "random_vectors": elsewhere}, "'margins'; expected one of its questions"),
+    ):
         study_file.write_text(yaml.safe_dump(content))
-        with pytest.raises(ValueError, match="study.yaml has"):
+        with pytest.raises(ValueError, match=message):
             Ablation.read(study_file)
+
+
+def test_missing_arguments_are_named(study_file, capsys):
+    for arguments, message in (
+        ([], "--config is missing"),
+        (["--config", str(study_file), "--questions", "margins"], "margins: expected some of balancers, losses"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_the_icons_study_names_settings_of_train(monkeypatch):
@@ -157,6 +260,7 @@ def test_a_real_run_and_its_test(tmp_path):
     assert 0 < figures["eval_rsum"] <= 600
     folder = tmp_path / figures["key"]
     assert (folder / "model.safetensors").is_file() and not list(folder.glob("checkpoint-*"))
+    assert figures["threads"] == len(ablation.os.sched_getaffinity(0))
     settings["num_train_epochs"] = 2
     tested = ablation.test_one(str(recipe), settings, folder)
     assert sorted(tested) == ["test_rsum", "test_share_of_teacher"] and 0 < tested["test_rsum"] <= 600
