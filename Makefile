@@ -53,4 +53,13 @@ icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its feat
 	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml
 	$(BIN)/python -m datasets_scripts.icons_teacher --model runs/icons_teacher --output runs/icons_teacher.safetensors
 
-.PHONY: help install quickstart test browser_test bench soak quality style icons_teacher
+emoji: $(INSTALLED)  ## make the emoji with a teacher's features, the study's second set: runs/emoji_taught
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
+	$(BIN)/python -m datasets_scripts.emoji --output runs/emoji
+	$(BIN)/python -m teachers.icons_towers --image_size 64 --output runs/icons_towers
+	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml --dataset_name runs/emoji \
+		--num_train_epochs 12 --output_dir runs/emoji_teacher
+	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset runs/emoji --teacher runs/emoji_teacher \
+		--output runs/emoji_taught
+
+.PHONY: help install quickstart test browser_test bench soak quality style icons_teacher emoji
