@@ -116,6 +116,7 @@ def test_a_run_that_fails_stops_the_study(study_file, trained, monkeypatch, jobs
 
 
 def test_runs_at_once_share_the_cores_and_give_the_same_table(study_file, trained, monkeypatch, capsys):
+    monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda pid: range(8))
     main(["--config", str(study_file)])
     one, lines = capsys.readouterr().out, ablation.read_lines(study_file.parent / "lines.jsonl")
     (study_file.parent / "lines.jsonl").unlink()
@@ -128,7 +129,6 @@ def test_runs_at_once_share_the_cores_and_give_the_same_table(study_file, traine
         return run(command, **kwargs)
 
     monkeypatch.setattr(ablation.subprocess, "run", watch)
-    monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda pid: range(8))
     main(["--config", str(study_file), "--jobs", "3"])
     assert threads == {"2"} and capsys.readouterr().out == one
     again = ablation.read_lines(study_file.parent / "lines.jsonl")

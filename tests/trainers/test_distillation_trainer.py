@@ -85,6 +85,24 @@ def test_resume_gives_the_same_run(tmp_path, rows, validation_rows, stop, balanc
     assert last[0]["loss"] == last[1]["loss"]
 
 
+@pytest.mark.parametrize(("accumulated", "drop_last"), [(1, True), (5, True), (5, False)])
+def test_dwa_counts_the_steps_of_an_epoch_as_the_trainer_does(tmp_path, rows, accumulated, drop_last):
+    settings = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 5, "balancer": "dwa"}
+    settings |= {"gradient_accumulation_steps": accumulated, "dataloader_drop_last": drop_last}
+    trainer = make_trainer(tmp_path, rows, **settings)
+    assert len(rows) % 5 and len(trainer.get_train_dataloader()) % 5  # or neither rounding would show
+    trainer.train()
+    assert trainer.balancer.steps_per_epoch == trainer.state.global_step > 1
+
+
+def test_random_weights_are_others_for_another_seed(tmp_path, rows):
+    first, again, other = (
+        make_trainer(tmp_path / str(i), rows, balancer="random", seed=seed).balancer.weights()
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_resume_without_balancer_and_queue_is_refused(tmp_path, rows):
     trainer = make_trainer(tmp_path, rows, max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
