@@ -22,10 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -201,10 +200,10 @@ class Study:
                 shutil.rmtree(checkpoint)
         return self.lines.get(key)
 
-    def each(self, function: Callable, values: Iterable) -> list[Any]:
-        """`function` of the values, of `jobs` at once."""
+    def each(self, runs: list[tuple[dict, int, float]]) -> list[dict | None]:
+        """The lines of runs (variant, seed, learning rate), which are made `jobs` at once."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(function, values))
+            return list(pool.map(lambda run: self.run(*run), runs))
 
     def add(self, line: dict) -> None:
         self.lines[line["key"]] = line
@@ -214,41 +213,43 @@ class Study:
             file.flush()
             os.fsync(file.fileno())
 
-    def best_rate(self, variant: dict) -> float | None:
-        """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
-        first = self.ablation.seeds[0]
-        lines = [self.run(variant, first, rate) for rate in self.ablation.learning_rates]
-        if None in lines:
-            return None
-        return max(lines, key=lambda line: line["eval_rsum"])["settings"]["learning_rate"]
+    def lines_of(self, variants: list[dict]) -> list[list[dict]]:
+        """Of each variant one line for each seed, at its best learning rate; none before all of its sweep has run."""
+        first, rates = self.ablation.seeds[0], self.ablation.learning_rates
+        sweep = iter(self.each([(variant, first, rate) for variant in variants for rate in rates]))
+        best: list[float | None] = []
+        for _ in variants:
+            lines = [next(sweep) for _ in rates]
+            whole = None not in lines
+            best.append(rates[max(range(len(rates)), key=lambda i: lines[i]["eval_rsum"])] if whole else None)
+        chosen = [(variant, rate) for variant, rate in zip(variants, best) if rate is not None]
+        lines = iter(self.each([(variant, seed, rate) for variant, rate in chosen for seed in self.ablation.seeds]))
+        found = [[] if rate is None else [next(lines) for _ in self.ablation.seeds] for rate in best]
+        return [[line for line in of_variant if line is not None] for of_variant in found]
 
     def best_vector(self) -> dict | None:
         """Of the random vectors that whose validation RSUM is largest, with the middle learning rate of the sweep."""
         rates = self.ablation.learning_rates
         vectors = self.ablation.vectors()
-        rate = rates[len(rates) // 2]
-        lines = self.each(lambda vector: self.run(vector, self.ablation.seeds[0], rate), vectors)
+        lines = self.each([(vector, self.ablation.seeds[0], rates[len(rates) // 2]) for vector in vectors])
         if None in lines:
             return None
         return max(zip(lines, vectors), key=lambda pair: pair[0]["eval_rsum"])[1]
 
     def lines_by_variant(self, question: str) -> dict[str, list[dict]]:
-        """For each variant of a question its runs; the best random vector comes last."""
-        variants = dict(self.ablation.questions[question])
-        lines = self.each(self.lines_of, variants.values())
+        """For each variant of a question its runs; the best random vector comes last.
+
+        That vector, and every learning rate, was chosen on the first seed, whose value is among those of the means:
+        for the best of many vectors it is too high.
+        """
+        variants = self.ablation.questions[question]
+        found = dict(zip(variants, self.lines_of(list(variants.values()))))
         if self.ablation.random_vectors is not None and self.ablation.random_vectors["question"] == question:
             best = self.best_vector()
             if best is not None:
                 name = f"best of {len(self.ablation.vectors())} random vectors, {best['loss_weights']}"
-                variants[name] = best
-                lines.append(self.lines_of(best))
-        return dict(zip(variants, lines))
-
-    def lines_of(self, variant: dict) -> list[dict]:
-        """One for each seed, with the variant's best learning rate."""
-        rate = self.best_rate(variant)
-        lines = [] if rate is None else [self.run(variant, seed, rate) for seed in self.ablation.seeds]
-        return [line for line in lines if line is not None]
+                (found[name],) = self.lines_of([best])
+        return found
 
     def table(self, question: str) -> str:
         """Markdown. Differences are those to the question's first variant, seed by seed."""

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import re
-from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .building import SPLITS, Row, build, parse_arguments
-from .glyphs import IMAGE_SIZE, GlyphDrawer, components, png
+from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
 
 
 # Drawings -> distribution, its version, its module, the font, and how it is drawn.
@@ -119,16 +118,7 @@ def _held_out_split(group: str) -> str:
 
 
 def _file(distribution: str, version: str, module: str, name: str) -> Path:
-    """A file of a PyPI package, whose own code is never run."""
-    try:
-        found = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        found = None
-    spec = util.find_spec(module)
-    if found != version or spec is None or not spec.submodule_search_locations:
-        install = f"pip install --force-reinstall --no-deps {distribution}=={version}"
-        raise ImportError(f"the emoji need {distribution} {version}, found {found}; run: {install}")
-    path = Path(spec.submodule_search_locations[0]) / name
+    path = package_folder(distribution, version, module) / name
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; run: pip install --force-reinstall --no-deps {distribution}=={version}"

@@ -1,9 +1,10 @@
-"""Characters of a font as pictures, and which rows belong together because they share a key."""
+"""Fonts that PyPI packages carry, their characters as pictures, and which rows belong together by a shared key."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Hashable, Iterable
+from importlib import metadata, util
 from pathlib import Path
 
 from PIL import Image as PILImage
@@ -72,6 +73,25 @@ class GlyphDrawer:
         ImageDraw.Draw(canvas).text(position, character, fill="black", font=font, embedded_color=self.colour)
         box = ImageOps.invert(canvas).getbbox()
         return canvas.crop(box) if box else None
+
+
+def package_folder(distribution: str, version: str, module: str) -> Path:
+    """Where the files of a PyPI package lie, whose own code is never run.
+
+    Raises:
+        ImportError: it is missing, of another version or without its files; says what to run.
+    """
+    try:
+        found = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        found = None
+    spec = util.find_spec(module)
+    if found != version or spec is None or not spec.submodule_search_locations:
+        state = "not installed" if found is None else f"of version {found}, or without its files"
+        # Pip does nothing for a package that is listed, unless forced.
+        command = f"pip install --force-reinstall --no-deps {distribution}=={version}"
+        raise ImportError(f"{distribution} {version} is needed and is {state}; run: {command}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def png(image: PILImage.Image) -> bytes:

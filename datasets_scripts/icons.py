@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import re
-from importlib import metadata, util
 from pathlib import Path
 
 import datasets
@@ -22,10 +21,11 @@ from tqdm.auto import tqdm
 
 from . import glyphs
 from .building import SPLITS, parse_arguments, push, write_beside
-from .glyphs import IMAGE_SIZE, GlyphDrawer, components, png
+from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
 
 
 QTAWESOME_VERSION = "1.4.2"
+REQUIREMENT = f"qtawesome=={QTAWESOME_VERSION}"
 # Font -> its files' name and version in the package. The order decides which glyph names a row.
 FONTS = {
     "material_design": ("materialdesignicons6-webfont", "6.9.96"),
@@ -233,27 +233,13 @@ Logos among the icons remain trademarks of their owners.
     )
 
 
-def _requirement() -> str:
-    return f"qtawesome=={QTAWESOME_VERSION}: pip install qtawesome=={QTAWESOME_VERSION}"
-
-
 def _fonts_folder() -> Path:
-    # `import qtawesome` would need Qt; only its files are of use here.
-    try:
-        version = metadata.version("qtawesome")
-    except metadata.PackageNotFoundError:
-        raise ImportError(f"the icon fonts are missing; install {_requirement()}") from None
-    if version != QTAWESOME_VERSION:
-        raise ImportError(f"qtawesome {version} has other icons; install {_requirement()}")
-    spec = util.find_spec("qtawesome")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"qtawesome {version} is listed but its folder is missing; install again {_requirement()}")
-    return Path(spec.submodule_search_locations[0]) / "fonts"
+    return package_folder("qtawesome", QTAWESOME_VERSION, "qtawesome") / "fonts"
 
 
 def _read_charmap(path: Path) -> dict[str, int]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a charmap of {_requirement()}")
+        raise FileNotFoundError(f"{path} is missing; expected a charmap of {REQUIREMENT}")
     charmap = {}
     for name, code_point in json.loads(path.read_text(encoding="utf-8")).items():
         try:
@@ -261,10 +247,10 @@ def _read_charmap(path: Path) -> dict[str, int]:
         except (TypeError, ValueError):
             raise ValueError(
                 f"{path.name}: {name!r} has code point {code_point!r}, expected a hexadecimal number; "
-                f"install again {_requirement()}"
+                f"install again {REQUIREMENT}"
             ) from None
     if not charmap:
-        raise ValueError(f"{path} has no icons; install again {_requirement()}")
+        raise ValueError(f"{path} has no icons; install again {REQUIREMENT}")
     return charmap
 
 

@@ -340,15 +340,20 @@ BALANCERS = {
 def make_balancer(kind: str, names: Sequence[str], **settings) -> LossBalancer:
     """The balancer of a kind, one of `BALANCERS`, with the settings of its class.
 
-    Raises: ValueError for an unknown kind or setting, naming the choices.
+    Raises: ValueError for an unknown kind or setting, naming the choices, and for one that is missing.
     """
     if kind not in BALANCERS:
         raise ValueError(f"balancer kind is {kind!r}; expected one of {', '.join(BALANCERS)}")
     balancer = BALANCERS[kind]
-    choices = [name for name in inspect.signature(balancer).parameters if name != "names"]
+    parameters = dict(inspect.signature(balancer).parameters)
+    del parameters["names"]
+    choices = list(parameters)
     unknown = sorted(set(settings) - set(choices))
     if unknown:
         raise ValueError(f"the {kind} balancer has no setting {', '.join(unknown)}; it has {', '.join(choices)}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in settings:
+            raise ValueError(f"the {kind} balancer needs the setting {name}")
     return balancer(names, **settings)
 
 

@@ -151,6 +151,22 @@ def test_uncertainty_against_torchjd():
     torch.testing.assert_close(balancer.log_variance, FIRST.log(), rtol=1e-3, atol=1e-3)  # at rest: geometric mean
 
 
+def test_uncertainty_takes_bounded_steps():
+    balancer = make_balancer("uncertainty", NAMES, rate=1.0)
+    balancer.update(torch.tensor([1e6, 1.0, 0.0, 1e30]))
+    torch.testing.assert_close(balancer.log_variance, torch.tensor([1.0, 0.0, -0.5, 1.0]))
+
+
+def test_dwa_rates_are_bounded():
+    balancer = make_balancer("dwa", NAMES, temperature=1.0)
+    losses = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    for factors in (torch.ones(4), torch.tensor([1e-5, 1.0, 1e5, 0.0])):
+        for _ in range(7):
+            balancer.update(losses * factors)
+    # A mean of 0 has rate 1.
+    torch.testing.assert_close(balancer.weights(), 4 * torch.softmax(torch.tensor([0.1, 1.0, 10.0, 1.0]), dim=0))
+
+
 def test_random_against_torchjd():
     """The same distribution: of torchjd's weights mean and spread, and no two steps alike."""
     balancer = make_balancer("random", NAMES)
@@ -337,6 +353,8 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(ValueError, match=setting):
             make_balancer(kind, NAMES, **{setting: value})
+    with pytest.raises(ValueError, match="the dwa balancer needs the setting steps_per_epoch"):
+        balancers.make_balancer("dwa", NAMES)
     with pytest.raises(ValueError, match="steps_per_epoch is 0"):
         balancers.make_balancer("dwa", NAMES, steps_per_epoch=0)
     for weights in ({"feature": 1.0}, {**dict.fromkeys(NAMES, 1.0), "extra": 1.0}):
