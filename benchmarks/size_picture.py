@@ -1,0 +1,90 @@
+"""The share of the teacher that students keep against their size and their speed, as a picture.
+
+    python -m benchmarks.size_picture --config recipes/ablation_sizes.yaml --output docs/sizes.png
+
+Reads the lines that `benchmarks.ablation` has written and times each variant's first student on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from transformers import AutoModel, AutoProcessor
+
+import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
+from trainers.report import latency
+
+from .ablation import Ablation, Study, interval
+from .common import machine
+
+
+def points_of(study: Study, question: str) -> list[dict[str, float]]:
+    """Of each variant that has run: parameters in millions, ms an image, and the share with half its interval."""
+    points = []
+    for name, lines in study.lines_by_variant(question).items():
+        if not lines:
+            print(f"{question}, {name}: no runs yet", file=sys.stderr)
+            continue
+        folder = study.ablation.runs / lines[0]["key"]
+        model = AutoModel.from_pretrained(folder)
+        speed = latency(model, AutoProcessor.from_pretrained(folder), max_length=12)
+        mean, half = interval([line["eval_share_of_teacher"] for line in lines])
+        points.append(
+            {
+                "parameters": lines[0]["parameters"] / 1e6,
+                "milliseconds": speed["ms_per_image_batch_1"],
+                "share": mean,
+                "half": half if len(lines) > 1 else 0.0,
+            }
+        )
+    return points
+
+
+def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, figure_name, label in (
+        (axes[0], "parameters", "parameters, millions"),
+        (axes[1], "milliseconds", "ms an image, batch 1"),
+    ):
+        for name, points in curves.items():
+            x, y, half = ([point[key] for point in points] for key in (figure_name, "share", "half"))
+            axis.errorbar(x, y, yerr=half, marker="o", markersize=4, capsize=3, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("% of the teacher's RSUM, validation")
+    axes[0].legend()
+    beside = path.with_suffix(".part.png")
+    figure.savefig(beside, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    os.replace(beside, path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="an ablation whose questions are the curves")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args(argv)
+    study = Study(Ablation.read(args.config), train=False)
+    curves = {question: points_of(study, question) for question in study.ablation.questions}
+    draw(curves, args.output)
+    print(
+        "| students | M parameters | ms an image, batch 1 | % of the teacher's RSUM, validation |\n|---|---|---|---|"
+    )
+    for name, points in curves.items():
+        for point in points:
+            share = f"{point['share']:.1f} ± {point['half']:.1f}"
+            print(f"| {name} | {point['parameters']:.2f} | {point['milliseconds']:.2f} | {share} |")
+    print(f"\n{machine()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
