@@ -43,6 +43,16 @@ def reseal(folder: Path, name: str) -> None:
     beside.replace(folder / MANIFEST)
 
 
+def copy_sealed(source: Path, target: Path) -> None:
+    """Copies a sealed checkpoint, and nothing that lies beside its files."""
+    sealed = json.loads((source / MANIFEST).read_text())
+    for path in [*_files(source), source / MANIFEST]:
+        name = path.relative_to(source).as_posix()
+        if name in sealed or name == MANIFEST:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / name)
+
+
 def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
     """Moves the files of one folder into another, each whole, those named last in this order; removes the one."""
     names = [path.relative_to(beside).as_posix() for path in _files(beside)]

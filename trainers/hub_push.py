@@ -8,13 +8,21 @@ import os
 import re
 import shlex
 import shutil
+import socket
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    set_client_factory,
+    snapshot_download,
+)
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 
-from .checkpoints import damage, publish, reseal
+from .checkpoints import copy_sealed, damage, publish, reseal
+from .teacher_pca import PCA_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -74,6 +82,7 @@ def push_checkpoint(
     folder: Path, repo_id: str, place: str | None, message: str, revision: str | None, private
 ) -> None:
     """One commit, so that every revision is whole: the student at the root, and all files under `place` to resume.
+    Files of an earlier run that are not this one's go, where they would be taken for its own.
 
     Args:
         folder: of [`snapshot`]; removed at the end.
@@ -89,6 +98,12 @@ def push_checkpoint(
                 operations.append(CommitOperationAdd(name, path))
             if place is not None:
                 operations.append(CommitOperationAdd(f"{place}/{name}", path))
+        added = {operation.path_in_repo for operation in operations}
+        operations += [
+            CommitOperationDelete(name)
+            for name in api.list_repo_files(repo_id, revision=revision)
+            if name not in added and (name == PCA_FILE or (place is not None and name.startswith(f"{place}/")))
+        ]
         api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     except Exception as error:  # of many classes: no repository, permission, connection or disk may end a training
         logger.warning(
@@ -105,6 +120,7 @@ def push_run(folder: str, repo_id: str, message: str, revision: str | None, priv
         The commit, or None where the push failed.
     """
     try:
+        forget_host(Path(folder))
         api = HfApi()
         repo_id = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
         return api.upload_folder(
@@ -113,15 +129,27 @@ def push_run(folder: str, repo_id: str, message: str, revision: str | None, priv
             commit_message=message,
             revision=revision,
             ignore_patterns=list(NOT_THE_STUDENTS),  # it adds to the list
+            delete_patterns=PCA_FILE,  # of an earlier run with another projection; this run's own stays
         )
     except Exception as error:  # as in `push_checkpoint`
         excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_THE_STUDENTS)
         at = f" --revision {shlex.quote(revision)}" if revision else ""
+        at += " --private" if private else ""
         print(
             f"\nThe push to {repo_id} failed: {one_line(error)}\nNothing is lost: the student is in {folder}. "
-            f"This completes the push:\n  hf upload {repo_id} {shlex.quote(str(folder))} .{at} {excluded}"
+            f"This completes the push:\n  hf upload {repo_id} {shlex.quote(str(folder))} .{at} {excluded} "
+            f"--delete {PCA_FILE}"
         )
         return None
+
+
+def forget_host(folder: Path) -> None:
+    """Takes this machine's name out of the names of TensorBoard's folders and files."""
+    host = socket.gethostname()
+    for path in sorted((folder / "runs").rglob("*"), reverse=True):  # a folder after what it holds
+        name = path.name.removesuffix(f"_{host}").replace(f".{host}.", ".")
+        if name != path.name:
+            path.rename(path.with_name(name))
 
 
 def pushed_place(strategy: HubStrategy, checkpoint: str) -> str | None:
@@ -164,7 +192,7 @@ def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> 
     state["best_model_checkpoint"] = best and str(best)
     beside = folder.with_name(f"_{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside)  # the cache holds links
+    copy_sealed(source, beside)
     (beside / "trainer_state.json").write_text(json.dumps(state, indent=2))
     reseal(beside, "trainer_state.json")
     publish(beside, folder)

@@ -526,6 +526,7 @@ class RetrievalTrainer(Trainer):
             return
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         self.push_in_progress = None
+        self.hub_pushes = HfApi()  # one for all: its pushes are in order
         let_workers_fork()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -544,7 +545,7 @@ class RetrievalTrainer(Trainer):
             logger.warning(f"Step {step} is not pushed: {one_line(error)}.")
             shutil.rmtree(folder, ignore_errors=True)
             return
-        job = HfApi().run_as_future(
+        job = self.hub_pushes.run_as_future(
             push_checkpoint,
             folder,
             self.hub_model_id,

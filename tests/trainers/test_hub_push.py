@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_rows
-from huggingface_hub import get_session, get_token, set_client_factory
+from huggingface_hub import HfApi, get_session, get_token, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file
 from tiny_trainer import largest_difference, make_trainer
@@ -22,6 +22,7 @@ from transformers import AutoModel, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from trainers.hub_push import RESUME_FILE, fetch_last_checkpoint, let_workers_fork
+from trainers.teacher_pca import PCA_FILE
 
 
 REPO = "user/student"
@@ -176,7 +177,7 @@ def test_a_hub_that_refuses_stops_nothing_and_one_command_completes_the_push(
     undisturbed = train(tmp_path / "undisturbed", rows, push_to_hub=False)
     undisturbed.save_model()
     hub.fail(1000, kind, on="POST")
-    trainer = train(tmp_path / "run", rows)
+    trainer = train(tmp_path / "run", rows, hub_private_repo=True)
     trainer.save_model(_internal_call=True)
     assert trainer.push_to_hub() is None
     assert local_files(tmp_path / "run") == local_files(tmp_path / "undisturbed")
@@ -184,11 +185,63 @@ def test_a_hub_that_refuses_stops_nothing_and_one_command_completes_the_push(
     assert not list((tmp_path / "run").glob("_push-*")) and not pushed(hub)
     hub.recover()
     (command,) = re.findall(r"^  (hf upload .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert " --private " in command
     hf = Path(sys.executable).with_name("hf")
     result = subprocess.run([hf, *shlex.split(command)[1:]], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert set(hub.files(REPO)) >= STUDENT
     assert not [name for name in hub.files(REPO) if "checkpoint" in name or name.startswith("_")]
+
+
+def test_pushes_are_in_order(tmp_path, rows, hub, monkeypatch):
+    """The first is slow: the second waits, or `last-checkpoint` would go back in time."""
+    done, second_asked = [], threading.Event()
+
+    def push(folder, repo_id, place, message, *rest):
+        if "step 2" in message:
+            second_asked.wait(10)
+        done.append(message)
+
+    monkeypatch.setattr("trainers.retrieval_trainer.push_checkpoint", push)
+
+    class Asked(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                second_asked.set()
+
+    make_trainer(tmp_path / "run", rows, callbacks=[Asked()], **SETTINGS).train()
+    assert done == ["Training in progress, step 2", "Training in progress, step 4"]
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path, rows, hub):
+    api = HfApi()
+    api.create_repo(REPO)
+    kept = "notes.txt"
+    for name in (f"last-checkpoint/{PCA_FILE}", PCA_FILE, kept):
+        api.upload_file(path_or_fileobj=b"of another run", path_in_repo=name, repo_id=REPO)
+    trainer = train(tmp_path / "run", rows, hub_strategy="checkpoint")
+    assert {name for name in hub.files(REPO) if PCA_FILE in name} == set() and kept in hub.files(REPO)
+    # One that pushed after us, or before it was so: what is not sealed is not fetched.
+    for name in (f"last-checkpoint/{PCA_FILE}", PCA_FILE):
+        api.upload_file(path_or_fileobj=b"of another run", path_in_repo=name, repo_id=REPO)
+    checkpoint = Path(fetch_last_checkpoint(REPO, tmp_path / "elsewhere"))
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()}
+    assert {path.name for path in checkpoint.iterdir()} == names
+    trainer.save_model(_internal_call=True)
+    trainer.push_to_hub()
+    assert PCA_FILE not in hub.files(REPO) and kept in hub.files(REPO)
+
+
+def test_the_machine_s_name_is_not_published(tmp_path, rows, hub, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "host-of-this-test")
+    trainer = train(tmp_path / "run", rows, report_to="tensorboard")
+    trainer.save_model(_internal_call=True)
+    assert "host-of-this-test" in str(list((tmp_path / "run" / "runs").rglob("*")))
+    trainer.push_to_hub()
+    files = hub.files(REPO)
+    assert [name for name in files if name.startswith("runs/") and "tfevents" in name]
+    for name, content in files.items():
+        assert "host-of-this-test" not in name and b"host-of-this-test" not in content
 
 
 def test_a_failed_push_is_made_up_for_at_the_next_save(tmp_path, rows, hub, caplog):
