@@ -44,7 +44,7 @@ from trainers.data_loading import (
 from trainers.distributed import use_the_cores
 from trainers.hub_push import fetch_last_checkpoint
 from trainers.report import pin_revision, report
-from trainers.retrieval_trainer import DISK_ERRORS, RetrievalTrainer
+from trainers.retrieval_trainer import DISK_ERRORS, NOT_THE_DISKS, RetrievalTrainer
 from trainers.student import StudentArguments, build_student
 
 
@@ -248,6 +248,8 @@ def main(argv: list[str]) -> None:
         metrics.update(trainer.evaluate())
         metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
         report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
+    except NOT_THE_DISKS:
+        raise
     except DISK_ERRORS as error:
         more = " with --resume_from_checkpoint last" * trainer.args.do_train
         raise OSError(

@@ -65,10 +65,7 @@ def feature_distillation(
     _check_embeddings(student_image, student_text, teacher_image, teacher_text)
     images = (student_image.float() - teacher_image.float()).abs().mean(dim=-1)
     captions = (student_text.float() - teacher_text.float()).abs().mean(dim=-1)
-    return {
-        "II": images.sum() / _count(num_images, student_image),
-        "TT": captions.sum() / _count(num_captions, student_text),
-    }
+    return _means(images, captions, num_images, num_captions)
 
 
 def similarity_distillation(
@@ -89,10 +86,7 @@ def similarity_distillation(
     _check_embeddings(student_image, student_text, teacher_image, teacher_text)
     images = (1 - (student_image.float() * teacher_image.float()).sum(dim=-1)) / 2
     captions = (1 - (student_text.float() * teacher_text.float()).sum(dim=-1)) / 2
-    return {
-        "II": images.sum() / _count(num_images, student_image),
-        "TT": captions.sum() / _count(num_captions, student_text),
-    }
+    return _means(images, captions, num_images, num_captions)
 
 
 def contrastive_distillation(
@@ -369,6 +363,14 @@ def _hinge(
     """Sum over queries of the violations by the negatives, whose rows are those of `side`."""
     negatives = _per_query(negatives, pair, side, caption_to_image)
     return F.relu(margin + negatives - positives[:, None]).sum()
+
+
+def _means(images: Tensor, captions: Tensor, num_images, num_captions) -> dict[str, Tensor]:
+    """Of a loss for each image `[N]` and caption `[C]` the sums by their counts."""
+    return {
+        "II": images.sum() / _count(num_images, images),
+        "TT": captions.sum() / _count(num_captions, captions),
+    }
 
 
 def _count(count: int | Tensor | None, rows: Tensor) -> int | Tensor:

@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "_log.json"  # of a checkpoint: what is not logged yet
 WRITING = "_writing"  # where files of a folder are written before they are moved there
+NOT_THE_DISKS = (torch.OutOfMemoryError, torch.distributed.DistError)  # RuntimeErrors too, but of memory and network
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for the disk's
 PUSH_SECONDS = 20  # what an interrupted run gives a push that is on its way
 
@@ -306,15 +307,17 @@ class RetrievalTrainer(Trainer):
         self, dataset, rsum, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None
     ) -> dict[str, float]:
         """What `evaluate` says of the teacher; across, and at the student's width, only when training is over."""
-        teacher_image, teacher_text = (rows.to(image_embeds.device) for rows in teacher_rows(dataset))
         key = (prefix, dataset._fingerprint, fold_size)
+        only_student = not self.needs_teacher or self.is_in_train
+        if key not in self._teacher_metrics or not only_student:
+            teacher_image, teacher_text = (rows.to(image_embeds.device) for rows in teacher_rows(dataset))
         if key not in self._teacher_metrics:
             figures = recall_figures(teacher_image, teacher_text, groups, caption_to_image, fold_size)
             self._teacher_metrics[key] = {f"teacher_{prefix}_{name}": value for name, value in figures.items()}
         metrics = dict(self._teacher_metrics[key])
         teacher_rsum = metrics[f"teacher_{prefix}_rsum"]
         metrics[f"{prefix}_share_of_teacher"] = 100 * rsum / teacher_rsum if teacher_rsum else float("nan")
-        if not self.needs_teacher or self.is_in_train:
+        if only_student:
             return metrics
         if self.teacher_projection is not None:
             teacher_image, teacher_text = (rows @ self.teacher_projection for rows in (teacher_image, teacher_text))
@@ -433,6 +436,8 @@ class RetrievalTrainer(Trainer):
                 write_json(beside / LOG_FILE, log_state)
                 checkpoints.seal(beside)
                 checkpoints.publish(beside, folder)
+        except NOT_THE_DISKS:
+            raise
         except DISK_ERRORS as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise self._cannot_write(folder.name, error) from error

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_rows
 from tiny_trainer import make_trainer
 
@@ -220,6 +221,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(tmp_path, 
     ):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and damage(tmp_path / "checkpoint-1") is None
+
+
+def test_memory_that_ends_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, make_rows(16), **STEPS)
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "save_model", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        trainer.train()
 
 
 def test_the_pushed_and_the_fetched_checkpoint_are_whole(tmp_path, hub):
