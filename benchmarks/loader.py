@@ -28,7 +28,10 @@ RECIPE = ["--config", "recipes/icons.yaml", "--report_to", "none"]
 
 def one_pass(trainer: RetrievalTrainer, optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, float]:
     """Seconds of some steps without the first, and those of them in which the step waited for its batch."""
-    batches = iter(trainer.get_train_dataloader())
+    loader = trainer.get_train_dataloader()
+    if len(loader) <= steps:
+        raise ValueError(f"an epoch has {len(loader)} batches, expected more than {steps}: take smaller batches")
+    batches = iter(loader)
     next(batches)  # the workers have started
     waited, started = 0.0, time.perf_counter()
     for _ in range(steps):
@@ -37,7 +40,10 @@ def one_pass(trainer: RetrievalTrainer, optimizer: torch.optim.Optimizer, steps:
         waited += time.perf_counter() - asked
         batch.pop("unreadable")
         training_step(trainer, batch, optimizer)()
-    return time.perf_counter() - started, waited
+    seconds = time.perf_counter() - started
+    del batches, loader
+    trainer.accelerator.free_memory()  # it keeps every loader, whose workers would go on beside the next pass
+    return seconds, waited
 
 
 def measure(settings: list[str] | None = None, steps: int = 20, rounds: int = 3) -> list[Row]:

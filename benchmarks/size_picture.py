@@ -17,11 +17,11 @@ from transformers import AutoModel, AutoProcessor
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from trainers.report import latency
 
-from .ablation import Ablation, Study, interval
+from .ablation import Ablation, Study, interval, shown
 from .common import machine
 
 
-def points_of(study: Study, question: str) -> list[dict[str, float]]:
+def points_of(study: Study, question: str) -> list[dict]:
     """Of each variant that has run: parameters in millions, ms an image, and the share with half its interval."""
     points = []
     for name, lines in study.lines_by_variant(question).items():
@@ -31,19 +31,21 @@ def points_of(study: Study, question: str) -> list[dict[str, float]]:
         folder = study.ablation.runs / lines[0]["key"]
         model = AutoModel.from_pretrained(folder)
         speed = latency(model, AutoProcessor.from_pretrained(folder), max_length=12)
-        mean, half = interval([line["eval_share_of_teacher"] for line in lines])
+        shares = [line["eval_share_of_teacher"] for line in lines]
+        mean, half = interval(shares)
         points.append(
             {
                 "parameters": lines[0]["parameters"] / 1e6,
                 "milliseconds": speed["ms_per_image_batch_1"],
                 "share": mean,
                 "half": half if len(lines) > 1 else 0.0,
+                "shares": shares,
             }
         )
     return points
 
 
-def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(curves: dict[str, list[dict]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> None:
     )
     for name, points in curves.items():
         for point in points:
-            share = f"{point['share']:.1f} ± {point['half']:.1f}"
+            share = shown(point["shares"])
             print(f"| {name} | {point['parameters']:.2f} | {point['milliseconds']:.2f} | {share} |")
     print(f"\n{machine()}")
 

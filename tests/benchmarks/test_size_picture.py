@@ -43,7 +43,8 @@ def test_points_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(size_picture, "draw", lambda curves, path: (drawn.update(curves), draw(curves, path)))
     size_picture.main(["--config", "study.yaml", "--output", "sizes.png"])
     point = {"parameters": 2.5, "milliseconds": 4.0, "share": 92.0, "half": pytest.approx(25.4, abs=0.1)}
-    assert drawn == {"with": [point], "without": [{**point, "share": 50.0, "half": 0.0}]}
+    point["shares"] = [90.0, 94.0]
+    assert drawn == {"with": [point], "without": [{**point, "share": 50.0, "half": 0.0, "shares": [50.0, 50.0]}]}
     printed = capsys.readouterr()
     assert "| with | 2.50 | 4.00 | 92.0 ± 25.4 |" in printed.out and "with, not run: no runs yet" in printed.err
     assert Image.open("sizes.png").size[0] > 500 and [path.name for path in tmp_path.glob("*.png")] == ["sizes.png"]
