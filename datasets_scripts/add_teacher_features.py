@@ -16,14 +16,16 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, snapshot_download
 
@@ -84,7 +86,7 @@ def add_teacher_features(
                 shutil.rmtree(partial / "replaced", ignore_errors=True)
                 os.rename(output, partial / "replaced")
             os.rename(partial / "dataset", output)
-            shutil.rmtree(partial)
+            _discard(partial)
             print(f"\n{figures_table(figures)}\n" if figures else "")
             print(f"The dataset is in {output}: train.py --dataset_name {output}")
     state.wait_for_everyone()
@@ -177,9 +179,7 @@ def cached_teacher_features(
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.run")  # a second run of the same waits for the first, then finds its folder
-    if state.is_main_process:
-        lock.acquire()
-    state.wait_for_everyone()
+    _acquire_together(lock, state)
     try:
         if not folder.is_dir():
             teacher = load_teacher(
@@ -198,6 +198,17 @@ def cached_teacher_features(
     return folder
 
 
+def _acquire_together(lock: FileLock, state: PartialState) -> None:
+    """The main process takes the lock. All meet after each try: processes give up on one that is away for long."""
+    held = [False]
+    while not held[0]:
+        if state.is_main_process:
+            with suppress(Timeout):
+                lock.acquire(timeout=60)
+                held = [True]
+        broadcast_object_list(held)
+
+
 def default_dtype() -> torch.dtype:
     return torch.bfloat16 if PartialState().device.type == "cuda" else torch.float32
 
@@ -207,8 +218,21 @@ def default_workers() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // PartialState().num_processes))
 
 
+def _discard(partial: Path) -> None:
+    """Removes the partial folder under another name: killed meanwhile, no part of it is left that looks like work."""
+    removed = _removed(partial)
+    os.rename(partial, removed)
+    shutil.rmtree(removed)
+
+
+def _removed(partial: Path) -> Path:
+    return partial.with_name(f".{partial.name}.removed")
+
+
 def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
     """Makes the partial folder, or checks that what it holds was made with the same settings."""
+    if _removed(partial).exists():  # of a run that was killed
+        shutil.rmtree(_removed(partial))
     path = partial / "settings.json"
     if partial.exists() and {file.name for file in partial.iterdir()} - {"settings.json.part"}:
         if not path.is_file():
@@ -222,7 +246,7 @@ def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
                 f"{partial} holds work with another {', '.join(differing)}: finish it with the settings it was begun "
                 "with, remove it, or start afresh with --overwrite."
             )
-        shutil.rmtree(partial)
+        _discard(partial)
     partial.mkdir(exist_ok=True)
     beside = partial / "settings.json.part"
     beside.write_text(json.dumps(settings))
@@ -284,17 +308,30 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         except OSError as error:
+            if not options.output.with_name(f"{options.output.name}.partial").exists():
+                sys.exit(f"error: {error}")
             raise OSError(
                 f"{error}\nNothing that was written is lost: mend this, and the same command goes on from "
                 f"{options.output}.partial."
             ) from error
     if options.push_to_hub and state.is_main_process:
+        _check_teacher(options)
         HfApi().upload_folder(
             folder_path=options.output,
             repo_id=options.push_to_hub,
             repo_type="dataset",
             delete_patterns=["data/*.parquet"],  # of an earlier push, with another number of files
         )
+
+
+def _check_teacher(options: argparse.Namespace) -> None:
+    """An output that was there already is pushed as it is: only where it is of the teachers that are named."""
+    first = next(options.output.glob("data/*.parquet"))
+    made_by = json.loads(pq.ParquetFile(first).read_row_group(0, columns=["teacher"])["teacher"][0].as_py())["id"]
+    asked = " + ".join(Path(name).name if Path(name).is_dir() else name for name in options.teacher)
+    if made_by != asked:
+        sys.exit(f"error: {options.output} has features of {made_by}, not of {asked}: it is not pushed. Name another "
+                 "--output, or make it again with --overwrite.")  # fmt: skip
 
 
 def make(options: argparse.Namespace, state: PartialState) -> None:

@@ -238,6 +238,8 @@ Of the data: {as_text(license)}
 
 def _check_rows(parts: dict[str, list[Row]]) -> None:
     """Folds the captions, and refuses what would be found out after hours of writing otherwise."""
+    if not any(parts.values()):
+        raise ValueError("there are no rows; expected some in one of the splits")
     split_of_id: dict[str, str] = {}
     dropped = 0
     for split, rows in parts.items():

@@ -22,6 +22,7 @@ import torch
 from datasets_scripts.building import parse_arguments, write_beside
 from datasets_scripts.teacher_features import feature_columns
 from trainers.data_loading import open_dataset
+from trainers.dataset_checks import check_rows
 from trainers.retrieval_data import teacher_columns
 
 
@@ -59,6 +60,7 @@ def with_features(
         ValueError: the counts or widths differ, rows are NaN, infinite or zero, or an image's rows differ among
             themselves: the features then belong to rows in another order.
     """
+    check_rows(part.with_format("arrow").select_columns(["image_id", "captions"])[:], split, None)
     counts = np.array([len(captions) for captions in part["captions"]])
     for name, features in (("image", image), ("text", text)):
         if len(features) != counts.sum():
@@ -96,10 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         rows = open_dataset(options.dataset)
         named = {split: (Path(image), Path(text)) for split, image, text in options.features}
-        if set(named) != set(rows):
-            raise ValueError(
-                f"--features names {', '.join(named)}; the dataset has {', '.join(rows)}. Give each once."
-            )
+        if len(named) != len(options.features) or set(named) != set(rows):
+            given = ", ".join(split for split, _, _ in options.features)
+            raise ValueError(f"--features names {given}; the dataset has {', '.join(rows)}. Give each once.")
         result = datasets.DatasetDict()
         for split, (image_path, text_path) in named.items():
             image, text = read_tensor(image_path), read_tensor(text_path)

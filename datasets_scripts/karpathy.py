@@ -147,6 +147,9 @@ def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> 
     else:
         parser.error("--karpathy and --images need each other")
     check_counts(parts, benchmark, options.allow_other_counts)
+    if lost := parts.get(None):
+        first = lost[0].image_id
+        raise ValueError(f"{len(lost):,} images are of no split (the first: {first!r}); expected each in one")
     parts = {split: parts[split] for split in SPLITS if parts.get(split)}
     title = benchmark.title
     build(parts, options.output, title, how_made, options.license, options.skip_broken, options.push_to_hub)

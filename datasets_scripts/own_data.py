@@ -28,6 +28,7 @@ import reprlib
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -243,7 +244,7 @@ def _table_of_dataset(
             if isinstance(described, dict):
                 cells |= cells["json"] or {}
             if "__url__" in cells:  # where it lies on this machine, or on the Hub
-                cells["__url__"] = PurePosixPath(cells["__url__"]).name
+                cells["__url__"] = "/".join(PurePosixPath(cells["__url__"]).parts[-2:])
             if columns.image in with_images:
                 cells[columns.image] = partial(_read_cell, images, i, columns.image)
             yield cells
@@ -288,15 +289,37 @@ def _table_of_file(file: Path, root: Path, columns: Columns, cache: Path) -> Tab
     else:
         rows = _read_jsonl(file) if suffix == ".jsonl" else _read_csv(file, "\t" if suffix == ".tsv" else ",")
         names = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(str(place), split, _find_columns(names, columns, str(place)), rows, file.parent)
+        found = _find_columns(names, columns, str(place))
+        if suffix != ".jsonl":
+            for cells in rows:
+                cells[found.caption] = _caption_list(cells[found.caption])
+        table = Table(str(place), split, found, rows, file.parent)
     table.root = root
     table.split_by_folder = is_metadata
     return table
 
 
+@contextmanager
+def _utf8(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as that") from None
+
+
+def _caption_list(cell: str) -> str | list[str]:
+    """A cell of a table of text that holds several captions as JSON, `["a cat", "a pet"]`; any other is a caption."""
+    if cell.startswith("["):
+        with suppress(ValueError):
+            captions = json.loads(cell)
+            if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
+                return captions
+    return cell
+
+
 def _read_jsonl(file: Path) -> list[dict]:
     rows = []
-    with file.open(encoding="utf-8-sig") as lines:
+    with _utf8(file), file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -312,7 +335,7 @@ def _read_jsonl(file: Path) -> list[dict]:
 
 def _read_csv(file: Path, delimiter: str) -> list[dict]:
     # Without `strict`, a quote that is not closed would swallow the rest of the file as one caption.
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    with _utf8(file), file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
@@ -322,6 +345,8 @@ def _read_csv(file: Path, delimiter: str) -> list[dict]:
                     raise ValueError(f"{len(cells)} cells under the {len(header)} columns {', '.join(header)}")
                 if cells:
                     rows.append(dict(zip(header, cells)))
+        except UnicodeDecodeError:
+            raise
         except (csv.Error, ValueError) as error:
             hint = "cells with a separator, a quote or a newline must be quoted"
             raise ValueError(f"{file}, line {reader.line_num}: {error}; {hint}") from None
@@ -344,7 +369,7 @@ def _table_of_tar(file: Path, root: Path, columns: Columns) -> Table:
                 if member.issparse() or (suffix not in IMAGE_SUFFIXES and member.size > LONGEST_TEXT):
                     raise ValueError(f"a sparse file or a text of {member.size:,} bytes, expected a plain one of less")
                 key = (path.parent / stem).as_posix()
-                cells = samples.setdefault(key, {"__key__": key, "__url__": str(place)})
+                cells = samples.setdefault(key, {"__key__": key, "__url__": place.as_posix()})
                 if suffix in IMAGE_SUFFIXES:
                     if "__image__" in cells:
                         raise ValueError("a second image of this sample, expected one")
@@ -413,7 +438,7 @@ def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
     if callable(image):
         read = image
         if "__key__" in cells:
-            # Keys may start again in every tar.
+            # Keys may start again in every tar, tars in every folder.
             image_id = (PurePosixPath(cells["__url__"]).with_suffix("") / cells["__key__"]).as_posix()
     else:
         file = file_in(table.folder, image)

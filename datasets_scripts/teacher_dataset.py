@@ -66,7 +66,7 @@ def stored_features(folder: Path, split: str, number: int) -> tuple[torch.Tensor
 def evaluate_teacher(
     folder: Path, split: str, count: int, components: torch.Tensor | None, dim: int, int8: bool
 ) -> dict[str, float]:
-    """The teacher's own retrieval on a split, on its first 10,000 images at most.
+    """The teacher's own retrieval on a split, on its first files, until they hold 10,000 images.
 
     Returns:
         `images`, `rsum`, `rsum_{width}` for the widths below the teacher's, and `rsum_before_int8`.

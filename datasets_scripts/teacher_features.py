@@ -172,12 +172,13 @@ def plan(split: str, number: int, rows: datasets.Dataset, encoding: Encoding) ->
     table = rows.with_format("arrow")[:]
     check_rows(table.drop_columns("image"), split, None, number * encoding.shard_rows)
     try:
-        table = embed_table_storage(table).combine_chunks()
+        table = embed_table_storage(table)  # its chunks stay: one of them holds 2 GB of images at most
     except OSError as error:
         raise ValueError(f"An image file of the {split} split cannot be read: {error}") from error
     places: dict[bytes, int] = {}
     distinct_images, image_of_row = [], []
-    for row, content in enumerate(table["image"].combine_chunks().field("bytes")):
+    contents = (content for chunk in table["image"].chunks for content in chunk.field("bytes"))
+    for row, content in enumerate(contents):
         digest = hashlib.blake2b(content.as_buffer() or b"", digest_size=16).digest()
         if digest not in places:
             places[digest] = len(places)
@@ -216,7 +217,7 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     columns["teacher"] = pa.array([description] * len(ids)), datasets.Value("string")
     table = shard.table
     if shard.stored_images:
-        paths = table["image"].combine_chunks().field("path")
+        paths = pa.chunked_array([chunk.field("path") for chunk in table["image"].chunks]).combine_chunks()
         images = pa.array([shard.stored_images[place] for place in shard.image_of_row], pa.binary())
         images = pa.StructArray.from_arrays([images, paths], ["bytes", "path"])
         table = table.set_column(table.column_names.index("image"), "image", images)

@@ -235,7 +235,7 @@ def changes(source, teacher_folder, tmp_path_factory):
 
 
 # As a file in the first split is written, and in what follows all files: counted from the end.
-@pytest.mark.parametrize("moment", [4, -1, -2, -8])
+@pytest.mark.parametrize("moment", [4, -1, -2, -3, -9])
 def test_killed_and_started_again_it_goes_on(
     output, source, teacher_folder, tmp_path, moment, changes, monkeypatch, capsys
 ):
@@ -243,7 +243,7 @@ def test_killed_and_started_again_it_goes_on(
     moment = moment if moment > 0 else changes + moment + 1
     kill_at(moment, command)
     whole = len(list((tmp_path / "again.partial").glob("*.parquet")))
-    assert whole == min(max(moment - 2, 0), 11)
+    assert whole == (min(max(moment - 2, 0), 11) if moment < changes else 0)  # the last removes the partial work
     encoded = []
     write = sys.modules["datasets_scripts.teacher_features"].write_shard
     monkeypatch.setattr(
@@ -631,3 +631,52 @@ def test_a_second_push_leaves_no_files_of_the_first(output, source, teacher_fold
     script.main([*first, "--push_to_hub", "user/other"])  # what is there is pushed, not made again
     assert hub.files("datasets/user/other").keys() >= files
     assert hub.commits("datasets/user/features") == before
+
+
+def test_killed_while_partial_work_is_removed_it_goes_on(source, teacher_folder, output, tmp_path, monkeypatch):
+    command = arguments(source, teacher_folder, tmp_path / "out")
+    remove = shutil.rmtree
+
+    def half(path, *args, **kwargs):
+        if Path(path).name == ".out.partial.removed" and Path(path).exists():
+            (Path(path) / "settings.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(command)
+    assert contents(tmp_path / "out") == contents(output)
+    script.main([*command, "--overwrite"])
+    assert contents(tmp_path / "out") == contents(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_there_is_only_pushed_as_what_it_is(output, source, other_folder, hub):
+    with pytest.raises(SystemExit, match="has features of tiny, not of other: it is not pushed"):
+        script.main(arguments(source, other_folder, output, "--push_to_hub", "user/features"))
+    assert not [name for name in hub.files("datasets/user/features") if name.startswith("data/")]
+
+
+def test_images_in_several_chunks(output, source, teacher_folder, tmp_path):
+    """More than 2 GB of images in one file have several; they are never one array."""
+    parts = datasets.load_from_disk(source)
+    joined = {
+        split: datasets.concatenate_datasets([part.select(range(2)), part.select(range(2, len(part)))])
+        for split, part in parts.items()
+    }
+    assert len(joined["train"].with_format("arrow")[:5]["image"].chunks) == 2
+    add(datasets.DatasetDict(joined), [load_teacher(str(teacher_folder))], tmp_path / "out")
+    whole = datasets.load_dataset(str(output))
+    for split, part in datasets.load_dataset(str(tmp_path / "out")).items():
+        assert part["image_id"][:] == whole[split]["image_id"][:]
+        for name in TEACHER_COLUMNS:
+            for got, expected in zip(part[name], whole[split][name]):
+                np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_mistyped_dataset_is_named(teacher_folder, tmp_path):
+    with pytest.raises(SystemExit, match="error: .*no-such-data"):
+        script.main(arguments(tmp_path / "no-such-data", teacher_folder, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())

@@ -246,3 +246,10 @@ def test_pipes_and_folders_are_no_images(tmp_path):
     for path in (tmp_path / "pipe.jpg", tmp_path, tmp_path / "none.jpg"):
         with pytest.raises(FileNotFoundError):
             building.read_file(path)
+
+
+def test_nothing_is_not_written_as_a_dataset(tmp_path):
+    for parts in ({}, {"train": [], "test": []}):
+        with pytest.raises(ValueError, match="there are no rows"):
+            building.build(parts, tmp_path / "out", "title", "how", "mit")
+    assert not list(tmp_path.iterdir())

@@ -90,3 +90,13 @@ def test_a_pickle_that_would_run_code_is_refused(made, capsys):
 def test_each_split_needs_its_features(made):
     _, _, options = made
     refused(options[:-4], "the dataset has train, test")
+    refused([*options, *options[-4:]], "names train, test, test; the dataset has train, test. Give each once")
+
+
+def test_a_row_without_captions_is_named(made):
+    folder, _, options = made
+    rows = datasets.load_from_disk(folder / "data")
+    emptied = rows["train"].map(lambda row, i: {"captions": [] if i == 8 else row["captions"]}, with_indices=True)
+    datasets.DatasetDict({"train": emptied, "test": rows["test"]}).save_to_disk(folder / "emptied")
+    options[options.index("--dataset") + 1] = str(folder / "emptied")
+    refused(options, "expected one string or more. Drop the row")

@@ -313,3 +313,11 @@ def test_as_a_program(tmp_path, files):
     )
     assert done.returncode == 0, done.stderr
     assert datasets.load_from_disk(tmp_path / "out")["train"].info.license == "mine"
+
+
+def test_images_of_no_split_are_named(tmp_path, monkeypatch):
+    copy = hub_copy({"all": [(0, "train"), (1, "val"), (2, "test")]}).remove_columns("split")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **settings: copy)
+    with pytest.raises(ValueError, match="3 images are of no split .*expected each in one"):
+        flickr30k.main(["--hub_id", "a/b", "--allow_other_counts", "--output", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())

@@ -241,6 +241,15 @@ def test_tars_with_splits_and_one_caption(tmp_path, description, names):
     assert built["test"]["image_id"] == [f"{names.format('test')[:-4]}/{i:04d}" for i in range(25, 30)]
 
 
+def test_tars_of_one_name_in_two_folders(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_tar(tmp_path / "data" / split / "00000.tar", sample(len(split) % 3, "000"))
+    built = build(tmp_path / "data", tmp_path / "out")
+    assert {name: part["image_id"][:] for name, part in built.items()} == {
+        name: [f"{name}/00000/000"] for name in ("train", "validation", "test")
+    }
+
+
 def test_tars_with_one_sample_a_caption_and_an_id(tmp_path):
     files = []
     for k, (i, caption) in enumerate(one_row_a_caption()):
@@ -439,6 +448,26 @@ def test_refused_csv(tmp_path, text, message):
     (tmp_path / "data.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "data.csv", tmp_path / "out")
+
+
+def test_a_csv_cell_may_hold_a_list_of_captions(tmp_path):
+    cells = [["a cat", "a pet"], "[a cat", "[1, 2]", "a dog"]
+    rows = [(name_of(i), json.dumps(cell) if isinstance(cell, list) else cell) for i, cell in enumerate(cells)]
+    write_images(tmp_path / "data")
+    write_table(tmp_path / "data" / "rows.csv", ["path", "captions", "split"], [
+        (*row, split) for row, split in zip(rows, ("train", "train", "validation", "test"))
+    ])  # fmt: skip
+    built = build(tmp_path / "data" / "rows.csv", tmp_path / "out")
+    assert [captions for part in built.values() for captions in part["captions"]] == [
+        ["a cat", "a pet"], ["[a cat"], ["[1, 2]"], ["a dog"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl"])
+def test_a_table_that_is_not_utf_8_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes("path,caption\na.jpg,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 .*save it as that"):
+        build(tmp_path / name, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2: expected an object")])
