@@ -37,7 +37,7 @@ def lower_bounds() -> list[str]:
     ]
     bounds = {}
     for requirement in required:
-        name, version = re.fullmatch(r"([\w-]+)[>=]=([\d.]+)(?:,<[\d.]+)?", requirement).groups()
+        name, version = re.fullmatch(r"([\w-]+)[>=]=([\w.]+)(?:,<[\d.]+)?", requirement).groups()
         bounds[name] = version
     return [f"{name}=={version}" for name, version in bounds.items()]
 
