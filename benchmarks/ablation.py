@@ -180,30 +180,37 @@ class Study:
         self.recipe = yaml.safe_load(Path(ablation.recipe).read_text())
         self.lines = {line["key"]: line for line in read_lines(ablation.results)}
 
-    def run(self, variant: dict, seed: int, learning_rate: float) -> dict | None:
-        """The line of a run; None where it has none and nothing is to be trained."""
-        settings = self.ablation.settings | variant | {"seed": seed, "learning_rate": learning_rate}
-        key = key_of(self.recipe | settings)
-        if key not in self.lines and self.train and not self.failed:
-            print(f"{datetime.datetime.now():%H:%M} {settings}", file=sys.stderr, flush=True)
-            folder, code = self.ablation.runs / key, commit()
-            call = [sys.executable, "-m", "benchmarks.ablation", "--one", json.dumps(settings)]
-            call += ["--recipe", self.ablation.recipe, "--folder", str(folder)]
-            call += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.jobs))]
-            output = subprocess.run(call, stdout=subprocess.PIPE, text=True)
-            if output.returncode:
-                self.failed = True
-                raise RuntimeError(f"The run of {settings} failed: see above. The same command goes on with it.")
-            figures = json.loads(output.stdout.splitlines()[-1])
-            self.add({"key": key, "settings": settings, **figures, "commit": code, "machine": machine()})
-            for checkpoint in folder.glob("checkpoint-*"):  # only now: until its line is there a run may be resumed
-                shutil.rmtree(checkpoint)
-        return self.lines.get(key)
+    def settings_of(self, variant: dict, seed: int, learning_rate: float | None) -> dict:
+        return self.ablation.settings | variant | {"seed": seed, "learning_rate": learning_rate}
 
-    def each(self, runs: list[tuple[dict, int, float]]) -> list[dict | None]:
-        """The lines of runs (variant, seed, learning rate), which are made `jobs` at once."""
+    def line(self, variant: dict, seed: int, learning_rate: float | None) -> dict | None:
+        """Of a run; None where it has not been made."""
+        return self.lines.get(key_of(self.recipe | self.settings_of(variant, seed, learning_rate)))
+
+    def run(self, variant: dict, seed: int, learning_rate: float) -> None:
+        """Makes a run that has no line, where runs are to be made."""
+        if self.line(variant, seed, learning_rate) is not None or not self.train or self.failed:
+            return
+        settings = self.settings_of(variant, seed, learning_rate)
+        print(f"{datetime.datetime.now():%H:%M} {settings}", file=sys.stderr, flush=True)
+        key, code = key_of(self.recipe | settings), commit()
+        folder = self.ablation.runs / key
+        call = [sys.executable, "-m", "benchmarks.ablation", "--one", json.dumps(settings)]
+        call += ["--recipe", self.ablation.recipe, "--folder", str(folder)]
+        call += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.jobs))]
+        output = subprocess.run(call, stdout=subprocess.PIPE, text=True)
+        if output.returncode:
+            self.failed = True
+            raise RuntimeError(f"The run of {settings} failed: see above. The same command goes on with it.")
+        figures = json.loads(output.stdout.splitlines()[-1])
+        self.add({"key": key, "settings": settings, **figures, "commit": code, "machine": machine()})
+        for checkpoint in folder.glob("checkpoint-*"):  # only now: until its line is there a run may be resumed
+            shutil.rmtree(checkpoint)
+
+    def run_all(self, runs: list[tuple[dict, int, float]]) -> None:
+        """Makes runs of (variant, seed, learning rate), `jobs` at once."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(lambda run: self.run(*run), runs))
+            list(pool.map(lambda run: self.run(*run), runs))
 
     def add(self, line: dict) -> None:
         self.lines[line["key"]] = line
@@ -213,25 +220,25 @@ class Study:
             file.flush()
             os.fsync(file.fileno())
 
+    def best_rate(self, variant: dict) -> float | None:
+        """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
+        lines = {rate: self.line(variant, self.ablation.seeds[0], rate) for rate in self.ablation.learning_rates}
+        return None if None in lines.values() else max(lines, key=lambda rate: lines[rate]["eval_rsum"])
+
     def lines_of(self, variants: list[dict]) -> list[list[dict]]:
-        """Of each variant one line for each seed, at its best learning rate; none before all of its sweep has run."""
-        first, rates = self.ablation.seeds[0], self.ablation.learning_rates
-        sweep = iter(self.each([(variant, first, rate) for variant in variants for rate in rates]))
-        best: list[float | None] = []
-        for _ in variants:
-            lines = [next(sweep) for _ in rates]
-            whole = None not in lines
-            best.append(rates[max(range(len(rates)), key=lambda i: lines[i]["eval_rsum"])] if whole else None)
-        chosen = [(variant, rate) for variant, rate in zip(variants, best) if rate is not None]
-        lines = iter(self.each([(variant, seed, rate) for variant, rate in chosen for seed in self.ablation.seeds]))
-        found = [[] if rate is None else [next(lines) for _ in self.ablation.seeds] for rate in best]
-        return [[line for line in of_variant if line is not None] for of_variant in found]
+        """Of each variant a line for each seed, at its best learning rate; none before all of its sweep has run."""
+        first, seeds = self.ablation.seeds[0], self.ablation.seeds
+        self.run_all([(variant, first, rate) for variant in variants for rate in self.ablation.learning_rates])
+        best = [(variant, self.best_rate(variant)) for variant in variants]
+        self.run_all([(variant, seed, rate) for variant, rate in best if rate is not None for seed in seeds])
+        return [[line for seed in seeds if (line := self.line(variant, seed, rate))] for variant, rate in best]
 
     def best_vector(self) -> dict | None:
         """Of the random vectors that whose validation RSUM is largest, with the middle learning rate of the sweep."""
-        rates = self.ablation.learning_rates
-        vectors = self.ablation.vectors()
-        lines = self.each([(vector, self.ablation.seeds[0], rates[len(rates) // 2]) for vector in vectors])
+        first, rates, vectors = self.ablation.seeds[0], self.ablation.learning_rates, self.ablation.vectors()
+        rate = rates[len(rates) // 2]
+        self.run_all([(vector, first, rate) for vector in vectors])
+        lines = [self.line(vector, first, rate) for vector in vectors]
         if None in lines:
             return None
         return max(zip(lines, vectors), key=lambda pair: pair[0]["eval_rsum"])[1]

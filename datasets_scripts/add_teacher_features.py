@@ -314,8 +314,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{error}\nNothing that was written is lost: mend this, and the same command goes on from "
                 f"{options.output}.partial."
             ) from error
-    if options.push_to_hub and state.is_main_process:
+    elif state.is_main_process:
         _check_teacher(options)
+    if options.push_to_hub and state.is_main_process:
         HfApi().upload_folder(
             folder_path=options.output,
             repo_id=options.push_to_hub,

@@ -34,9 +34,8 @@ STYLES = {
 }
 HELD_OUT = "symbola"  # the style of validation and test
 NAMES = ("emoji", "2.16.0", "emoji", "unicode_codes/emoji.json")
-ALIKE = (
-    10.0  # over 64 x 64 pixels in 0..1: Symbola has three pairs below 8, and the next, which eyes tell apart, at 24
-)
+# Over 64 x 64 pixels in 0..1: Symbola has three pairs below 8, and the next, which eyes tell apart, at 24.
+ALIKE = 10.0
 FULLY_QUALIFIED = 2  # in NAMES: an emoji that keyboards send
 HOW_MADE = f"""By `datasets_scripts/emoji.py`: every emoji of one code point, from the fonts and names in the PyPI
 packages {", ".join(sorted({f"{name} {version}" for name, version, *_ in [*STYLES.values(), NAMES]}))}.

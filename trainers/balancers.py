@@ -347,10 +347,9 @@ def make_balancer(kind: str, names: Sequence[str], **settings) -> LossBalancer:
     balancer = BALANCERS[kind]
     parameters = dict(inspect.signature(balancer).parameters)
     del parameters["names"]
-    choices = list(parameters)
-    unknown = sorted(set(settings) - set(choices))
+    unknown = sorted(set(settings) - set(parameters))
     if unknown:
-        raise ValueError(f"the {kind} balancer has no setting {', '.join(unknown)}; it has {', '.join(choices)}")
+        raise ValueError(f"the {kind} balancer has no setting {', '.join(unknown)}; it has {', '.join(parameters)}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in settings:
             raise ValueError(f"the {kind} balancer needs the setting {name}")

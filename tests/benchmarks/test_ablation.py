@@ -261,7 +261,8 @@ def test_a_real_run_and_its_test(tmp_path):
     study = Study(
         Ablation(**STUDY | {"recipe": str(recipe), "results": tmp_path / "lines.jsonl", "runs": tmp_path}), True
     )
-    figures = study.run(settings, 3, 2e-3)
+    study.run(settings, 3, 2e-3)
+    figures = study.line(settings, 3, 2e-3)
     assert figures["steps"] == 8 and figures["parameters"] > 1000 and not [name for name in figures if "test" in name]
     assert 0 < figures["eval_rsum"] <= 600
     folder = tmp_path / figures["key"]

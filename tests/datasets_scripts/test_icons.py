@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import datasets
@@ -231,18 +231,6 @@ def test_failed_build_leaves_no_folder(built, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         icons.load_icons()
     assert not list((tmp_path / "dsmd_icons").glob("*"))
-
-
-@pytest.mark.parametrize("version", ["1.4.1", None])
-def test_wrong_or_missing_package(version, monkeypatch):
-    def answer(name):
-        if version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(metadata, "version", answer)
-    with pytest.raises(ImportError, match="pip install .*qtawesome==1.4.2"):
-        icons.build_icons()
 
 
 def test_missing_and_broken_files(tmp_path, monkeypatch):
