@@ -45,7 +45,7 @@ class Ablation:
         results: the file of JSON lines.
         runs: the folder of the students.
         seeds: of each variant.
-        learning_rates: of the sweep that each variant gets on the first seed.
+        learning_rates: of the sweep that each variant gets on the first seed; a variant that names its own has none.
         settings: of every run, over the recipe's.
         questions: for each its variants, for each the settings it changes.
         random_vectors: `{"question": where the best one becomes a variant, "count": 20, "seed": 0, "centres": [n],
@@ -220,15 +220,18 @@ class Study:
             file.flush()
             os.fsync(file.fileno())
 
+    def rates_of(self, variant: dict) -> list[float]:
+        return [variant["learning_rate"]] if "learning_rate" in variant else self.ablation.learning_rates
+
     def best_rate(self, variant: dict) -> float | None:
         """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
-        lines = {rate: self.line(variant, self.ablation.seeds[0], rate) for rate in self.ablation.learning_rates}
+        lines = {rate: self.line(variant, self.ablation.seeds[0], rate) for rate in self.rates_of(variant)}
         return None if None in lines.values() else max(lines, key=lambda rate: lines[rate]["eval_rsum"])
 
     def lines_of(self, variants: list[dict]) -> list[list[dict]]:
         """Of each variant a line for each seed, at its best learning rate; none before all of its sweep has run."""
         first, seeds = self.ablation.seeds[0], self.ablation.seeds
-        self.run_all([(variant, first, rate) for variant in variants for rate in self.ablation.learning_rates])
+        self.run_all([(variant, first, rate) for variant in variants for rate in self.rates_of(variant)])
         best = [(variant, self.best_rate(variant)) for variant in variants]
         self.run_all([(variant, seed, rate) for variant, rate in best if rate is not None for seed in seeds])
         return [[line for seed in seeds if (line := self.line(variant, seed, rate))] for variant, rate in best]
