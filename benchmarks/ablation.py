@@ -79,7 +79,7 @@ class Ablation:
         return cls(**content | {"results": Path(content["results"]), "runs": Path(content["runs"])})
 
     def vectors(self) -> list[dict]:
-        """Settings of the hand-tuned weight vectors."""
+        """Settings of the random weight vectors."""
         if self.random_vectors is None:
             return []
         rng, decades = random.Random(self.random_vectors["seed"]), self.random_vectors["decades"]
@@ -289,7 +289,7 @@ class Study:
 FIGURES = ("eval_rsum", "eval_share_of_teacher", "test_rsum", "test_share_of_teacher")
 HEADER = (
     "| variant | learning rate | seeds | validation RSUM | % of the teacher's | test RSUM | % of the teacher's | "
-    "validation, to the first |",
+    "validation RSUM less the first row's |",
     "|---|---|---|---|---|---|---|---|",
 )
 

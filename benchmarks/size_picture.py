@@ -2,7 +2,8 @@
 
     python -m benchmarks.size_picture --config recipes/ablation_sizes.yaml --output docs/sizes.png
 
-Reads the lines that `benchmarks.ablation` has written and times each variant's first student on this machine.
+Reads the lines that `benchmarks.ablation` has written and times each variant's first student, from the folder that its
+run left, on this machine.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3, which="both")
+        axis.axhline(100, color="gray", linestyle=":", linewidth=1)
     axes[0].set_ylabel("% of the teacher's RSUM, validation")
     axes[0].legend()
     beside = path.with_suffix(".part.png")
