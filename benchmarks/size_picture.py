@@ -2,8 +2,8 @@
 
     python -m benchmarks.size_picture --config recipes/ablation_sizes.yaml --output docs/sizes.png
 
-Reads the lines that `benchmarks.ablation` has written and times each variant's first student, from the folder that its
-run left, on this machine.
+Reads the lines that `benchmarks.ablation` has written and times each variant's student on this machine. It is built
+anew for that: its weights, which only its run had, do not change its speed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
-
-import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
+from train import as_options, prepare
 from trainers.report import latency
 
 from .ablation import Ablation, Study, interval, shown
@@ -29,9 +28,10 @@ def points_of(study: Study, question: str) -> list[dict]:
         if not lines:
             print(f"{question}, {name}: no runs yet", file=sys.stderr)
             continue
-        folder = study.ablation.runs / lines[0]["key"]
-        model = AutoModel.from_pretrained(folder)
-        speed = latency(model, AutoProcessor.from_pretrained(folder), max_length=12)
+        with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder
+            options = as_options(lines[0]["settings"] | {"output_dir": folder, "report_to": "none"})
+            student, _, _, _ = prepare(["--config", study.ablation.recipe, "--do_train", "False", *options])
+        speed = latency(student.model, student.processing_class, max_length=12)
         shares = [line["eval_share_of_teacher"] for line in lines]
         mean, half = interval(shares)
         points.append(
