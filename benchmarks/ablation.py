@@ -45,7 +45,8 @@ class Ablation:
         results: the file of JSON lines.
         runs: the folder of the students.
         seeds: of each variant.
-        learning_rates: of the sweep that each variant gets on the first seed; a variant that names its own has none.
+        learning_rates: of the sweep that each variant gets on the first seed; a variant that names one has none, and
+            one that names several has its own.
         settings: of every run, over the recipe's.
         questions: for each its variants, for each the settings it changes.
         random_vectors: `{"question": where the best one becomes a variant, "count": 20, "seed": 0, "centres": [n],
@@ -221,7 +222,8 @@ class Study:
             os.fsync(file.fileno())
 
     def rates_of(self, variant: dict) -> list[float]:
-        return [variant["learning_rate"]] if "learning_rate" in variant else self.ablation.learning_rates
+        rates = variant.get("learning_rate", self.ablation.learning_rates)
+        return rates if isinstance(rates, list) else [rates]
 
     def best_rate(self, variant: dict) -> float | None:
         """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
