@@ -27,7 +27,7 @@ class DSMDTrainingArguments(TrainingArguments):
         default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses to use."}
     )
     contrastive_pairs: list[str] = field(
-        default_factory=lambda: ["II", "TT"],
+        default_factory=lambda: list(PAIRS),
         metadata={"help": "Pairs of the contrastive loss: II, TT, IT, TI (student row to teacher row)."},
     )
     contrastive_temperature: float = field(default=0.05, metadata={"help": "Divides its similarities."})

@@ -101,7 +101,7 @@ def contrastive_distillation(
     dictionary_image_groups: Tensor,
     dictionary_text: Tensor,
     dictionary_text_groups: Tensor,
-    pairs: Sequence[str] = ("II", "TT"),
+    pairs: Sequence[str] = PAIRS,
     temperature: float = 0.05,
     num_images: int | Tensor | None = None,
     num_captions: int | Tensor | None = None,

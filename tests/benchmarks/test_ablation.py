@@ -268,6 +268,15 @@ def test_the_studies_name_settings_of_train(path):
     assert len(study.vectors()) in (0, 20)
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_committed_runs_are_of_their_recipes(path):
+    """A changed recipe would leave its study's lines behind, and make every run again."""
+    study, root = Ablation.read(path), path.parents[1]
+    recipe = yaml.safe_load((root / study.recipe).read_text())
+    lines = ablation.read_lines(root / study.results)
+    assert lines and [line["key"] for line in lines] == [key_of(recipe | line["settings"]) for line in lines]
+
+
 def test_a_real_run_and_its_test(tmp_path):
     """Trained, evaluated on validation alone; the student is left, its checkpoints are not; then the test split."""
     recipe = tmp_path / "recipe.yaml"

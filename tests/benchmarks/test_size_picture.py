@@ -33,10 +33,14 @@ def test_points_and_picture(tmp_path, monkeypatch, capsys):
         ):
             for seed, share in zip((1, 2), shares):
                 settings = {**variant, "seed": seed, "learning_rate": 0.1}
-                line = {"key": key_of({**recipe, **settings}), "settings": settings, "parameters": 2_500_000}
+                line = {"key": key_of({**recipe, **settings}), "settings": settings}
+                line["parameters"] = 3_500_000 if "vision_config" in variant else 2_500_000
                 file.write(json.dumps({**line, "eval_rsum": share, "eval_share_of_teacher": share}) + "\n")
 
+    timed = []
+
     def latency(model, processor, max_length):
+        timed.append(model)
         assert processor.image_processor.size["height"] == 32
         return {"ms_per_image_batch_1": float(model.config.vision_config.hidden_size)}
 
@@ -47,7 +51,8 @@ def test_points_and_picture(tmp_path, monkeypatch, capsys):
     size_picture.main(["--config", "study.yaml", "--output", "sizes.png"])
     point = {"parameters": 2.5, "milliseconds": 16.0, "share": 92.0, "half": pytest.approx(25.4, abs=0.1)}
     small = {**point, "shares": [90.0, 94.0]}
-    wide = {**point, "milliseconds": 32.0, "share": 95.0, "half": 0.0, "shares": [95.0]}
+    wide = {**point, "parameters": 3.5, "milliseconds": 32.0, "share": 95.0, "half": 0.0, "shares": [95.0]}
+    assert len(timed) == 2  # a size once
     assert drawn == {"with": [small, wide], "without": [{**small, "share": 50.0, "half": 0.0, "shares": [50.0, 50.0]}]}
     printed = capsys.readouterr()
     assert "| with | 2.50 | 16.00 | 92.0 ± 25.4 |" in printed.out and "with, not run: no runs yet" in printed.err

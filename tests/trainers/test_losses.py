@@ -1,6 +1,7 @@
 """The losses against loops over single queries in float64, written from the definition of a pair set."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -497,9 +498,10 @@ def test_nothing_waits_for_the_device():
 
 def test_pairs_are_a_choice():
     batch = Batch(13)
-    everything = hinge(batch)
-    assert tuple(contrast(batch, batch)) == ("II", "TT")
-    assert hinge(batch, pairs=["TI"]) == {"TI": everything["TI"]}
+    for loss in (hinge, partial(contrast, columns=batch)):
+        everything = loss(batch)
+        assert tuple(everything) == PAIRS
+        assert loss(batch, pairs=["TI"]) == {"TI": everything["TI"]}
     assert contrast(batch, batch, pairs=()) == {}
 
 
