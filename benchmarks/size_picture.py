@@ -2,13 +2,15 @@
 
     python -m benchmarks.size_picture --config recipes/ablation_sizes.yaml --output docs/sizes.png
 
-Reads the lines that `benchmarks.ablation` has written and times each variant's student on this machine. It is built
-anew for that: its weights, which only its run had, do not change its speed.
+Reads the lines that `benchmarks.ablation` has written and times each image tower on this machine. It is built anew for
+that: its weights, which only its run had, do not change its speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import sys
 import tempfile
@@ -21,32 +23,32 @@ from .ablation import Ablation, Study, interval, shown
 from .common import machine
 
 
-def points_of(study: Study, question: str, milliseconds: dict[int, float]) -> list[dict]:
-    """Of each variant that has run: parameters in millions, ms an image, and the share with half its interval.
+@functools.cache
+def milliseconds_of(recipe: str, image_tower: str) -> float:
+    """An image alone, through a new student of the recipe with this `vision_config`, as JSON.
 
-    Args:
-        study: its lines.
-        question: of the study.
-        milliseconds: by parameters, of students that were timed; those of other sizes are added.
+    A tower is timed once, so that students that share it stand at one place.
     """
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder
+        options = as_options({"vision_config": json.loads(image_tower), "output_dir": folder, "report_to": "none"})
+        student, _, _, _ = prepare(["--config", recipe, "--do_train", "False", *options])
+    return latency(student.model, student.processing_class, max_length=12)["ms_per_image_batch_1"]
+
+
+def points_of(study: Study, question: str) -> list[dict]:
+    """Of each variant that has run: parameters in millions, ms an image, and the share with half its interval."""
     points = []
     for name, lines in study.lines_by_variant(question).items():
         if not lines:
             print(f"{question}, {name}: no runs yet", file=sys.stderr)
             continue
-        parameters = lines[0]["parameters"]
-        if parameters not in milliseconds:
-            with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder
-                options = as_options(lines[0]["settings"] | {"output_dir": folder, "report_to": "none"})
-                student, _, _, _ = prepare(["--config", study.ablation.recipe, "--do_train", "False", *options])
-            speed = latency(student.model, student.processing_class, max_length=12)
-            milliseconds[parameters] = speed["ms_per_image_batch_1"]
+        image_tower = json.dumps((study.recipe | lines[0]["settings"])["vision_config"], sort_keys=True)
         shares = [line["eval_share_of_teacher"] for line in lines]
         mean, half = interval(shares)
         points.append(
             {
-                "parameters": parameters / 1e6,
-                "milliseconds": milliseconds[parameters],
+                "parameters": lines[0]["parameters"] / 1e6,
+                "milliseconds": milliseconds_of(study.ablation.recipe, image_tower),
                 "share": mean,
                 "half": half if len(lines) > 1 else 0.0,
                 "shares": shares,
@@ -91,8 +93,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     args = parser.parse_args(argv)
     study = Study(Ablation.read(args.config), train=False)
-    milliseconds = {}
-    curves = {question: points_of(study, question, milliseconds) for question in study.ablation.questions}
+    curves = {question: points_of(study, question) for question in study.ablation.questions}
     draw(curves, args.output)
     print(
         "| students | M parameters | ms an image, batch 1 | % of the teacher's RSUM, validation |\n|---|---|---|---|"

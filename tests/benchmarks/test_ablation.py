@@ -253,9 +253,11 @@ RECIPES = sorted((ablation.Path(__file__).parents[2] / "recipes").glob("ablation
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_studies_name_settings_of_train(path):
+def test_the_studies_name_settings_of_train(path, monkeypatch):
+    monkeypatch.chdir(path.parents[1])
     study = Ablation.read(path)
     assert (path.parents[1] / study.recipe).is_file()
+    rates_of = Study(study, train=False).rates_of
     kinds = (train.StudentArguments, train.DataArguments, DSMDTrainingArguments)
     known = set(train.HfArgumentParser(kinds)._option_string_actions)
     variants = [variant for question in study.questions.values() for variant in question.values()]
@@ -263,8 +265,9 @@ def test_the_studies_name_settings_of_train(path):
         assert {f"--{name}" for name in variant} <= known
         if variant is not study.settings:
             of_trainer = {field.name for field in dataclasses.fields(DSMDTrainingArguments)} & set(variant)
-            fields = {name: variant[name] for name in of_trainer - {"learning_rate"}}  # it may name several
-            DSMDTrainingArguments(output_dir="unused", use_cpu=True, **fields)
+            for rate in rates_of(variant):
+                fields = {name: variant[name] for name in of_trainer} | {"learning_rate": rate}
+                DSMDTrainingArguments(output_dir="unused", use_cpu=True, **fields)
     assert len(study.vectors()) in (0, 20)
 
 

@@ -1,4 +1,4 @@
-"""The picture of sizes: its points are the study's lines, timed on students built as their settings say."""
+"""The picture of sizes: its points are the study's lines, timed on towers built as their settings say."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_points_and_picture(tmp_path, monkeypatch, capsys):
     point = {"parameters": 2.5, "milliseconds": 16.0, "share": 92.0, "half": pytest.approx(25.4, abs=0.1)}
     small = {**point, "shares": [90.0, 94.0]}
     wide = {**point, "parameters": 3.5, "milliseconds": 32.0, "share": 95.0, "half": 0.0, "shares": [95.0]}
-    assert len(timed) == 2  # a size once
+    assert len(timed) == 2  # a tower once
     assert drawn == {"with": [small, wide], "without": [{**small, "share": 50.0, "half": 0.0, "shares": [50.0, 50.0]}]}
     printed = capsys.readouterr()
     assert "| with | 2.50 | 16.00 | 92.0 ± 25.4 |" in printed.out and "with, not run: no runs yet" in printed.err
