@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import psutil
@@ -29,6 +30,7 @@ from datasets_scripts.building import Row, build
 from trainers.checkpoints import damage, last_whole, of_run
 from trainers.hub_push import fetch_last_checkpoint, push_checkpoint, snapshot
 from trainers.retrieval_data import TEACHER_COLUMNS
+from trainers.retrieval_evaluation import name_killed_workers
 
 
 SMALL = {"vision_config": json.dumps(VISION["vit"]), "per_device_train_batch_size": 4}
@@ -244,6 +246,32 @@ def test_a_killed_loader_worker_is_named(tmp_path, rows):
     with pytest.raises(RuntimeError, match=said):
         trainer.train()
     assert whole(tmp_path) == ["checkpoint-2"]
+
+
+class Unreachable(torch.utils.data.Dataset):
+    """A row of it is on a machine that hangs up."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ConnectionResetError("of a row")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error):
+    """torch looks whether it lives at once, and where it still does passes on what the broken connection says."""
+    batches = iter(torch.utils.data.DataLoader(range(4), num_workers=1))
+    batches._data_queue.get = Mock(side_effect=error)
+    with pytest.raises(RuntimeError, match="A worker of the data loader was killed"), name_killed_workers():
+        next(batches)
+
+
+def test_a_connection_that_breaks_elsewhere_is_no_worker():
+    with pytest.raises(ConnectionResetError), name_killed_workers():
+        raise ConnectionResetError
+    with pytest.raises(ConnectionResetError, match="of a row"), name_killed_workers():
+        next(iter(torch.utils.data.DataLoader(Unreachable(), num_workers=1)))
 
 
 def test_an_error_in_a_loader_worker_is_not_taken_for_its_death(tmp_path, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -118,11 +119,19 @@ class ImageCollator:
 
 @contextmanager
 def name_killed_workers() -> Iterator[None]:
-    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why."""
+    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why.
+
+    Where it dies while it hands over a batch, torch passes on the broken connection, if the process is not gone yet.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError):
+            killed = "DataLoader worker (pid" in str(error)
+        else:
+            frames = traceback.walk_tb(error.__traceback__)
+            killed = any(frame.f_code.co_name == "_try_get_data" for frame, _ in frames)
+        if not killed:
             raise
         raise RuntimeError(
             "A worker of the data loader was killed, as a rule because memory ran out: lower "
