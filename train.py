@@ -27,18 +27,17 @@ from filelock import FileLock, Timeout
 from transformers import HfArgumentParser, set_seed
 
 from model_cards import RunFacts
+from rows.columns import Splits
+from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.checkpoints import last_whole
 from trainers.data_loading import (
     DataArguments,
-    Splits,
     data_facts,
     license_of,
     load_data,
     read_baseline,
-    teacher_description,
     teacher_projection,
-    teacher_width,
     training_captions,
 )
 from trainers.distributed import use_the_cores

@@ -9,15 +9,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from . import (
-    cached_teacher,
-    captions_per_second,
-    loader,
-    retrieval_speed,
-    start_up,
-    step_cost,
-    teacher_features,
-)
+from . import cached_teacher, captions_per_second, loader, retrieval_speed, start_up, step_cost, teacher_features
 from .common import Row, measured, print_table
 
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from trainers.dataset_checks import check_rows
-from trainers.images import load_rgb
+from rows.checks import check_rows
+from rows.images import load_rgb
 
 
 PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, as its maker states

@@ -6,13 +6,9 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +20,8 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from model_cards.tables import as_text
-from trainers.images import open_image, to_rgb
-from trainers.retrieval_data import printable
+from rows.files import printable, write_beside
+from rows.images import open_image, to_rgb
 
 
 # A split's usual names, and Karpathy's second part of the training images -> the split.
@@ -41,7 +37,6 @@ SPLIT_OF = {
 SPLITS = ("train", "validation", "test")
 IMAGES_AT_ONCE = 32
 BROKEN_SHOWN = 20
-LARGEST_FILE = 1 << 30  # bytes, of an image
 
 
 @dataclass
@@ -57,39 +52,6 @@ class Row:
 def fold(caption: str) -> str:
     """The caption without blanks around it, its lines joined by a space."""
     return " ".join(filter(None, map(str.strip, caption.splitlines())))
-
-
-def file_in(folder: Path, name: str) -> Path:
-    """`folder / name` for a name that comes from a file and may be anything.
-
-    Raises:
-        ValueError: where the name is absolute, holds `..`, or leads out of the folder through a link.
-    """
-    try:
-        path = folder / name
-        inside = (
-            name
-            and not Path(name).is_absolute()
-            and ".." not in Path(name).parts
-            and path.resolve().is_relative_to(folder.resolve())
-        )
-    except (OSError, RuntimeError, TypeError, ValueError):  # a loop of links, a zero byte, not a string
-        inside = False
-    if not inside:
-        raise ValueError(
-            f"the file name {name!r} does not stay in the folder {folder}; expected a path below it, without '..' and "
-            "without links that leave it (copy or mount what they lead to)"
-        )
-    return path
-
-
-def read_file(path: Path) -> bytes:
-    # A pipe or a device would block or never end.
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {str(path)!r}")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{str(path)!r} has {path.stat().st_size:,} bytes, expected {LARGEST_FILE:,} at most")
-    return path.read_bytes()
 
 
 def rgb_bytes(data: bytes) -> bytes:
@@ -113,21 +75,6 @@ def rgb_bytes(data: bytes) -> bytes:
     else:
         rgb.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-@contextmanager
-def write_beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, renamed to it at the end; gone after an exception.
-
-    Fails where `folder` is there by then and not empty.
-    """
-    beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:

@@ -19,8 +19,10 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_fr
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
+from rows.files import write_beside
+
 from . import glyphs
-from .building import SPLITS, parse_arguments, push, write_beside
+from .building import SPLITS, parse_arguments, push
 from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
 
 

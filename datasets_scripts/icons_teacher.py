@@ -24,10 +24,10 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from datasets_scripts.icons import fingerprint, load_icons
-from datasets_scripts.teacher_features import quantize
-from trainers.images import load_rgb
+from rows.columns import id_hash
+from rows.images import load_rgb
+from rows.teacher_columns import quantize
 from trainers.retrieval import metrics_from_ranks, ranks
-from trainers.retrieval_data import id_hash
 
 
 def features_file() -> Path:

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from datasets_scripts.building import parse_arguments, write_beside
-from datasets_scripts.teacher_features import feature_columns
+from datasets_scripts.building import parse_arguments
+from rows.checks import check_rows
+from rows.files import write_beside
+from rows.teacher_columns import feature_columns, teacher_columns
 from trainers.data_loading import open_dataset
-from trainers.dataset_checks import check_rows
-from trainers.retrieval_data import teacher_columns
 
 
 def read_tensor(path: Path) -> torch.Tensor:

@@ -13,8 +13,9 @@ from pathlib import Path
 import datasets
 
 from model_cards.tables import as_code
+from rows.files import file_in, read_file
 
-from .building import SPLIT_OF, SPLITS, Row, build, file_in, parse_arguments, read_file
+from .building import SPLIT_OF, SPLITS, Row, build, parse_arguments
 from .own_data import Columns, rows_by_split, tables_of_datasets
 
 

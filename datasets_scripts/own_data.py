@@ -38,10 +38,10 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from model_cards.tables import as_code
+from rows.files import file_in, printable, read_file
 from trainers.data_loading import license_on_card, readable
-from trainers.retrieval_data import printable
 
-from .building import SPLIT_OF, SPLITS, Row, build, file_in, fold, parse_arguments, read_file
+from .building import SPLIT_OF, SPLITS, Row, build, fold, parse_arguments
 
 
 IMAGE_NAMES = (

@@ -15,8 +15,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from datasets_scripts.building import license_fields
 from datasets_scripts.teacher_features import shard_file
 from model_cards.tables import as_text, bullets
+from rows.columns import id_hash
+from rows.teacher_columns import teacher_columns, teacher_tensors
 from trainers import retrieval_metrics
-from trainers.retrieval_data import id_hash, teacher_columns, teacher_tensors
 from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from rows.checks import check_rows
+from rows.images import check_image_paths, load_rgb
+from rows.teacher_columns import feature_columns, teacher_columns
 from teachers import Teacher
-from trainers.dataset_checks import check_rows
-from trainers.images import check_image_paths, load_rgb
-from trainers.retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, teacher_columns
 
 
 ROWS_IN_GROUP = 256  # of a parquet file: what a reader in random order has to decompress for one row
@@ -234,57 +234,6 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     table = table.cast(schema.arrow_schema).replace_schema_metadata(schema.arrow_schema.metadata)
     pq.write_table(table, f"{path}.part", row_group_size=ROWS_IN_GROUP)
     os.replace(f"{path}.part", path)
-
-
-def feature_columns(
-    image: torch.Tensor, text: torch.Tensor, counts: np.ndarray, image_ids: list[str], int8: bool = False
-) -> dict[str, tuple[pa.Array, object]]:
-    """Features as columns of the row contract: name -> (values, `datasets` feature).
-
-    Args:
-        image: `[N, D]`.
-        text: `[C, D]`, the captions of the N rows one after another.
-        counts: `[N]`, captions of each row.
-        image_ids: `[N]`, for the message.
-        int8: as int8 with a float16 scale beside each row; float16 otherwise.
-
-    Raises:
-        ValueError: features that are NaN, infinite or zero as they are stored.
-    """
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    columns: dict[str, tuple[pa.Array, object]] = {}
-    row_of = {"image": np.arange(len(image)), "text": np.repeat(np.arange(len(image)), counts)}
-    for name, scale_name, features in zip(TEACHER_COLUMNS, TEACHER_SCALES, (image, text)):
-        kind = "image" if features is image else "text"
-        values, scale = quantize(features) if int8 else (features.half(), None)
-        good = torch.isfinite(features.half()).all(1) & (values != 0).any(1)
-        bad = np.flatnonzero(~good.numpy())
-        if len(bad):
-            names = list(dict.fromkeys(repr(image_ids[row_of[kind][i]]) for i in bad))
-            more = ", ..." if len(names) > 10 else ""
-            raise ValueError(
-                f"{len(bad)} {kind} features are NaN, infinite or zero as stored, of image_id "
-                f"{', '.join(names[:10])}{more}."
-            )
-        vector = datasets.List(datasets.Value("int8" if int8 else "float16"), length=features.shape[1])
-        array = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), features.shape[1])
-        columns[name] = _by_row(array, vector, offsets, kind)
-        if scale is not None:
-            columns[scale_name] = _by_row(pa.array(scale.numpy()), datasets.Value("float16"), offsets, kind)
-    return columns
-
-
-def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str) -> tuple[pa.Array, object]:
-    """A value an image as it is; a value a caption as one list a row."""
-    if kind == "image":
-        return array, feature
-    return pa.ListArray.from_arrays(offsets, array), datasets.List(feature)
-
-
-def quantize(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 rows `[N, D]` and their float16 scales `[N]`: embeds are about int8 times scale."""
-    scale = (embeds.abs().amax(dim=1) / 127).clamp(min=1e-6).half()
-    return (embeds / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def shard_file(folder: Path, split: str, number: int) -> Path:

@@ -41,8 +41,8 @@ from transformers import (
 )
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
-from datasets_scripts.building import write_beside
 from model_cards.tables import as_text, markdown_table
+from rows.files import write_beside
 from trainers.data_loading import open_dataset
 from trainers.retrieval import retrieval_metrics
 from trainers.retrieval_data import RetrievalCollator, RetrievalDataset

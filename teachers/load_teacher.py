@@ -16,8 +16,8 @@ from transformers.utils.hub import resolve_revision
 # Importing them registers their classes: our own folders then load without running the code inside.
 import modeling_dsmd  # noqa: F401
 import teachers.beit3  # noqa: F401
-from trainers.images import to_rgb
-from trainers.retrieval_data import LONGEST_CAPTION
+from rows.columns import LONGEST_CAPTION
+from rows.images import to_rgb
 
 
 TEXT_SETTINGS = {"padding": "longest", "truncation": True}  # where the processor asks for nothing else

@@ -19,7 +19,7 @@ TESTS = (
     "tests/test_train.py::test_a_run_goes_on_from_the_hub",
     "tests/modeling_dsmd/test_modeling_dsmd.py",
     "tests/trainers/test_losses.py",
-    "tests/trainers/test_dataset_checks.py",
+    "tests/rows/test_checks.py",
     "tests/datasets_scripts/test_building.py",
     "tests/datasets_scripts/test_own_data.py",
     "tests/inference/test_search.py",

@@ -27,9 +27,9 @@ from transformers import TrainerCallback
 import train
 from datasets_scripts import add_teacher_features
 from datasets_scripts.building import Row, build
+from rows.teacher_columns import TEACHER_COLUMNS
 from trainers.checkpoints import damage, last_whole, of_run
 from trainers.hub_push import fetch_last_checkpoint, push_checkpoint, snapshot
-from trainers.retrieval_data import TEACHER_COLUMNS
 from trainers.retrieval_evaluation import name_killed_workers
 
 

@@ -11,12 +11,7 @@ import torch
 from conftest import make_rows, make_student
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, HfFileSystem, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFolder
 from PIL import Image
 from safetensors.torch import load_file

@@ -12,8 +12,8 @@ from conftest import DIM, make_rows, make_student
 from safetensors.torch import load_file
 
 import train
+from rows.teacher_columns import TEACHER_COLUMNS
 from trainers import hub_push
-from trainers.retrieval_data import TEACHER_COLUMNS
 from trainers.teacher_pca import load_pca
 
 

@@ -5,12 +5,7 @@ from .contrastive_trainer import ContrastiveTrainer
 from .distillation_config import DSMDTrainingArguments
 from .distillation_trainer import DSMDTrainer
 from .feature_queue import FeatureQueue
-from .losses import (
-    contrastive_distillation,
-    feature_distillation,
-    hard_negative_distillation,
-    similarity_distillation,
-)
+from .losses import contrastive_distillation, feature_distillation, hard_negative_distillation, similarity_distillation
 from .retrieval import retrieval_metrics
 
 

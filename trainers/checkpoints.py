@@ -121,14 +121,6 @@ def rotate(output_dir: str | os.PathLike, limit: int | None, newest: Path, best:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Written beside, then renamed: the file is whole or absent."""
-    with open(f"{path}.part", "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.replace(f"{path}.part", path)
-
-
 def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 

@@ -18,13 +18,13 @@ from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from model_cards import describe_captions
+from rows.columns import Splits, caption_lists
+from rows.images import check_image_paths
+from rows.teacher_columns import TEACHER_COLUMNS, teacher_batches, teacher_description, teacher_width
 
-from .images import check_image_paths
-from .retrieval_data import TEACHER_COLUMNS, teacher_columns, teacher_tensors
 from .teacher_pca import PCA_FILE, fit_pca, load_pca
 
 
-Splits = datasets.DatasetDict | datasets.IterableDatasetDict
 STREAM_HEAD = 20_000  # rows of a stream whose captions train a tokenizer
 
 
@@ -281,7 +281,7 @@ def teacher_projection(
             f"{PCA_FILE} to project with: add its features with datasets_scripts/add_teacher_features.py."
         )
     if components is None:
-        components = fit_pca(_teacher_features(rows["train"]))
+        components = fit_pca(teacher_batches(rows["train"]))
     if components.shape[0] != width or components.shape[1] < projection_dim:
         raise ValueError(f"{PCA_FILE} is {list(components.shape)}, expected [{width}, {projection_dim} or more].")
     return components[:, :projection_dim].contiguous()
@@ -296,42 +296,11 @@ def _stored_pca(name: str, repo_type: str) -> torch.Tensor | None:
         return None
 
 
-def _teacher_features(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for table in part.select_columns(teacher_columns(part.column_names)).with_format("arrow").iter(5000):
-        yield teacher_tensors(table)
-
-
-def first_row(rows: Splits, columns: list[str]) -> dict | None:
-    """Some columns of the first training row; None where there is none, or a column is missing."""
-    part = rows["train"]
-    if not set(columns) <= set(part.column_names):
-        return None
-    return next(iter(part.select_columns(columns)), None)
-
-
-def teacher_width(rows: Splits) -> int | None:
-    """Width D of the stored teacher features; None where there are none."""
-    row = first_row(rows, ["teacher_image_embeds"])
-    return None if row is None else len(row["teacher_image_embeds"])
-
-
-def teacher_description(rows: Splits) -> dict | None:
-    """What the constant column `teacher` says of the teacher; None where the column is missing."""
-    row = first_row(rows, ["teacher"])
-    return None if row is None else json.loads(row["teacher"])
-
-
 def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
     """All captions of a training split; of a stream those of its first 20,000 rows; read as they are used."""
     streamed = isinstance(part, datasets.IterableDataset)
     for captions in caption_lists(part.take(STREAM_HEAD) if streamed else part):
         yield from captions
-
-
-def caption_lists(part: datasets.Dataset | datasets.IterableDataset) -> Iterator[list[str]]:
-    """The captions of each row, read a thousand rows at a time."""
-    for table in part.select_columns(["captions"]).with_format("arrow").iter(1000):
-        yield from table["captions"].to_pylist()
 
 
 def license_of(rows: Splits, name: str) -> str | None:

@@ -11,13 +11,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    set_client_factory,
-    snapshot_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory, snapshot_download
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 

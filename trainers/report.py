@@ -16,12 +16,11 @@ from PIL import Image
 
 from model_cards.model_card import usage_code
 from model_cards.tables import SHOWN, across_table, results_table
+from rows.columns import Splits, rows_and_captions
+from rows.files import write_json
+from rows.images import load_rgb
 
 from .card import write_card
-from .checkpoints import write_json
-from .data_loading import Splits
-from .images import load_rgb
-from .retrieval_evaluation import rows_and_captions
 from .retrieval_trainer import RetrievalTrainer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 
@@ -10,63 +9,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
-from .images import load_rgb, random_view
-
-
-# Characters that are read of a caption: tokenizers take seconds for a million, and minutes to be trained on them.
-LONGEST_CAPTION = 8192
-TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds")
-TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # beside int8 features, one for each of their rows
-
-
-def teacher_columns(names: list[str]) -> list[str]:
-    """Those of a dataset's columns that hold a teacher's features."""
-    return [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
-
-
-def id_hash(text: str) -> int:
-    """int64 of the string's blake2b-64: the same in every process and on every machine, unlike `hash()`."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def printable(name: str) -> str:
-    """A name, which may be anything, without what a terminal would obey."""
-    return name if name.isprintable() else repr(name)
-
-
-def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The innermost values of a (nested) list column of equal widths, as an array `[rows, D]` of their dtype."""
-    values, rows = _innermost(column)
-    return values.reshape(rows, -1)
-
-
-def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
-    """All values of a (nested) list column in a row, and how many innermost lists they stand in."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    rows = len(array)
-    while (
-        pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type)
-    ):
-        rows = len(array)
-        array = array.flatten()
-    return array.to_numpy(zero_copy_only=False), rows
-
-
-def teacher_features(table: pa.Table, name: str) -> np.ndarray:
-    """Raw teacher features `[rows, D]` of a column of TEACHER_COLUMNS: float16 as stored, float32 where it is int8."""
-    features = rows_to_numpy(table[name])
-    if features.dtype != np.int8:
-        return features
-    scale = TEACHER_SCALES[TEACHER_COLUMNS.index(name)]
-    if scale not in table.column_names:
-        raise ValueError(f"{name} is int8, and there is no {scale} to multiply it by.")
-    return features * _innermost(table[scale])[0].astype(np.float32)[:, None]
-
-
-def teacher_tensors(table: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw teacher features of a table's images `[N, D]` and captions `[C, D]`, float32."""
-    return tuple(torch.from_numpy(teacher_features(table, name).astype(np.float32)) for name in TEACHER_COLUMNS)
+from rows.columns import LONGEST_CAPTION, id_hash
+from rows.files import printable
+from rows.images import load_rgb
+from rows.teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
 
 
 def undecoded_rows(
@@ -265,3 +213,32 @@ class RetrievalCollator:
             teacher_text = np.concatenate([example["teacher_text"] for example in examples])
             batch["teacher_text"] = torch.from_numpy(teacher_text[order])
         return batch
+
+
+def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: float) -> Image.Image:
+    """A shifted and zoomed view of the same size; what lies outside the image repeats its edge.
+
+    Args:
+        image: RGB.
+        rng: where the randomness comes from.
+        shift: largest shift in each direction, as a fraction of the side, in [0, 1).
+        zoom: the side of the view is the image's times a factor in [1 - zoom, 1 + zoom], zoom in [0, 1).
+    """
+    if not shift and not zoom:
+        return image
+    width, height = image.size
+    factor = 1 + rng.uniform(-zoom, zoom)
+    center_x = width * (0.5 + rng.uniform(-shift, shift))
+    center_y = height * (0.5 + rng.uniform(-shift, shift))
+    box = [
+        center_x - width * factor / 2,
+        center_y - height * factor / 2,
+        center_x + width * factor / 2,
+        center_y + height * factor / 2,
+    ]
+    # A strip padded by its length on all sides would not fit in memory.
+    across = max(0, int(np.ceil(max(-box[0], box[2] - width))))
+    down = max(0, int(np.ceil(max(-box[1], box[3] - height))))
+    padded = Image.fromarray(np.pad(np.asarray(image), ((down, down), (across, across), (0, 0)), mode="edge"))
+    box = [side + pad for side, pad in zip(box, (across, down, across, down))]
+    return padded.resize((width, height), Image.Resampling.BILINEAR, box=box)

@@ -12,10 +12,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from rows.columns import LONGEST_CAPTION
+from rows.images import load_rgb
+
 from . import distributed
-from .images import load_rgb
 from .retrieval import fold_metrics, retrieval_metrics
-from .retrieval_data import LONGEST_CAPTION, id_hash, teacher_columns, teacher_tensors
 
 
 if TYPE_CHECKING:
@@ -137,19 +138,6 @@ def name_killed_workers() -> Iterator[None]:
             "A worker of the data loader was killed, as a rule because memory ran out: lower "
             "--dataloader_num_workers or --shuffle_buffer_size, and go on by --resume_from_checkpoint last."
         ) from error
-
-
-def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups `[N]` of the images, and the row `[M]` of each caption's image."""
-    column = "group_id" if "group_id" in dataset.column_names else "image_id"
-    groups = torch.tensor([id_hash(group) for group in dataset[column]])
-    counts = torch.tensor([len(captions) for captions in dataset["captions"]])
-    return groups, torch.repeat_interleave(torch.arange(len(groups)), counts)
-
-
-def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
-    return teacher_tensors(dataset.select_columns(teacher_columns(dataset.column_names)).with_format("arrow")[:])
 
 
 def recall_figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:

@@ -11,8 +11,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from transformers import TrainerCallback
 
-from .dataset_checks import check_rows
-from .images import check_image_paths
+from rows.checks import check_rows
+from rows.images import check_image_paths
+
 from .retrieval_data import make_examples, undecoded_rows
 
 

@@ -23,8 +23,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling, SizeDict
 
 from modeling_dsmd import DSMDModel
-
-from .retrieval_data import LONGEST_CAPTION
+from rows.columns import LONGEST_CAPTION
 
 
 @dataclass

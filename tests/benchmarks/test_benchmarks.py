@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import (
-    __main__ as all_programs,
-)
+from benchmarks import __main__ as all_programs
 from benchmarks import (
     cached_teacher,
     captions_per_second,

@@ -20,12 +20,13 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
 from datasets_scripts import add_teacher_features as script
-from datasets_scripts.teacher_features import Encoding, encode_dataset, join, quantize, write_shard
+from datasets_scripts.teacher_features import Encoding, encode_dataset, join, write_shard
+from rows.checks import check_dataset
+from rows.columns import rows_and_captions
+from rows.teacher_columns import TEACHER_COLUMNS, teacher_features, teacher_rows
 from teachers import load_teacher
 from trainers import retrieval_metrics
-from trainers.dataset_checks import check_dataset
-from trainers.retrieval_data import TEACHER_COLUMNS, RetrievalDataset, teacher_features
-from trainers.retrieval_evaluation import rows_and_captions, teacher_rows
+from trainers.retrieval_data import RetrievalDataset
 from trainers.teacher_pca import load_pca
 
 
@@ -392,12 +393,6 @@ def test_int8_is_close_is_read_as_float_and_its_cost_is_shown(source, output, te
     assert np.array_equal(np.stack([example["teacher_image"] for example in examples]), image.numpy())
     assert np.array_equal(np.concatenate([example["teacher_text"] for example in examples]), text.numpy())
     assert (tmp_path / "int8" / "README.md").read_text().count("before int8") == 1
-
-
-def test_quantize_by_hand():
-    values, scale = quantize(torch.tensor([[1.27, -0.635, 0.01], [0.0, 0.0, 0.0]]))
-    assert values.tolist() == [[127, -64, 1], [0, 0, 0]] or values.tolist() == [[127, -63, 1], [0, 0, 0]]
-    assert scale[0].item() == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, 1e6])

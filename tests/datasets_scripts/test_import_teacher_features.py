@@ -9,8 +9,8 @@ import torch
 from conftest import make_rows
 
 from datasets_scripts import import_teacher_features as script
-from trainers.dataset_checks import check_dataset
-from trainers.retrieval_data import TEACHER_COLUMNS
+from rows.checks import check_dataset
+from rows.teacher_columns import TEACHER_COLUMNS
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from image_files import decoded, encoded, picture
 from PIL import Image
 
 from datasets_scripts import coco, flickr30k, karpathy
-from trainers.dataset_checks import check_dataset
+from rows.checks import check_dataset
 
 
 SPLITS = ["train", "restval", "val", "test", "train", "test", "restval", "val", "test"]

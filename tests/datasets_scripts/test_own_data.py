@@ -18,7 +18,7 @@ import pytest
 from image_files import decoded, encoded, picture
 
 from datasets_scripts import own_data
-from trainers.dataset_checks import check_dataset
+from rows.checks import check_dataset
 
 
 COUNT = 30

@@ -22,10 +22,10 @@ from transformers import HfArgumentParser
 
 import train
 from datasets_scripts import coco, import_teacher_features, own_data
+from rows.checks import check_dataset
+from rows.images import load_rgb
 from trainers import DSMDTrainingArguments, checkpoints
 from trainers.data_loading import DataArguments, open_dataset
-from trainers.dataset_checks import check_dataset
-from trainers.images import load_rgb
 from trainers.student import StudentArguments
 
 

@@ -16,9 +16,11 @@ from datasets_scripts import flickr30k, own_data
 from inference import search
 from inference.grid import Cell, result_grid
 from inference.search import index_folder
+from rows.checks import check_dataset
+from rows.columns import LONGEST_CAPTION
+from rows.files import printable
 from teachers import load_teacher
-from trainers.dataset_checks import check_dataset
-from trainers.retrieval_data import LONGEST_CAPTION, RetrievalCollator, RetrievalDataset, printable
+from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
 from trainers.student import train_tokenizer
 
 

@@ -17,8 +17,8 @@ from tiny_towers import scatter
 from transformers import ViTImageProcessorPil
 
 from inference import export
+from rows.images import to_rgb
 from trainers import retrieval_metrics
-from trainers.images import to_rgb
 
 
 CAPTIONS = [" ".join(WORDS[: n + 1]) for n in (0, 5, 2, 19)]

@@ -23,7 +23,7 @@ from image_files import picture
 from PIL import Image
 from tiny_towers import clip, make_processor
 
-from trainers.images import to_rgb
+from rows.images import to_rgb
 
 
 pytestmark = pytest.mark.browser  # gradio and selenium are there only for `make browser_test`

@@ -30,9 +30,9 @@ from transformers import (
     ViTModel,
 )
 
+from rows.images import to_rgb
 from teachers import load_teacher
 from teachers.load_teacher import _max_length
-from trainers.images import to_rgb
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

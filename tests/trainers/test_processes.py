@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tiny_trainer import largest_difference
 
 from modeling_dsmd import DSMDModel
-from trainers.retrieval_data import id_hash
+from rows.columns import id_hash
 
 
 UNEVEN = sorted({name.split("/")[0] for name in uneven_batches()})

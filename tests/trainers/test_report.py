@@ -16,8 +16,8 @@ from test_train import RECIPE
 
 import inference.grid
 import train
+from rows.columns import rows_and_captions
 from trainers.report import draw_grids, evenly, run_code, save_query, save_samples
-from trainers.retrieval_evaluation import rows_and_captions
 
 
 def test_evenly():

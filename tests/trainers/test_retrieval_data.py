@@ -9,18 +9,11 @@ import torch
 from conftest import make_rows, make_student
 from PIL import Image
 
-from trainers.images import random_view
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, id_hash, text_buckets
+from rows.columns import id_hash
+from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, random_view, text_buckets
 
 
 SETTINGS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}
-
-
-def test_id_hash_is_stable():
-    assert id_hash("icon") == int.from_bytes(
-        __import__("hashlib").blake2b(b"icon", digest_size=8).digest(), "little", signed=True
-    )
-    assert len({id_hash(str(i)) for i in range(10_000)}) == 10_000
 
 
 def test_a_batch_keeps_captions_features_and_images_together():

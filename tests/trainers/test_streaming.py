@@ -18,6 +18,7 @@ from conftest import DIM, make_rows, make_student
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from rows.columns import id_hash
 from trainers import (
     ContrastiveTrainer,
     DSMDTrainer,
@@ -26,7 +27,7 @@ from trainers import (
     retrieval_trainer,
     streaming,
 )
-from trainers.retrieval_data import RetrievalDataset, id_hash, make_examples
+from trainers.retrieval_data import RetrievalDataset, make_examples
 from trainers.streaming import StreamedRetrievalDataset, stream_head
 
 

@@ -8,9 +8,10 @@ import torch
 from conftest import make_rows, make_student
 from tiny_trainer import largest_difference, make_trainer
 
+from rows.columns import rows_and_captions
+from rows.teacher_columns import teacher_rows
 from trainers import DSMDTrainer, retrieval_metrics
 from trainers.report import across_table, results_table
-from trainers.retrieval_evaluation import rows_and_captions, teacher_rows
 from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca, save_pca
 
 

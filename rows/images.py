@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-import random
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -111,32 +110,3 @@ def check_image_paths(images: pa.ChunkedArray | pa.Array, folder: Path | None) -
                     f"The dataset holds no image but the path {path!r}, which is not in its folder. Bring it into one "
                     "with its images: python -m datasets_scripts.own_data"
                 )
-
-
-def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: float) -> Image.Image:
-    """A shifted and zoomed view of the same size; what lies outside the image repeats its edge.
-
-    Args:
-        image: RGB.
-        rng: where the randomness comes from.
-        shift: largest shift in each direction, as a fraction of the side, in [0, 1).
-        zoom: the side of the view is the image's times a factor in [1 - zoom, 1 + zoom], zoom in [0, 1).
-    """
-    if not shift and not zoom:
-        return image
-    width, height = image.size
-    factor = 1 + rng.uniform(-zoom, zoom)
-    center_x = width * (0.5 + rng.uniform(-shift, shift))
-    center_y = height * (0.5 + rng.uniform(-shift, shift))
-    box = [
-        center_x - width * factor / 2,
-        center_y - height * factor / 2,
-        center_x + width * factor / 2,
-        center_y + height * factor / 2,
-    ]
-    # A strip padded by its length on all sides would not fit in memory.
-    across = max(0, int(np.ceil(max(-box[0], box[2] - width))))
-    down = max(0, int(np.ceil(max(-box[1], box[3] - height))))
-    padded = Image.fromarray(np.pad(np.asarray(image), ((down, down), (across, across), (0, 0)), mode="edge"))
-    box = [side + pad for side, pad in zip(box, (across, down, across, down))]
-    return padded.resize((width, height), Image.Resampling.BILINEAR, box=box)

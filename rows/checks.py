@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from .columns import id_hash
 from .images import load_rgb
-from .retrieval_data import TEACHER_COLUMNS, TEACHER_SCALES, id_hash, teacher_features
+from .teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
 
 
 IMAGES_DECODED = 1000

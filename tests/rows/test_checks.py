@@ -8,8 +8,8 @@ import pytest
 from conftest import DIM, make_rows
 from PIL import Image
 
-from trainers import dataset_checks
-from trainers.dataset_checks import check_dataset
+from rows import checks
+from rows.checks import check_dataset
 
 
 def change(rows: datasets.Dataset, row: int, **values) -> datasets.Dataset:
@@ -60,7 +60,7 @@ def test_wrong_width_is_named_with_what_was_expected():
 
 
 def test_an_id_that_comes_again_much_later_is_found(monkeypatch):
-    monkeypatch.setattr(dataset_checks, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(checks, "ROWS_AT_ONCE", 5)
     rows = make_rows(12)
     check_dataset(datasets.concatenate_datasets([rows, rows.select([2, 2])]), "train", DIM)  # the same content
     with pytest.raises(ValueError, match="Row 11 .*'0/2'.* row 2 has this image_id and other content"):

@@ -1,0 +1,75 @@
+"""Files: read only where they should be, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+LARGEST_FILE = 1 << 30  # bytes, of an image
+
+
+def printable(name: str) -> str:
+    """A name, which may be anything, without what a terminal would obey."""
+    return name if name.isprintable() else repr(name)
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """`folder / name` for a name that comes from a file and may be anything.
+
+    Raises:
+        ValueError: where the name is absolute, holds `..`, or leads out of the folder through a link.
+    """
+    try:
+        path = folder / name
+        inside = (
+            name
+            and not Path(name).is_absolute()
+            and ".." not in Path(name).parts
+            and path.resolve().is_relative_to(folder.resolve())
+        )
+    except (OSError, RuntimeError, TypeError, ValueError):  # a loop of links, a zero byte, not a string
+        inside = False
+    if not inside:
+        raise ValueError(
+            f"the file name {name!r} does not stay in the folder {folder}; expected a path below it, without '..' and "
+            "without links that leave it (copy or mount what they lead to)"
+        )
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    # A pipe or a device would block or never end.
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {str(path)!r}")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size:,} bytes, expected {LARGEST_FILE:,} at most")
+    return path.read_bytes()
+
+
+@contextmanager
+def write_beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, renamed to it at the end; gone after an exception.
+
+    Fails where `folder` is there by then and not empty.
+    """
+    beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Written beside, then renamed: the file is whole or absent."""
+    with open(f"{path}.part", "w") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(f"{path}.part", path)

@@ -1,0 +1,130 @@
+"""The columns that hold a teacher's features: read from a table, and made of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from .columns import Splits, first_row
+
+
+TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds")
+TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # beside int8 features, one for each of their rows
+
+
+def teacher_columns(names: list[str]) -> list[str]:
+    """Those of a dataset's columns that hold a teacher's features."""
+    return [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
+
+
+def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """The innermost values of a (nested) list column of equal widths, as an array `[rows, D]` of their dtype."""
+    values, rows = _innermost(column)
+    return values.reshape(rows, -1)
+
+
+def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
+    """All values of a (nested) list column in a row, and how many innermost lists they stand in."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    rows = len(array)
+    while (
+        pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type)
+    ):
+        rows = len(array)
+        array = array.flatten()
+    return array.to_numpy(zero_copy_only=False), rows
+
+
+def teacher_features(table: pa.Table, name: str) -> np.ndarray:
+    """Raw teacher features `[rows, D]` of a column of TEACHER_COLUMNS: float16 as stored, float32 where it is int8."""
+    features = rows_to_numpy(table[name])
+    if features.dtype != np.int8:
+        return features
+    scale = TEACHER_SCALES[TEACHER_COLUMNS.index(name)]
+    if scale not in table.column_names:
+        raise ValueError(f"{name} is int8, and there is no {scale} to multiply it by.")
+    return features * _innermost(table[scale])[0].astype(np.float32)[:, None]
+
+
+def teacher_tensors(table: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw teacher features of a table's images `[N, D]` and captions `[C, D]`, float32."""
+    return tuple(torch.from_numpy(teacher_features(table, name).astype(np.float32)) for name in TEACHER_COLUMNS)
+
+
+def feature_columns(
+    image: torch.Tensor, text: torch.Tensor, counts: np.ndarray, image_ids: list[str], int8: bool = False
+) -> dict[str, tuple[pa.Array, object]]:
+    """Features as columns of the row contract: name -> (values, `datasets` feature).
+
+    Args:
+        image: `[N, D]`.
+        text: `[C, D]`, the captions of the N rows one after another.
+        counts: `[N]`, captions of each row.
+        image_ids: `[N]`, for the message.
+        int8: as int8 with a float16 scale beside each row; float16 otherwise.
+
+    Raises:
+        ValueError: features that are NaN, infinite or zero as they are stored.
+    """
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    columns: dict[str, tuple[pa.Array, object]] = {}
+    row_of = {"image": np.arange(len(image)), "text": np.repeat(np.arange(len(image)), counts)}
+    for name, scale_name, features in zip(TEACHER_COLUMNS, TEACHER_SCALES, (image, text)):
+        kind = "image" if features is image else "text"
+        values, scale = quantize(features) if int8 else (features.half(), None)
+        good = torch.isfinite(features.half()).all(1) & (values != 0).any(1)
+        bad = np.flatnonzero(~good.numpy())
+        if len(bad):
+            names = list(dict.fromkeys(repr(image_ids[row_of[kind][i]]) for i in bad))
+            more = ", ..." if len(names) > 10 else ""
+            raise ValueError(
+                f"{len(bad)} {kind} features are NaN, infinite or zero as stored, of image_id "
+                f"{', '.join(names[:10])}{more}."
+            )
+        vector = datasets.List(datasets.Value("int8" if int8 else "float16"), length=features.shape[1])
+        array = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), features.shape[1])
+        columns[name] = _by_row(array, vector, offsets, kind)
+        if scale is not None:
+            columns[scale_name] = _by_row(pa.array(scale.numpy()), datasets.Value("float16"), offsets, kind)
+    return columns
+
+
+def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str) -> tuple[pa.Array, object]:
+    """A value an image as it is; a value a caption as one list a row."""
+    if kind == "image":
+        return array, feature
+    return pa.ListArray.from_arrays(offsets, array), datasets.List(feature)
+
+
+def quantize(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 rows `[N, D]` and their float16 scales `[N]`: embeds are about int8 times scale."""
+    scale = (embeds.abs().amax(dim=1) / 127).clamp(min=1e-6).half()
+    return (embeds / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
+    return teacher_tensors(dataset.select_columns(teacher_columns(dataset.column_names)).with_format("arrow")[:])
+
+
+def teacher_batches(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The teacher's features of a split's images `[n, D]` and captions `[m, D]`, 5,000 rows at a time."""
+    for table in part.select_columns(teacher_columns(part.column_names)).with_format("arrow").iter(5000):
+        yield teacher_tensors(table)
+
+
+def teacher_width(rows: Splits) -> int | None:
+    """Width D of the stored teacher features; None where there are none."""
+    row = first_row(rows, ["teacher_image_embeds"])
+    return None if row is None else len(row["teacher_image_embeds"])
+
+
+def teacher_description(rows: Splits) -> dict | None:
+    """What the constant column `teacher` says of the teacher; None where the column is missing."""
+    row = first_row(rows, ["teacher"])
+    return None if row is None else json.loads(row["teacher"])
