@@ -7,12 +7,10 @@ accelerate launch train.py --dataset_name icons --do_train False --do_eval --mod
 from __future__ import annotations
 
 import argparse
-import atexit
 import difflib
 import json
 import os
 import pickle
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -23,27 +21,25 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
-from filelock import FileLock, Timeout
 from transformers import HfArgumentParser, set_seed
 
-from model_cards import RunFacts
-from rows.columns import Splits
-from rows.teacher_columns import teacher_description, teacher_width
-from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
-from trainers.checkpoints import last_whole
-from trainers.data_loading import (
+from datasets_scripts.data_loading import (
     DataArguments,
     data_facts,
-    license_of,
     load_data,
     read_baseline,
     teacher_projection,
     training_captions,
 )
-from trainers.distributed import use_the_cores
-from trainers.hub_push import fetch_last_checkpoint
+from datasets_scripts.opening import license_of
+from model_cards import RunFacts
+from rows.columns import Splits
+from rows.teacher_columns import teacher_description, teacher_width
+from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.report import pin_revision, report
 from trainers.retrieval_trainer import DISK_ERRORS, NOT_THE_DISKS, RetrievalTrainer
+from trainers.run.distributed import use_the_cores
+from trainers.run.output_dir import last_checkpoint, prepare_output_dir
 from trainers.student import StudentArguments, build_student
 
 
@@ -51,8 +47,6 @@ NO_PICKLES = (
     "error: a file of weights or of a checkpoint is damaged, or a pickle of more than tensors, which can run any "
     "code: it was not read."
 )
-LOCK = "_lock"  # in output_dir, while a run writes there
-LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice
 
 
 def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, DSMDTrainingArguments]:
@@ -120,47 +114,6 @@ def as_options(recipe: dict[str, object]) -> list[str]:
         elif value is not None:
             options.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     return options
-
-
-def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
-    """Refuses to write a run into another's folder, unless told to replace it. Of two at once the second stops."""
-    if not args.do_train or args.process_index != 0:
-        return
-    folder = Path(args.output_dir)
-    lock = FileLock(folder / LOCK, is_singleton=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise ValueError(f"Another run is writing to {folder}: wait for it, or give another --output_dir.") from None
-    except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be written to: {error}. Give another --output_dir.") from None
-    atexit.register(lock.release)  # held until then
-    old = [path for path in folder.iterdir() if path.name != LOCK]
-    if args.resume_from_checkpoint or args.resume_from_hub or not old:
-        return
-    if not overwrite:
-        raise ValueError(
-            f"output_dir {folder} is not empty: it holds another run. Give another --output_dir, go on with that run "
-            "by --resume_from_checkpoint last, or replace it by --overwrite_output_dir."
-        )
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
-    """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or for
-    'last' or 'True' the run's last whole one, None where it was stopped before its first."""
-    if args.resume_from_hub is not None:
-        with args.main_process_first(desc="checkpoint"):
-            return fetch_last_checkpoint(args.resume_from_hub, args.output_dir, write=args.process_index == 0)
-    if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() not in ("last", "true"):
-        return args.resume_from_checkpoint
-    with args.main_process_first(desc="last checkpoint"):
-        checkpoint = last_whole(args.output_dir)
-    if checkpoint is None:
-        print(f"There is no whole checkpoint in {args.output_dir}: the run starts from the beginning.")
-    return checkpoint and str(checkpoint)
 
 
 def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int | None]:

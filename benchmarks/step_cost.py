@@ -20,8 +20,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from datasets_scripts.data_loading import DataArguments, load_data
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
-from trainers.data_loading import DataArguments, load_data
 from trainers.losses import PAIRS
 from trainers.student import StudentArguments, build_student
 

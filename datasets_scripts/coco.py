@@ -12,7 +12,7 @@ and COCO's own image ids. Nothing of COCO ships with this project.
 from __future__ import annotations
 
 from .karpathy import Benchmark, run
-from .own_data import Columns
+from .source_rows import Columns
 
 
 COCO = Benchmark(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from .karpathy import Benchmark, run
-from .own_data import Columns
+from .source_rows import Columns
 
 
 FLICKR30K = Benchmark(

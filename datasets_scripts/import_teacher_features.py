@@ -20,10 +20,10 @@ import pyarrow as pa
 import torch
 
 from datasets_scripts.building import parse_arguments
+from datasets_scripts.opening import open_dataset
 from rows.checks import check_rows
 from rows.files import write_beside
 from rows.teacher_columns import feature_columns, teacher_columns
-from trainers.data_loading import open_dataset
 
 
 def read_tensor(path: Path) -> torch.Tensor:

@@ -16,7 +16,8 @@ from model_cards.tables import as_code
 from rows.files import file_in, read_file
 
 from .building import SPLIT_OF, SPLITS, Row, build, parse_arguments
-from .own_data import Columns, rows_by_split, tables_of_datasets
+from .source_rows import Columns, rows_by_split
+from .sources import tables_of_datasets
 
 
 # Counts of training images that come of a well-known mistake.

@@ -34,12 +34,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
+from model_cards.grid import Cell, result_grid
 from rows.columns import LONGEST_CAPTION
 from rows.files import printable
 from rows.images import open_image, to_rgb
 from rows.teacher_columns import rows_to_numpy
-
-from .grid import Cell, result_grid
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -16,8 +16,9 @@ import torch
 from huggingface_hub import HfApi
 
 import train
-from trainers import checkpoints, distributed, report, retrieval_evaluation, retrieval_trainer
+from trainers import report, retrieval_evaluation, retrieval_trainer
 from trainers.retrieval_trainer import RetrievalTrainer
+from trainers.run import checkpoints, distributed
 
 
 counts: Counter[str] = Counter()

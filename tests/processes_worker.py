@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from transformers import TrainerCallback
 
-from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, distributed
+from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.contrastive_trainer import contrastive_loss
 from trainers.losses import (
     contrastive_distillation,
@@ -19,6 +19,7 @@ from trainers.losses import (
     hard_negative_distillation,
     similarity_distillation,
 )
+from trainers.run import distributed
 
 
 STEP = 16  # images, over all processes

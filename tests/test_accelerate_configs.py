@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_trainer import largest_difference
 
 from modeling_dsmd import DSMDModel
-from trainers.sharding import prepare_sharding
+from trainers.run.sharding import prepare_sharding
 
 
 ROOT = Path(__file__).parents[1]

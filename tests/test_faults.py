@@ -28,9 +28,10 @@ import train
 from datasets_scripts import add_teacher_features
 from datasets_scripts.building import Row, build
 from rows.teacher_columns import TEACHER_COLUMNS
-from trainers.checkpoints import damage, last_whole, of_run
-from trainers.hub_push import fetch_last_checkpoint, push_checkpoint, snapshot
-from trainers.retrieval_evaluation import name_killed_workers
+from trainers.run import output_dir
+from trainers.run.checkpoints import damage, last_whole, of_run
+from trainers.run.hub_push import fetch_last_checkpoint, push_checkpoint, snapshot
+from trainers.run.loader_workers import name_killed_workers
 
 
 SMALL = {"vision_config": json.dumps(VISION["vit"]), "per_device_train_batch_size": 4}
@@ -76,8 +77,8 @@ def full(*args, **kwargs):
         (None, "transformers.trainer_callback.TrainerState.save_to_json"),
         (None, "trainers.retrieval_trainer.write_json"),
         (None, "trainers.retrieval_trainer.write_card"),
-        (None, "trainers.checkpoints.seal"),
-        (None, "trainers.checkpoints.publish"),
+        (None, "trainers.run.checkpoints.seal"),
+        (None, "trainers.run.checkpoints.publish"),
     ],
 )
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, rows, monkeypatch, beyond, patched):
@@ -194,14 +195,17 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, run_dat
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, run_data, monkeypatch):
-    monkeypatch.setattr(train, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(output_dir, "LOCK_SECONDS", 0.1)
     run = tmp_path / "run"
     run.mkdir()
     (run / "weights").write_text("of the first")
     code = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
     code += "print('held', flush=True); input()"
     first = subprocess.Popen(
-        [sys.executable, "-c", code, str(run / train.LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(run / output_dir.LOCK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert first.stdout.readline() == "held\n"
     for more in ([], ["--overwrite_output_dir", "True"], ["--resume_from_checkpoint", "last"]):
@@ -210,8 +214,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, run_data, monkeypa
         assert (run / "weights").read_text() == "of the first"
     first.kill()  # the lock goes with it
     first.wait()
-    train.prepare_output_dir(train.parse_arguments(arguments(run, run_data, SMALL))[2], overwrite=True)
-    assert [path.name for path in run.iterdir()] == [train.LOCK]
+    output_dir.prepare_output_dir(train.parse_arguments(arguments(run, run_data, SMALL))[2], overwrite=True)
+    assert [path.name for path in run.iterdir()] == [output_dir.LOCK]
 
 
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, rows):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import ROOT, STEPS, VISION, arguments, start
 from transformers.trainer_pt_utils import safe_globals
 
-from trainers.checkpoints import damage, of_run
+from trainers.run.checkpoints import damage, of_run
 
 
 KINDS = ("save", "step", "push", "evaluation", "clock", "end")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from rows.teacher_columns import TEACHER_COLUMNS
-from trainers import hub_push
+from trainers.run import hub_push
 from trainers.teacher_pca import load_pca
 
 
@@ -177,7 +177,7 @@ def test_missing_features_are_made_once_and_the_student_may_be_narrower(tmp_path
     card = (run / "README.md").read_text()
     assert "tiny-teacher" in card and "Licence of the data: cc0-1.0." in card
     assert str(tmp_path) not in card
-    monkeypatch.setattr("datasets_scripts.add_teacher_features.load_teacher", None)  # a second run finds them
+    monkeypatch.setattr("datasets_scripts.feature_job.load_teacher", None)  # a second run finds them
     train.main([*recipe, "--overwrite_output_dir", "True", "--data_license", "mine"])
     again = json.loads((run / "all_results.json").read_text())
     assert again["test_rsum"] == results["test_rsum"]

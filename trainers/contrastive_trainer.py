@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import distributed
 from .retrieval_trainer import RetrievalTrainer
+from .run import distributed
 
 
 def contrastive_loss(

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerCallback
 
-from . import distributed
 from .balancers import make_balancer
 from .distillation_config import DSMDTrainingArguments
 from .feature_queue import FeatureQueue
@@ -24,6 +23,7 @@ from .losses import (
     similarity_distillation,
 )
 from .retrieval_trainer import RetrievalTrainer
+from .run import distributed
 from .teacher_pca import load_pca, save_pca
 
 

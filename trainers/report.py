@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import torch
 from PIL import Image
 
 from model_cards.model_card import usage_code
-from model_cards.tables import SHOWN, across_table, results_table
-from rows.columns import Splits, rows_and_captions
+from model_cards.pictures import draw_grids, plot_curves, save_query, save_samples
+from model_cards.tables import across_table, results_table
+from rows.columns import Splits
 from rows.files import write_json
-from rows.images import load_rgb
 
 from .card import write_card
 from .retrieval_trainer import RetrievalTrainer
@@ -87,86 +85,6 @@ def pin_revision(trainer: RetrievalTrainer, repo_id: str, revision: str) -> None
     (folder / "assets" / "card.json").write_text(record.to_json(), encoding="utf-8")
 
 
-def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, folder: Path) -> None:
-    """Pictures of what a few queries find among all rows, as many of those that miss as of those that hit.
-
-    Args:
-        rows: of the split that the embeddings are of.
-        image_embeds: L2-normalised `[N, D]`.
-        text_embeds: L2-normalised `[C, D]`, row by row.
-        folder: gets `text_to_image.png` and `image_to_text.png`.
-    """
-    from inference.grid import Cell, result_grid  # it needs matplotlib
-
-    groups, caption_to_image = (ids.to(image_embeds.device) for ids in rows_and_captions(rows))
-    captions = [caption for own in rows["captions"] for caption in own]
-    text_groups = groups[caption_to_image]
-    undecoded = _undecoded(rows, ["image"])
-
-    def image(i: int) -> Image.Image:
-        return load_rgb(undecoded[i]["image"])
-
-    def caption(i: int) -> str:
-        return captions[i]
-
-    ways = {
-        "text_to_image": (caption, text_embeds, text_groups, image, image_embeds, groups),
-        "image_to_text": (image, image_embeds, groups, caption, text_embeds, text_groups),
-    }
-    for way, (query, queries, own_groups, answer, index, index_groups) in ways.items():
-        tried = torch.tensor(evenly(range(len(queries)), 200), device=index.device)
-        found = (queries[tried] @ index.T).topk(min(5, len(index)))
-        right = index_groups[found.indices] == own_groups[tried, None]
-        hits, misses = ([i for i, hit in enumerate(right[:, 0].tolist()) if hit is wanted] for wanted in (True, False))
-        chosen = evenly(hits, 2) + evenly(misses, 2)
-        cells = [
-            [
-                Cell(answer(i), f"{score:.2f}", is_right)
-                for i, score, is_right in zip(*(of[row].tolist() for of in (found.indices, found.values, right)))
-            ]
-            for row in chosen
-        ]
-        result_grid([query(i) for i in tried[chosen].tolist()], cells, folder / f"{way}.png")
-
-
-def evenly(items: Sequence, count: int) -> list:
-    """At most `count` of the items, at even distances."""
-    count = min(count, len(items))
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
-def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path) -> list[list[str]]:
-    """Three images as `sample_1.png`, ... in `folder`, if readable; returns at most five captions of each."""
-    part = rows.select(evenly(range(len(rows)), 3)) if isinstance(rows, datasets.Dataset) else rows.take(3)
-    captions = []
-    for row in _undecoded(part, ["image", "captions"]):
-        try:
-            image = load_rgb(row["image"])
-        except ValueError:  # training left it out too
-            continue
-        captions.append([caption[:SHOWN] for caption in row["captions"][:5]])
-        _save_small(image, folder / f"sample_{len(captions)}.png", 128)
-    return captions
-
-
-def save_query(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """An image as `query.png` in `folder`; returns a caption of it and captions of two others."""
-    first, *others = evenly(range(len(rows)), 3)
-    part = _undecoded(rows, ["image", "captions"])
-    _save_small(load_rgb(part[first]["image"]), folder / "query.png", 256)
-    return [" ".join(part[i]["captions"][0].split())[:SHOWN] for i in (first, *others)]
-
-
-def _undecoded(rows, columns: list[str]):
-    return rows.select_columns(columns).cast_column("image", datasets.Image(decode=False))
-
-
-def _save_small(image: Image.Image, path: Path, side: int) -> None:
-    image.thumbnail((side, side))
-    image.save(path.with_suffix(".part"), format="PNG", optimize=True)
-    os.replace(path.with_suffix(".part"), path)
-
-
 def run_code(code: str, seconds: float = 120) -> str | None:
     """What the code prints; None, with a warning, where it fails or takes longer: the student is saved anyway."""
     printed, failures = [], []
@@ -220,42 +138,3 @@ def _seconds(call: Callable[[], object], runs: int = 10) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
-
-
-def plot_curves(log_history: list[dict], losses: list[str], path: Path) -> None:
-    """Each loss, each weight and the validation RSUM over the steps, as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def series(name: str) -> tuple[list[int], list[float]]:
-        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-        return [step for step, _ in points], [value for _, value in points]
-
-    names = [name for name in losses if series(f"loss_{name}")[0]]
-    panels = ["losses", "weights", "validation RSUM"] if names else ["loss", "validation RSUM"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axis, title in zip(axes, panels):
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    if names:
-        for name in names:
-            axes[0].plot(*series(f"loss_{name}"), label=name.replace("_", " "))
-            axes[1].plot(*series(f"weight_{name}"), label=name.replace("_", " "))
-        axes[1].set_yscale("log")
-        axes[0].set_yscale("log")
-        axes[0].legend(fontsize="small")
-    else:
-        axes[0].plot(*series("loss"))
-    axes[-1].plot(*series("eval_rsum"), marker="o", markersize=3, label="student")
-    teacher = series("teacher_eval_rsum")[1]
-    if teacher:
-        axes[-1].axhline(teacher[-1], linestyle="--", color="grey", label="teacher")
-        axes[-1].legend(fontsize="small")
-    axes[-1].set_ylim(bottom=0)
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    os.replace(beside, path)

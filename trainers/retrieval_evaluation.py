@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import datasets
@@ -15,8 +12,9 @@ from tqdm.auto import tqdm
 from rows.columns import LONGEST_CAPTION
 from rows.images import load_rgb
 
-from . import distributed
 from .retrieval import fold_metrics, retrieval_metrics
+from .run import distributed
+from .run.loader_workers import name_killed_workers
 
 
 if TYPE_CHECKING:
@@ -116,28 +114,6 @@ class ImageCollator:
                     f"The image of {row['image_id']!r} cannot be evaluated: {error}. Bring it back or drop the row."
                 ) from error
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-
-
-@contextmanager
-def name_killed_workers() -> Iterator[None]:
-    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why.
-
-    Where it dies while it hands over a batch, torch passes on the broken connection, if the process is not gone yet.
-    """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError):
-            killed = "DataLoader worker (pid" in str(error)
-        else:
-            frames = traceback.walk_tb(error.__traceback__)
-            killed = any(frame.f_code.co_name == "_try_get_data" for frame, _ in frames)
-        if not killed:
-            raise
-        raise RuntimeError(
-            "A worker of the data loader was killed, as a rule because memory ran out: lower "
-            "--dataloader_num_workers or --shuffle_buffer_size, and go on by --resume_from_checkpoint last."
-        ) from error
 
 
 def recall_figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:

@@ -29,18 +29,19 @@ from rows.columns import rows_and_captions
 from rows.files import write_json
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
-from . import checkpoints, distributed
-from .callbacks import MarkBeginning, SaveAtEpochEnd, SetEpoch
 from .card import write_card
 from .distillation_config import DSMDTrainingArguments
-from .hub_push import let_workers_fork, one_line, push_checkpoint, push_run, pushed_place, snapshot
-from .interruption import StopOnSignal
-from .nonfinite import SkipNonFiniteSteps
 from .retrieval import retrieval_metrics
 from .retrieval_data import RetrievalCollator, RetrievalDataset
-from .retrieval_evaluation import across_figures, encode, name_killed_workers, recall_figures
-from .run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
-from .sharding import prepare_sharding
+from .retrieval_evaluation import across_figures, encode, recall_figures
+from .run import checkpoints, distributed
+from .run.callbacks import MarkBeginning, SaveAtEpochEnd, SetEpoch
+from .run.hub_push import let_workers_fork, one_line, push_checkpoint, push_run, pushed_place, snapshot
+from .run.interruption import StopOnSignal
+from .run.loader_workers import name_killed_workers
+from .run.nonfinite import SkipNonFiniteSteps
+from .run.run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
+from .run.sharding import prepare_sharding
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
 
 

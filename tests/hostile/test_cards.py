@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from datasets_scripts import building, teacher_dataset, teacher_features
-from inference.export import readme
+from inference.export_tables import readme
 from model_cards import RunRecord, render_card
 from model_cards.example import EXAMPLE
 from model_cards.tables import SHOWN, as_code, as_text, fenced

@@ -22,11 +22,11 @@ from transformers import AutoModel, BertModel, ViTModel
 
 import train
 from datasets_scripts import import_teacher_features, own_data
+from datasets_scripts.opening import open_dataset
 from inference import export, search
 from teachers import load_teacher
 from teachers.beit3.convert import convert
-from trainers import checkpoints
-from trainers.data_loading import open_dataset
+from trainers.run import checkpoints
 
 
 ROOT = Path(__file__).parents[2]

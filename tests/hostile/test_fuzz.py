@@ -22,10 +22,12 @@ from transformers import HfArgumentParser
 
 import train
 from datasets_scripts import coco, import_teacher_features, own_data
+from datasets_scripts.data_loading import DataArguments
+from datasets_scripts.opening import open_dataset
 from rows.checks import check_dataset
 from rows.images import load_rgb
-from trainers import DSMDTrainingArguments, checkpoints
-from trainers.data_loading import DataArguments, open_dataset
+from trainers import DSMDTrainingArguments
+from trainers.run import checkpoints
 from trainers.student import StudentArguments
 
 

@@ -14,8 +14,8 @@ from tiny_towers import clip, make_processor
 
 from datasets_scripts import flickr30k, own_data
 from inference import search
-from inference.grid import Cell, result_grid
 from inference.search import index_folder
+from model_cards.grid import Cell, result_grid
 from rows.checks import check_dataset
 from rows.columns import LONGEST_CAPTION
 from rows.files import printable

@@ -17,7 +17,6 @@ from PIL import Image
 from transformers import set_seed
 
 from inference import search
-from inference.grid import Cell, result_grid
 from inference.search import Result, fingerprint, index_folder, main
 
 
@@ -362,37 +361,3 @@ def test_command_line(student, folder, tmp_path, capsys):
 
 
 GREEN = (21, 128, 61)
-
-
-def count_of(color, image: Image.Image, box=None) -> int:
-    return int((np.asarray(image.crop(box) if box else image) == color).all(axis=2).sum())
-
-
-def test_grid_frames_right_answers_only(tmp_path):
-    shades = [Image.new("RGB", (64, 64), (200, 10 + i, 10)) for i in range(8)]
-    rows = [
-        [Cell(shade, f"0.{9 - i}", right=i in (2, 7)) for i, shade in enumerate(shades)],
-        [Cell("a red square " * 40, "0.4"), Cell("$x$ ü 猫", "0.3", right=True)],
-        [],
-    ]
-    queries = ["red " * 50, Image.new("RGB", (300, 20), (1, 2, 3)), "nothing is found"]
-    result_grid(queries, rows, tmp_path / "grid.png")
-    page = Image.open(tmp_path / "grid.png").convert("RGB")
-    for i, shade in enumerate(shades):
-        drawn = np.argwhere((np.asarray(page) == shade.getpixel((0, 0))).all(axis=2))
-        (top, left), (bottom, right) = drawn.min(axis=0), drawn.max(axis=0)
-        assert bottom - top == right - left >= 100  # nothing cut, nothing stretched
-        frame = count_of(GREEN, page, (left - 12, top - 12, right + 12, bottom + 12))
-        assert (frame > 1000) == (i in (2, 7))
-    wide = np.argwhere((np.asarray(page) == (1, 2, 3)).all(axis=2))
-    height, width = wide.max(axis=0) - wide.min(axis=0) + 1
-    assert width / height == pytest.approx(15, rel=0.1)
-    result_grid(queries, [[Cell(cell.content, cell.note) for cell in row] for row in rows], tmp_path / "plain.png")
-    assert count_of(GREEN, Image.open(tmp_path / "plain.png")) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "plain.png"]
-
-
-@pytest.mark.parametrize("queries, rows", [([], []), (["a"], []), (["a"], [[], []])])
-def test_grid_refuses_unequal_numbers(queries, rows, tmp_path):
-    with pytest.raises(ValueError, match="one row a query"):
-        result_grid(queries, rows, tmp_path / "grid.png")

@@ -16,11 +16,11 @@ from tiny_trainer import make_trainer
 from transformers import TrainerCallback
 
 import train
+from datasets_scripts.data_loading import read_baseline
 from model_cards import RunFacts, RunRecord, describe_captions, render_card
 from model_cards.example import EXAMPLE
 from trainers import ContrastiveTrainer
 from trainers.card import write_card
-from trainers.data_loading import read_baseline
 
 
 RECALLS = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]

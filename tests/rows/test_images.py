@@ -14,9 +14,9 @@ from conftest import make_rows
 from image_files import encoded, picture
 from PIL import Image
 
+from datasets_scripts.opening import open_dataset
 from datasets_scripts.teacher_features import _chunks, _undecoded
 from rows.images import load_rgb
-from trainers.data_loading import open_dataset
 from trainers.streaming import StreamedRetrievalDataset
 
 

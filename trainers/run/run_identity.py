@@ -15,7 +15,7 @@ import transformers
 
 
 if TYPE_CHECKING:
-    from .retrieval_trainer import RetrievalTrainer
+    from ..retrieval_trainer import RetrievalTrainer
 
 IDENTITY_FILE = "_run.json"
 FINGERPRINT_ROWS = 256

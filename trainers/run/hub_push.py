@@ -15,8 +15,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, se
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 
+from ..teacher_pca import PCA_FILE
 from .checkpoints import copy_sealed, damage, publish, reseal
-from .teacher_pca import PCA_FILE
 
 
 logger = logging.getLogger(__name__)

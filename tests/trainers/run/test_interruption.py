@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 import train
 from trainers import DSMDTrainer, retrieval_trainer
-from trainers.checkpoints import damage, last_whole
-from trainers.interruption import StopOnSignal
+from trainers.run.checkpoints import damage, last_whole
+from trainers.run.interruption import StopOnSignal
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from tiny_trainer import largest_difference, make_trainer
 from transformers import AutoModel, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
-from trainers.hub_push import RESUME_FILE, fetch_last_checkpoint, let_workers_fork
+from trainers.run.hub_push import RESUME_FILE, fetch_last_checkpoint, let_workers_fork
 from trainers.teacher_pca import PCA_FILE
 
 
@@ -257,8 +257,8 @@ def test_a_full_disk_stops_only_the_push(tmp_path, rows, hub, monkeypatch, caplo
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("trainers.hub_push.os.link", full)
-    monkeypatch.setattr("trainers.hub_push.shutil.copy", full)
+    monkeypatch.setattr("trainers.run.hub_push.os.link", full)
+    monkeypatch.setattr("trainers.run.hub_push.shutil.copy", full)
     trainer = train(tmp_path / "run", rows)
     assert trainer.state.global_step == 4 and "Step 4 is not pushed: OSError" in caplog.text
     assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").is_file()

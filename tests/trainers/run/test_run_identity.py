@@ -10,8 +10,8 @@ import transformers
 from conftest import make_rows, make_student
 from tiny_trainer import make_trainer
 
-from trainers import run_identity
-from trainers.run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
+from trainers.run import run_identity
+from trainers.run.run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
 
 
 SETTINGS = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}

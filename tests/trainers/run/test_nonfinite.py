@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_trainer import largest_difference, make_trainer
 from transformers import TrainerCallback
 
-from trainers.checkpoints import last_whole
+from trainers.run.checkpoints import last_whole
 
 
 SETTINGS = {"max_steps": 5, "balancer": "fixed", "max_grad_norm": 1.0, "weight_decay": 0.1}

@@ -11,9 +11,9 @@ import torch
 from conftest import make_rows
 from tiny_trainer import make_trainer
 
-from trainers import checkpoints
-from trainers.checkpoints import damage, last_whole, of_run, publish, reseal, rotate, seal
-from trainers.hub_push import fetch_last_checkpoint, snapshot
+from trainers.run import checkpoints
+from trainers.run.checkpoints import damage, last_whole, of_run, publish, reseal, rotate, seal
+from trainers.run.hub_push import fetch_last_checkpoint, snapshot
 
 
 def write(folder: Path, step: int, **files: str) -> Path:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_nonfinite import SETTINGS, LeaveOut, poison
 from tiny_trainer import make_trainer
 
-from trainers import distributed
+from trainers.run import distributed
 
 
 def main(folder: Path) -> None:

@@ -1,0 +1,241 @@
+"""A teacher's features for a whole dataset: made once, by one run at a time, taken up where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi, snapshot_download
+
+from datasets_scripts.opening import license_of
+from datasets_scripts.teacher_dataset import assemble, figures_table
+from datasets_scripts.teacher_features import Encoding, encode_dataset
+from teachers import Teacher, load_teacher
+
+
+def add_teacher_features(
+    rows: datasets.DatasetDict | datasets.IterableDatasetDict,
+    teachers: list[Teacher],
+    identity: dict,
+    output: Path,
+    encoding: Encoding,
+    source: str,
+    num_workers: int,
+    overwrite: bool = False,
+    license: str | None = None,
+) -> None:
+    """Writes a dataset with teacher features; the work of an earlier, stopped call is taken up.
+
+    Runs on every process of `accelerate launch`. Until all is done the files stand in `{output}.partial`.
+
+    Args:
+        rows: the splits, map-style or streamed: `image`, `captions`, `image_id` and any others.
+        teachers: one, or several whose features are joined.
+        identity: what tells these rows and teachers from others, see [`identity_of`]: partial work is taken up only
+            with the same.
+        output: a folder that does not exist, or is replaced with `overwrite`.
+        encoding: how features are made and stored.
+        source: what the rows are, for the card.
+        num_workers: processes that decode and tokenise.
+        overwrite: replace `output`, and start afresh where the partial work was done with other settings.
+        license: of the data, for the card.
+
+    Raises:
+        ValueError: `output` exists, or another process is at work on it, or the partial work there was done with other
+            settings; see [`encode_dataset`].
+    """
+    state = PartialState()
+    partial = output.with_name(output.name + ".partial")
+    described = describe(teachers, encoding)
+    settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
+    with _alone(partial) if state.is_main_process else nullcontext():
+        if output.exists() and not overwrite:
+            raise ValueError(f"{output} exists: name another --output, or replace it with --overwrite.")
+        if state.is_main_process:
+            _take_up(partial, settings, overwrite)
+        state.wait_for_everyone()
+        files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, num_workers)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            figures = assemble(partial, files, described, source, license, encoding.int8)
+            # From here to the end a kill loses nothing: the files under `partial` are still there.
+            if output.exists():
+                shutil.rmtree(partial / "replaced", ignore_errors=True)
+                os.rename(output, partial / "replaced")
+            os.rename(partial / "dataset", output)
+            _discard(partial)
+            print(f"\n{figures_table(figures)}\n" if figures else "")
+            print(f"The dataset is in {output}: train.py --dataset_name {output}")
+    state.wait_for_everyone()
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """While no other process is at work on the folder."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{partial}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"Another process is at work on {partial}: wait for it, or name another --output.") from error
+    try:
+        yield
+    finally:
+        os.unlink(lock.lock_file)
+        lock.release()
+
+
+def identity_of(rows: datasets.DatasetDict | datasets.IterableDatasetDict, name: str, teachers: list[str]) -> dict:
+    """What tells rows and teachers from others: fingerprints of the splits, and of the teachers' files.
+
+    Args:
+        rows: the splits. A stream has no fingerprint: its files stand for it, or the dataset's commit on the Hub.
+        name: as given to [`open_dataset`].
+        teachers: [`fingerprint`] of each.
+    """
+    if isinstance(rows, datasets.DatasetDict):
+        return {"rows": {split: part._fingerprint for split, part in rows.items()}, "teacher files": teachers}
+    if Path(name).exists():
+        found = [(path, path.stat()) for path in sorted(Path(name).resolve().rglob("*")) if path.is_file()]
+        which = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+    else:
+        which = [name, HfApi().dataset_info(name).sha]
+    columns = {split: str(part.features) for split, part in rows.items()}
+    return {"rows": which, "columns": columns, "teacher files": teachers}
+
+
+def describe(teachers: list[Teacher], encoding: Encoding) -> dict:
+    """What the column `teacher` says: one teacher's description, or those of several and how they are joined."""
+    described = [teacher.describe() for teacher in teachers]
+    stored = {"stored_as": "int8 with a scale a row" if encoding.int8 else "float16"}
+    if encoding.image_size is not None:
+        stored["images"] = f"stored with no side above {encoding.image_size} pixels; the teacher saw them whole"
+    if len(described) == 1:
+        return {**described[0], **stored}
+    return {
+        "id": " + ".join(teacher["id"] for teacher in described),
+        "dim": sum(teacher["dim"] for teacher in described),
+        "teachers": described,
+        "weights": encoding.weights,
+        "joined": "each normalised and scaled by the root of its weight: a dot product is the mean of the cosines",
+        **stored,
+    }
+
+
+def fingerprint(model_id: str, revision: str | None) -> str:
+    """The teacher's commit on the Hub, or a digest of the files in a folder that have to do with features."""
+    folder = Path(model_id)
+    if not folder.is_dir():
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=["*.json"])).name
+    digest = hashlib.blake2b(digest_size=16)
+    # Beside the model: one folder deep those of sentence-transformers' modules. A run's results and logs are not.
+    for path in sorted([*folder.glob("*"), *folder.glob("[0-9]*/*")]):
+        if (
+            path.is_file()
+            and path.suffix not in (".md", ".png")
+            and not path.name.endswith(("_results.json", "_args.json"))
+        ):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def cached_teacher_features(
+    rows: datasets.DatasetDict, model_id: str, revision: str | None, source: str, trust_remote_code: bool
+) -> Path:
+    """Folder of the rows with a teacher's features, made unless an earlier run has made them.
+
+    They are kept in the cache of `datasets`, by the fingerprint of the rows, the teacher's revision and the dtype.
+    """
+    state = PartialState()
+    identity = identity_of(rows, source, [fingerprint(model_id, revision)])
+    key = json.dumps([identity, str(default_dtype()), asdict(Encoding())], sort_keys=True)
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.run")  # a second run of the same waits for the first, then finds its folder
+    _acquire_together(lock, state)
+    try:
+        if not folder.is_dir():
+            teacher = load_teacher(
+                model_id, revision, dtype=default_dtype(), device=state.device, trust_remote_code=trust_remote_code
+            )
+            shown = Path(source).name if Path(source).exists() else source
+            licence = license_of(rows, source)
+            add_teacher_features(
+                rows, [teacher], identity, folder, Encoding(), shown, default_workers(), license=licence
+            )
+            del teacher
+            if state.device.type == "cuda":
+                torch.cuda.empty_cache()
+    finally:
+        lock.release()
+    return folder
+
+
+def _acquire_together(lock: FileLock, state: PartialState) -> None:
+    """The main process takes the lock. All meet after each try: processes give up on one that is away for long."""
+    held = [False]
+    while not held[0]:
+        if state.is_main_process:
+            with suppress(Timeout):
+                lock.acquire(timeout=60)
+                held = [True]
+        broadcast_object_list(held)
+
+
+def default_dtype() -> torch.dtype:
+    return torch.bfloat16 if PartialState().device.type == "cuda" else torch.float32
+
+
+def default_workers() -> int:
+    """Loader workers of a process: its share of the cores, 8 at most."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // PartialState().num_processes))
+
+
+def _discard(partial: Path) -> None:
+    """Removes the partial folder under another name: killed meanwhile, no part of it is left that looks like work."""
+    removed = _removed(partial)
+    os.rename(partial, removed)
+    shutil.rmtree(removed)
+
+
+def _removed(partial: Path) -> Path:
+    return partial.with_name(f".{partial.name}.removed")
+
+
+def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
+    """Makes the partial folder, or checks that what it holds was made with the same settings."""
+    if _removed(partial).exists():  # of a run that was killed
+        shutil.rmtree(_removed(partial))
+    path = partial / "settings.json"
+    if partial.exists() and {file.name for file in partial.iterdir()} - {"settings.json.part"}:
+        if not path.is_file():
+            raise ValueError(f"{partial} is in the way, and is no partial work of this program: move it.")
+        before = json.loads(path.read_text())
+        if before == settings:
+            return
+        if not overwrite:
+            differing = [name for name in settings if before.get(name) != settings[name]]
+            raise ValueError(
+                f"{partial} holds work with another {', '.join(differing)}: finish it with the settings it was begun "
+                "with, remove it, or start afresh with --overwrite."
+            )
+        _discard(partial)
+    partial.mkdir(exist_ok=True)
+    beside = partial / "settings.json.part"
+    beside.write_text(json.dumps(settings))
+    os.replace(beside, path)

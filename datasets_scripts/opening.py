@@ -1,0 +1,129 @@
+"""A dataset by its name: 'icons', a folder, or a Hub id; and the licence that it states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import datasets
+from huggingface_hub import DatasetCard
+
+from datasets_scripts.source_rows import ID_NAMES
+from rows.columns import Splits
+from rows.images import check_image_paths
+
+
+def open_dataset(name: str, config_name: str | None = None, streaming: bool = False) -> Splits:
+    """All splits of a dataset.
+
+    Args:
+        name: 'icons', a folder written by `save_to_disk`, a folder of data files as on the Hub, or a Hub id.
+        config_name: of a Hub dataset.
+        streaming: read as it is used, from data files or the Hub.
+
+    Raises:
+        ValueError: it cannot be read or streamed, is a single split, or names images that lie elsewhere.
+    """
+    if name == "icons":
+        from datasets_scripts.icons import load_icons
+
+        rows = load_icons()
+    elif (Path(name) / "dataset_dict.json").is_file():
+        with readable(name):
+            rows = datasets.load_from_disk(name)
+    elif (Path(name) / "state.json").is_file():
+        raise ValueError(f"{name} is a single split: save a `DatasetDict` with its splits.")
+    else:
+        with readable(name):
+            rows = datasets.load_dataset(name, config_name, streaming=streaming)
+        if not streaming:
+            return _checked(rows, name)
+        unknown = [split for split, part in rows.items() if part.column_names is None]
+        if unknown:
+            raise ValueError(
+                f"{name} does not say what columns its {', '.join(unknown)} split has: it cannot be streamed."
+            )
+        return type(rows)({split: _webdataset_rows(part) for split, part in rows.items()})
+    _checked(rows, name)
+    if streaming:
+        return datasets.IterableDatasetDict({split: part.to_iterable_dataset() for split, part in rows.items()})
+    return rows
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Gives what goes wrong in `datasets` one type, and says with which dataset.
+
+    Raises:
+        ValueError: the dataset is broken. That there is none stays an OSError.
+    """
+    try:
+        yield
+    except Exception as error:  # of its many readers, without a common type
+        if isinstance(error, OSError) and type(error) is not OSError:  # pyarrow's of broken bytes is a plain one
+            raise
+        reason = error.__cause__ or error
+        raise ValueError(f"{name} cannot be read: {type(reason).__name__}: {reason}") from error
+
+
+def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
+    for part in rows.values():
+        for column, feature in part.features.items():
+            if isinstance(feature, datasets.Image):
+                check_image_paths(part.data[column], Path(name) if Path(name).is_dir() else None)
+    return rows
+
+
+def _webdataset_rows(part: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Samples of a webdataset (KEY.jpg with KEY.txt, or KEY.json with captions) as rows; any other stream as it is."""
+
+    names = part.column_names
+    if "__key__" not in names:
+        return part
+    image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in names), None)
+    if image is None:
+        raise ValueError(f"The webdataset has no jpg, jpeg, png or webp files (it has {', '.join(names)}).")
+
+    def to_row(sample: dict) -> dict:
+        described = sample.get("json") or {}
+        captions = next((described[name] for name in ("captions", "caption", "text") if described.get(name)), None)
+        captions = captions or sample.get("txt") or []
+        return {
+            "image": sample[image],
+            "captions": [captions] if isinstance(captions, str) else captions,
+            "image_id": next(
+                (str(described[name]) for name in ID_NAMES if described.get(name) is not None),
+                # Keys may start again in every tar, tars in every folder.
+                "/".join(PurePosixPath(sample["__url__"]).with_suffix("").parts[-2:]) + f"/{sample['__key__']}",
+            ),
+        }
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "captions": datasets.List(datasets.Value("string")),
+            "image_id": datasets.Value("string"),
+        }
+    )
+    part = part.cast_column(image, datasets.Image(decode=False))
+    return part.map(to_row, remove_columns=names, features=features)
+
+
+def license_of(rows: Splits, name: str) -> str | None:
+    """The licence that a dataset states: in its information, else on its card."""
+    stated = next(iter(rows.values())).info.license
+    if stated or name == "icons":
+        return stated or None
+    return license_on_card(name)
+
+
+def license_on_card(name: str) -> str | None:
+    """The licence on the card of a folder or Hub dataset."""
+    card = Path(name) / "README.md" if Path(name).is_dir() else name
+    try:
+        data = DatasetCard.load(card).data
+    except (OSError, ValueError):  # no card, or one that is not well-formed, states nothing
+        return None
+    stated = getattr(data, "license_details", None) or data.license
+    return ", ".join(stated) if isinstance(stated, list) else stated
