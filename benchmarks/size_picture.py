@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
+from rows.files import write_whole
 from train import as_options, prepare
 from trainers.report import latency
 
@@ -81,10 +81,9 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         axis.axhline(100, color="gray", linestyle=":", linewidth=1, label="the teacher")
     axes[0].set_ylabel("% of the teacher's RSUM, validation")
     axes[0].legend()
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110, metadata={"Software": None})
+    with write_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
-    os.replace(beside, path)
 
 
 def main(argv: list[str]) -> None:

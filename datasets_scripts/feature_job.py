@@ -21,6 +21,7 @@ from huggingface_hub import HfApi, snapshot_download
 from datasets_scripts.opening import license_of
 from datasets_scripts.teacher_dataset import assemble, figures_table
 from datasets_scripts.teacher_features import Encoding, encode_dataset
+from rows.files import write_whole
 from teachers import Teacher, load_teacher
 
 
@@ -236,6 +237,5 @@ def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
             )
         _discard(partial)
     partial.mkdir(exist_ok=True)
-    beside = partial / "settings.json.part"
-    beside.write_text(json.dumps(settings))
-    os.replace(beside, path)
+    with write_whole(path) as beside:
+        beside.write_text(json.dumps(settings))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import datasets
@@ -25,6 +24,7 @@ from transformers import AutoModel, AutoProcessor
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from datasets_scripts.icons import fingerprint, load_icons
 from rows.columns import id_hash
+from rows.files import write_whole
 from rows.images import load_rgb
 from rows.teacher_columns import quantize
 from trainers.retrieval import metrics_from_ranks, ranks
@@ -167,9 +167,9 @@ def main() -> None:
         "rows": fingerprint(rows),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    beside = options.output.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, beside, {"teacher": json.dumps(teacher)})
-    os.replace(beside, options.output)
+    tensors = {name: tensor.contiguous() for name, tensor in stored.items()}
+    with write_whole(options.output) as beside:
+        save_file(tensors, beside, {"teacher": json.dumps(teacher)})
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
     print(f"test RSUM {rsum:.2f} (95 % bootstrap {low:.1f} to {high:.1f}); before int8 {rsum_exact:.2f}")
 

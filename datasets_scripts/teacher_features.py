@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from rows.checks import check_rows
+from rows.files import write_whole
 from rows.images import check_image_paths, load_rgb
 from rows.teacher_columns import feature_columns, teacher_columns
 from teachers import Teacher
@@ -229,11 +229,11 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     path = shard_file(folder, shard.split, shard.number)
     if int8 and shard.split != "train":
         exact = path.with_suffix(".npz")
-        np.savez(f"{exact}.part.npz", image=image.half().numpy(), text=text.half().numpy())
-        os.replace(f"{exact}.part.npz", exact)
+        with write_whole(exact) as beside, beside.open("wb") as file:  # a name would get another ending
+            np.savez(file, image=image.half().numpy(), text=text.half().numpy())
     table = table.cast(schema.arrow_schema).replace_schema_metadata(schema.arrow_schema.metadata)
-    pq.write_table(table, f"{path}.part", row_group_size=ROWS_IN_GROUP)
-    os.replace(f"{path}.part", path)
+    with write_whole(path) as beside:
+        pq.write_table(table, beside, row_group_size=ROWS_IN_GROUP)
 
 
 def shard_file(folder: Path, split: str, number: int) -> Path:

@@ -36,7 +36,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from model_cards.grid import Cell, result_grid
 from rows.columns import LONGEST_CAPTION
-from rows.files import printable
+from rows.files import printable, write_whole
 from rows.images import open_image, to_rgb
 from rows.teacher_columns import rows_to_numpy
 
@@ -116,9 +116,8 @@ class Index:
             sample = np.sort(np.random.default_rng(0).permutation(len(self))[: 100 * cells])
             index.train(rows_to_numpy(self.rows.data["embeds"].take(pa.array(sample))).astype(np.float32))
             self.rows.add_faiss_index("embeds", custom_index=index, batch_size=CHUNK)
-            beside = file.with_suffix(".faiss.part")
-            self.rows.save_faiss_index("embeds", beside)
-            os.replace(beside, file)
+            with write_whole(file) as beside:
+                self.rows.save_faiss_index("embeds", beside)
         else:
             self.rows.load_faiss_index("embeds", file)
         self.rows.get_index("embeds").faiss_index.nprobe = FAISS_PROBES
@@ -162,6 +161,8 @@ def index_folder(
     cache.mkdir(parents=True, exist_ok=True)
     model.eval()
     with WeakFileLock(cache / ".lock"):
+        for left in cache.glob("*.part"):  # of a run that was killed
+            left.unlink()
         index = cache / "index.arrow"
         sources = sorted(cache.glob("*.arrow"))  # parts too, of a run that was killed
         pending, current, is_stale = dict(files), [], False
@@ -281,12 +282,13 @@ def _read(file: Path) -> pa.Table:
 
 
 def _write(table: pa.Table, file: Path) -> None:
-    """Writes beside, then renames: a file that is there is whole."""
-    beside = file.with_name("writing.part")
-    with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        write_whole(file) as beside,
+        pa.OSFile(str(beside), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         for start in range(0, len(table), CHUNK):
             writer.write_table(table.slice(start, CHUNK).combine_chunks())
-    os.replace(beside, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from rows.files import write_whole
 
 
 SIDE, GAP, LINE = 168, 16, 34  # of a picture, between pictures, of a caption; pixels
@@ -60,10 +61,8 @@ def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: 
         top += height
     if has_right:
         draw.text((GAP, top), "✓ framed: a right answer", RIGHT, _font(13))
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.part")
-    page.save(beside, format="PNG", optimize=True)
-    os.replace(beside, path)
+    with write_whole(path) as beside:
+        page.save(beside, format="PNG", optimize=True)
 
 
 def _are_captions(cells: list[Cell]) -> bool:

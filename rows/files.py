@@ -67,9 +67,21 @@ def write_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def write_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A new file beside `path`, renamed to it at the end: `path` is whole, or as it was before an exception or a kill.
+
+    Its name ends in `.part`, whatever the name of `path`: writers that go by the ending must be told the format.
+    """
+    beside = Path(f"{path}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Written beside, then renamed: the file is whole or absent."""
-    with open(f"{path}.part", "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.replace(f"{path}.part", path)
+    """Writes readable JSON with sorted keys, whole."""
+    with write_whole(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

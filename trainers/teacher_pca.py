@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from rows.files import write_whole
+
 
 PCA_FILE = "teacher_pca.safetensors"
 
@@ -48,8 +50,8 @@ def fit_pca(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tenso
 def save_pca(components: torch.Tensor, folder: str | os.PathLike) -> None:
     """Writes components `[D, k]` to `teacher_pca.safetensors` in a folder."""
     path = Path(folder) / PCA_FILE
-    save_file({"components": components.contiguous().cpu()}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    with write_whole(path) as beside:
+        save_file({"components": components.contiguous().cpu()}, beside)
 
 
 def load_pca(folder: str | os.PathLike) -> torch.Tensor | None:

@@ -53,3 +53,18 @@ def test_pipes_and_folders_are_no_images(tmp_path):
     for path in (tmp_path / "pipe.jpg", tmp_path, tmp_path / "none.jpg"):
         with pytest.raises(FileNotFoundError):
             files.read_file(path)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_is_whole_or_as_it_was(tmp_path, error):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"b": 1, "a": "ü"})
+    before = path.read_bytes()
+    assert before.decode() == '{\n  "a": "\\u00fc",\n  "b": 1\n}\n'
+    with pytest.raises(error), files.write_whole(path) as beside:
+        beside.write_text("half a")
+        raise error
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.json"]
+    with files.write_whole(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
