@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -35,9 +36,10 @@ from datasets_scripts.opening import license_of
 from model_cards import RunFacts
 from rows.columns import Splits
 from rows.teacher_columns import teacher_description, teacher_width
-from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
+from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
 from trainers.report import pin_revision, report
-from trainers.retrieval_trainer import DISK_ERRORS, NOT_THE_DISKS, RetrievalTrainer
+from trainers.retrieval_trainer import RetrievalTrainer
+from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS
 from trainers.run.distributed import use_the_cores
 from trainers.run.output_dir import last_checkpoint, prepare_output_dir
 from trainers.student import StudentArguments, build_student
@@ -49,32 +51,35 @@ NO_PICKLES = (
 )
 
 
-def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, DSMDTrainingArguments]:
+def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, RetrievalTrainingArguments]:
     """A recipe's fields, then the command line's, which win.
 
+    Without a teacher there are no settings of the distillation: a recipe's are passed over, and said so.
+
     Raises:
-        ValueError: for a key that is no field, naming the nearest one.
+        ValueError: for a key that is no field, naming the nearest one; without a teacher, for a setting of the
+            distillation on the command line.
     """
     config_parser = argparse.ArgumentParser(add_help=False)
     config_parser.add_argument("--config", type=Path)
     known, rest = config_parser.parse_known_args(argv)
-    parser = HfArgumentParser(
-        (StudentArguments, DataArguments, DSMDTrainingArguments), description=__doc__, allow_abbrev=False
-    )
+    recipe = {} if known.config is None else read_recipe(known.config)
+    method = option(rest, "method") or recipe.get("method", "distillation")
+    settings = RetrievalTrainingArguments if method == "contrastive" else DSMDTrainingArguments
+    if method == "contrastive":
+        recipe = without_distillation(recipe, rest)
+    parser = HfArgumentParser((StudentArguments, DataArguments, settings), description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="A recipe: a YAML file whose keys are the fields above.")
     parser.set_defaults(do_train=True)
-    recipe = {} if known.config is None else read_recipe(known.config)
-    fields = {action.dest for action in parser._actions} - {"help", "config"}
+    names = {action.dest for action in parser._actions} - {"help", "config"}
     for key in recipe:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "`python train.py --help` lists the settings."
             raise ValueError(f"{known.config}: {key!r} is not a setting. {hint}")
     parser.set_defaults(**{key: None for key, value in recipe.items() if value is None})
     # An evaluation leaves its results with the student it evaluates, unless told otherwise.
-    model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    model.add_argument("--model_name_or_path")
-    student_dir = model.parse_known_args(rest)[0].model_name_or_path
+    student_dir = option(rest, "model_name_or_path")
     if student_dir is not None and recipe.get("output_dir") is None:
         parser.set_defaults(output_dir=student_dir)
     try:
@@ -86,6 +91,30 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, D
     except Exception as error:  # Trainer's own checks of its settings have no common type
         raise ValueError(f"These settings cannot be: {type(error).__name__}: {error}") from error
     return student, data, training
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """What one option has on the command line; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    return getattr(parser.parse_known_args(argv)[0], name)
+
+
+def without_distillation(recipe: dict[str, object], argv: list[str]) -> dict[str, object]:
+    """The recipe without the settings that only a distillation has.
+
+    Raises:
+        ValueError: the command line has such a setting.
+    """
+    shared = {setting.name for setting in fields(RetrievalTrainingArguments)}
+    of_distillation = {setting.name for setting in fields(DSMDTrainingArguments)} - shared
+    typed = [part.split("=")[0] for part in argv if part.split("=")[0].removeprefix("--") in of_distillation]
+    if typed:
+        raise ValueError(f"--method contrastive has no teacher: leave out {', '.join(typed)}.")
+    passed_over = [name for name in recipe if name in of_distillation]
+    if passed_over and os.environ.get("RANK", "0") == "0":
+        print(f"--method contrastive has no teacher, the recipe's {', '.join(passed_over)} not used.")
+    return {name: value for name, value in recipe.items() if name not in of_distillation}
 
 
 def read_recipe(path: Path) -> dict[str, object]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from trainers import DSMDTrainer
 from trainers.retrieval_trainer import RetrievalTrainer
 
 
@@ -101,7 +102,7 @@ def training_step(
         trainer.compute_loss(trainer.model, inputs).backward()
         if optimizer is not None:
             optimizer.step()
-        if trainer.needs_teacher:
+        if isinstance(trainer, DSMDTrainer):
             trainer.end_step()
         trainer.model.zero_grad()
         return time.perf_counter() - started

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 
 from datasets_scripts.data_loading import DataArguments, load_data
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
+from trainers.distillation_trainer import summed
 from trainers.losses import PAIRS
 from trainers.student import StudentArguments, build_student
 
@@ -81,13 +82,13 @@ def loss_times(trainer: DSMDTrainer, batch: dict) -> tuple[Callable[[], float], 
     with torch.no_grad():
         embeds = [rows.clone() for rows in trainer.embed(trainer.model, batch)]
     student = dict(zip("IT", embeds))
-    teacher = {"I": batch["teacher_image"], "T": batch["teacher_text"]}
+    teacher = {"I": batch["teacher_rows"].image, "T": batch["teacher_rows"].text}
     dictionary = {"I": trainer.image_queue.features, "T": trainer.text_queue.features}
 
     def losses() -> float:
         leaves = [rows.detach().requires_grad_() for rows in embeds]
         started = time.perf_counter()
-        (trainer.balancer.weights() * trainer.losses(*leaves, batch)).sum().backward()
+        (trainer.balancer.weights() * summed(trainer.loss_terms(*leaves, batch))).sum().backward()
         return time.perf_counter() - started
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ def quickstart_trainer(trainer_class, rows: datasets.Dataset, folder: str, image
     settings = {"use_cpu": True, "report_to": "none", "max_caption_length": 32, "queue_size": 8192, **settings}
     args = DSMDTrainingArguments(output_dir=folder, per_device_train_batch_size=images, **settings)
     trainer = trainer_class(model=model, args=args, train_dataset=rows, processing_class=processor)
-    if trainer.needs_teacher:
+    if isinstance(trainer, DSMDTrainer):
         fill_queues(trainer)
     return trainer
 

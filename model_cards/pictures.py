@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from rows.columns import rows_and_captions
+from rows.files import write_whole
 from rows.images import load_rgb
 
 from .tables import SHOWN
@@ -92,11 +92,11 @@ def _undecoded(rows, columns: list[str]):
 
 def _save_small(image: Image.Image, path: Path, side: int) -> None:
     image.thumbnail((side, side))
-    image.save(path.with_suffix(".part"), format="PNG", optimize=True)
-    os.replace(path.with_suffix(".part"), path)
+    with write_whole(path) as beside:
+        image.save(beside, format="PNG", optimize=True)
 
 
-def plot_curves(log_history: list[dict], losses: list[str], path: Path) -> None:
+def plot_curves(log_history: list[dict], path: Path) -> None:
     """Each loss, each weight and the validation RSUM over the steps, as one picture."""
     import matplotlib
 
@@ -107,7 +107,8 @@ def plot_curves(log_history: list[dict], losses: list[str], path: Path) -> None:
         points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
         return [step for step, _ in points], [value for _, value in points]
 
-    names = [name for name in losses if series(f"loss_{name}")[0]]
+    logged = dict.fromkeys(name for entry in log_history for name in entry if name.startswith("weight_"))
+    names = [name.removeprefix("weight_") for name in logged]  # of the losses; a student without a teacher has one
     panels = ["losses", "weights", "validation RSUM"] if names else ["loss", "validation RSUM"]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axis, title in zip(axes, panels):
@@ -129,7 +130,6 @@ def plot_curves(log_history: list[dict], losses: list[str], path: Path) -> None:
         axes[-1].axhline(teacher[-1], linestyle="--", color="grey", label="teacher")
         axes[-1].legend(fontsize="small")
     axes[-1].set_ylim(bottom=0)
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110, metadata={"Software": None})
+    with write_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
-    os.replace(beside, path)

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 import train
 from trainers import report, retrieval_evaluation, retrieval_trainer
 from trainers.retrieval_trainer import RetrievalTrainer
-from trainers.run import checkpoints, distributed
+from trainers.run import checkpoints, distributed, resumable_trainer
 
 
 counts: Counter[str] = Counter()
@@ -49,19 +49,20 @@ def count_events() -> None:
         (RetrievalTrainer, "begin_step", "step"),
         (RetrievalTrainer, "embed", "step"),
         (RetrievalTrainer, "_get_grad_norm", "step"),
-        (retrieval_evaluation, "_encode_in_memory", "evaluation"),
+        (retrieval_evaluation, "_in_memory", "evaluation"),
         (retrieval_evaluation, "retrieval_metrics", "evaluation"),
         (RetrievalTrainer, "_save_rng_state", "save"),
         (checkpoints, "_flush", "save"),
         (checkpoints, "publish", "save"),
         (checkpoints, "rotate", "save"),
         (Path, "rename", "save"),
-        (retrieval_trainer, "snapshot", "push"),
+        (retrieval_trainer, "write_card", "save"),
+        (resumable_trainer, "snapshot", "push"),
         (HfApi, "create_repo", "push"),
         (HfApi, "create_commit", "push"),
         (report, "plot_curves", "end"),
         (report, "write_json", "end"),
-        (report, "write_card", "end"),
+        (report, "run_code", "end"),
     ):
         count(place, name, kind)
     save = torch.save

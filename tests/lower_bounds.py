@@ -19,6 +19,7 @@ TESTS = (
     "tests/test_train.py::test_a_run_goes_on_from_the_hub",
     "tests/modeling_dsmd/test_modeling_dsmd.py",
     "tests/trainers/test_losses.py",
+    "tests/trainers/run/test_old_checkpoints.py",
     "tests/rows/test_checks.py",
     "tests/datasets_scripts/test_building.py",
     "tests/datasets_scripts/test_own_data.py",

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.contrastive_trainer import contrastive_loss
 from trainers.losses import (
+    TeacherRows,
     contrastive_distillation,
     feature_distillation,
     hard_negative_distillation,
@@ -141,13 +142,11 @@ def uneven_batches() -> dict[str, torch.Tensor]:
     assert torch.equal(distributed.gather_rows(teacher_text, counts[1]), step_captions)
     image_groups = distributed.gather_rows(groups, counts[0])
     text_groups = distributed.gather_rows(groups[caption_to_image], counts[1])
-    step = {"step_teacher_image": step_images, "step_image_groups": image_groups}
-    step |= {"step_teacher_text": step_captions, "step_text_groups": text_groups}
+    step = TeacherRows(step_images, image_groups, step_captions, text_groups)
     dictionaries = {
-        "step": (step_images, image_groups, step_captions, text_groups),
-        "queue": (queue, torch.arange(20) % 7, queue.flip(0), torch.arange(20) % 9),
+        "step": step,
+        "queue": TeacherRows(queue, torch.arange(20) % 7, queue.flip(0), torch.arange(20) % 9),
     }
-    names = ("dictionary_image", "dictionary_image_groups", "dictionary_text", "dictionary_text_groups")
     losses = {
         "feature": lambda: feature_distillation(*rows, **means),
         "similarity": lambda: similarity_distillation(*rows, **means),
@@ -155,20 +154,20 @@ def uneven_batches() -> dict[str, torch.Tensor]:
     for pairs in PAIR_SETS:
         for dictionary, columns in dictionaries.items():
             losses[f"contrastive {pairs}, {dictionary}"] = lambda pairs=pairs, columns=columns: (
-                contrastive_distillation(*rows, *whose, **dict(zip(names, columns)), pairs=PAIR_SETS[pairs], **means)
+                contrastive_distillation(*rows, *whose, dictionary=columns, pairs=PAIR_SETS[pairs], **means)
             )
         for kind in ("fixed", "teacher"):
             for hardest in (True, False):
                 settings = {"margin_kind": kind, "hardest": hardest, "pairs": PAIR_SETS[pairs], "margin": 0.9}
                 # Step rows at right angles to every query: no violation in the first direction.
-                blank = {"step_teacher_image": torch.zeros(1, DIM), "step_image_groups": torch.tensor([-1])}
-                blank |= {"step_teacher_text": torch.zeros(1, DIM), "step_text_groups": torch.tensor([-1])}
+                nothing = torch.zeros(1, DIM), torch.tensor([-1])
+                blank = TeacherRows(*nothing, *nothing)
                 for directions, columns in (("both directions", step), ("second direction", blank)):
                     losses[f"hard_negative {pairs}, {kind}, {hardest}, {directions}"] = (
                         lambda settings=settings, columns=columns: hard_negative_distillation(
                             *rows,
                             *whose,
-                            **columns,
+                            step=columns,
                             **settings,
                             **means,
                             others=DSMDTrainer._other_students(None, *rows, *whose, counts),
@@ -213,7 +212,7 @@ def after_20_steps(folder: Path) -> dict[str, torch.Tensor]:
     baseline.train()
     return {
         **{f"distilled.{name}": tensor for name, tensor in trainer.model.state_dict().items()},
-        **{f"state.{name}": tensor for name, tensor in trainer._distillation_state().items()},
+        **{f"state.{name}": tensor for name, tensor in trainer.distillation_state().items()},
         **{f"baseline.{name}": tensor for name, tensor in baseline.model.state_dict().items()},
     }
 

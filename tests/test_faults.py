@@ -8,11 +8,8 @@ import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
 import datasets
 import psutil
@@ -28,10 +25,8 @@ import train
 from datasets_scripts import add_teacher_features
 from datasets_scripts.building import Row, build
 from rows.teacher_columns import TEACHER_COLUMNS
-from trainers.run import output_dir
 from trainers.run.checkpoints import damage, last_whole, of_run
 from trainers.run.hub_push import fetch_last_checkpoint, push_checkpoint, snapshot
-from trainers.run.loader_workers import name_killed_workers
 
 
 SMALL = {"vision_config": json.dumps(VISION["vit"]), "per_device_train_batch_size": 4}
@@ -75,7 +70,7 @@ def full(*args, **kwargs):
         (500_000, None),  # optimiser: torch too
         (None, "trainers.distillation_trainer.save_file"),
         (None, "transformers.trainer_callback.TrainerState.save_to_json"),
-        (None, "trainers.retrieval_trainer.write_json"),
+        (None, "trainers.run.resumable_trainer.write_json"),
         (None, "trainers.retrieval_trainer.write_card"),
         (None, "trainers.run.checkpoints.seal"),
         (None, "trainers.run.checkpoints.publish"),
@@ -123,7 +118,7 @@ def test_a_student_that_cannot_be_saved_leaves_the_one_before(tmp_path, rows, be
 @pytest.mark.parametrize(
     "patched",
     [
-        "trainers.report.write_card",
+        "trainers.report.save_query",
         *(
             pytest.param(name, marks=pytest.mark.soak)
             for name in ("trainers.report.write_json", "trainers.report.plot_curves", "trainers.report.draw_grids")
@@ -181,43 +176,6 @@ def test_features_that_cannot_be_written_keep_the_files_before(tmp_path, teacher
     assert len(datasets.load_dataset(str(tmp_path / "features"), split="train", cache_dir=tmp_path / "cache")) == 40
 
 
-# Folders that cannot be written to
-
-
-@pytest.mark.parametrize("place", ["a file", "below a file", "proc"])
-def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, run_data, place):
-    (tmp_path / "file").write_text("of another")
-    folder = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run", "proc": Path("/proc/run")}[place]
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments(folder, run_data, SMALL))
-    assert str(stop.value).startswith(f"error: output_dir {folder} cannot be written to: ")
-    assert "--output_dir" in str(stop.value) and (tmp_path / "file").read_text() == "of another"
-
-
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, run_data, monkeypatch):
-    monkeypatch.setattr(output_dir, "LOCK_SECONDS", 0.1)
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "weights").write_text("of the first")
-    code = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
-    code += "print('held', flush=True); input()"
-    first = subprocess.Popen(
-        [sys.executable, "-c", code, str(run / output_dir.LOCK)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert first.stdout.readline() == "held\n"
-    for more in ([], ["--overwrite_output_dir", "True"], ["--resume_from_checkpoint", "last"]):
-        with pytest.raises(SystemExit, match=f"error: Another run is writing to {run}: wait for it, or give another"):
-            train.main([*arguments(run, run_data, SMALL), *more])
-        assert (run / "weights").read_text() == "of the first"
-    first.kill()  # the lock goes with it
-    first.wait()
-    output_dir.prepare_output_dir(train.parse_arguments(arguments(run, run_data, SMALL))[2], overwrite=True)
-    assert [path.name for path in run.iterdir()] == [output_dir.LOCK]
-
-
 def test_a_clock_that_is_set_back_changes_nothing(tmp_path, rows):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     trainer = make_trainer(tmp_path, rows, **settings)
@@ -250,42 +208,6 @@ def test_a_killed_loader_worker_is_named(tmp_path, rows):
     with pytest.raises(RuntimeError, match=said):
         trainer.train()
     assert whole(tmp_path) == ["checkpoint-2"]
-
-
-class Unreachable(torch.utils.data.Dataset):
-    """A row of it is on a machine that hangs up."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise ConnectionResetError("of a row")
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_named(error):
-    """torch looks whether it lives at once, and where it still does passes on what the broken connection says."""
-    batches = iter(torch.utils.data.DataLoader(range(4), num_workers=1))
-    batches._data_queue.get = Mock(side_effect=error)
-    with pytest.raises(RuntimeError, match="A worker of the data loader was killed"), name_killed_workers():
-        next(batches)
-
-
-def test_a_connection_that_breaks_elsewhere_is_no_worker():
-    with pytest.raises(ConnectionResetError), name_killed_workers():
-        raise ConnectionResetError
-    with pytest.raises(ConnectionResetError, match="of a row"), name_killed_workers():
-        next(iter(torch.utils.data.DataLoader(Unreachable(), num_workers=1)))
-
-
-def test_an_error_in_a_loader_worker_is_not_taken_for_its_death(tmp_path, rows):
-    def fail(examples):
-        raise RuntimeError("of its own")
-
-    trainer = make_trainer(tmp_path, rows, dataloader_num_workers=1)
-    trainer.data_collator = fail
-    with pytest.raises(RuntimeError, match="of its own"):
-        trainer.train()
 
 
 def files_of(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:
@@ -329,49 +251,6 @@ def test_an_image_that_vanishes_before_an_evaluation_is_named(tmp_path, workers)
     with pytest.raises(ValueError, match="The image of '1/5' cannot be evaluated: unreadable image: .*5.png"):
         trainer.train()
     assert whole(tmp_path / "run") == ["checkpoint-2"]
-
-
-# Memory
-
-
-@pytest.mark.parametrize("fits", [1, 3, 7])
-def test_an_evaluation_that_does_not_fit_is_made_in_smaller_parts(tmp_path, validation_rows, fits):
-    trainer = make_trainer(tmp_path, None, per_device_eval_batch_size=8)
-    expected = trainer.encode(validation_rows)
-    sizes = hold_at_most(trainer.model, fits)
-    found = trainer.encode(validation_rows)
-    assert max(sizes) == 8 and 1 <= min(sizes) <= fits
-    for a, b in zip(expected, found):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_do(tmp_path, validation_rows):
-    trainer = make_trainer(tmp_path, None)
-    hold_at_most(trainer.model, 0)
-    with pytest.raises(RuntimeError, match="evaluation of 1 rows: lower --per_device_eval_batch_size"):
-        trainer.encode(validation_rows)
-
-
-def test_a_sharded_model_is_not_evaluated_in_parts(tmp_path, validation_rows):
-    trainer = make_trainer(tmp_path, None, per_device_eval_batch_size=8)
-    sizes = hold_at_most(trainer.model, 4)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(RuntimeError, match="evaluation of 8 rows: lower --per_device_eval_batch_size"):
-        trainer.encode(validation_rows)
-    assert sizes == [8]
-
-
-def hold_at_most(model, rows: int) -> list[int]:
-    """Lets the model's forward run out of memory above so many rows; the list gets each batch's size."""
-    sizes = []
-
-    def check(module, args, kwargs):
-        sizes.append(len(next(iter(kwargs.values()))))
-        if sizes[-1] > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    model.register_forward_pre_hook(check, with_kwargs=True)
-    return sizes
 
 
 # The Hub

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from rows.teacher_columns import TEACHER_COLUMNS
+from trainers import RetrievalTrainingArguments
 from trainers.run import hub_push
 from trainers.teacher_pca import load_pca
 
@@ -144,6 +145,17 @@ def test_command_line_wins_over_the_recipe(tmp_path, data):
     assert args.learning_rate == 0.5 and args.losses == ["feature"] and args.num_train_epochs == 2
 
 
+def test_without_a_teacher_a_recipes_settings_of_the_distillation_are_passed_over(tmp_path, data, capsys):
+    recipe = write_recipe(tmp_path, data, losses=["feature"])
+    args = train.parse_arguments([*recipe, "--method", "contrastive", "--learning_rate", "0.5"])[2]
+    assert type(args) is RetrievalTrainingArguments and args.learning_rate == 0.5
+    assert capsys.readouterr().out.count("no teacher, the recipe's losses, queue_size not used") == 1
+    assert "has no teacher: leave out --queue_size" in refused([*recipe, "--method=contrastive", "--queue_size", "8"])
+    assert "has no teacher: leave out --losses" in refused([*recipe, "--method", "contrastive", "--losses=feature"])
+    distilled = train.parse_arguments(recipe)[2]
+    assert distilled.queue_size == 40 and distilled.losses == ["feature"] and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["icons.yaml", "icons_teacher.yaml"])
 def test_shipped_recipes_hold_known_settings(name):
     _, data, args = train.parse_arguments(["--config", f"recipes/{name}"])
@@ -254,7 +266,7 @@ def test_a_run_goes_on_from_the_hub(tmp_path, data, hub, monkeypatch):
         hub.fail(1000, 500, on="POST")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.retrieval_trainer.push_checkpoint", fail_after_the_first)
+        patch.setattr("trainers.run.resumable_trainer.push_checkpoint", fail_after_the_first)
         train.main([*recipe, "--hub_always_push", "True"])
     hub.recover()
     state = json.loads(hub.files("user/student")["last-checkpoint/trainer_state.json"])

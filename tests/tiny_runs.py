@@ -47,7 +47,9 @@ def write_data(folder: Path) -> Path:
 def arguments(folder: Path, data: Path, settings: dict, **more) -> list[str]:
     """The command line of train.py; `data` as [`write_data`] leaves it."""
     dataset = data / ("streamed" if settings.get("streaming") else "mapped")
-    settings = {**SETTINGS, **settings, "dataset_name": dataset, "output_dir": folder, **more}
+    distilled = settings.get("method") != "contrastive"
+    shared = {name: value for name, value in SETTINGS.items() if name != "queue_size" or distilled}
+    settings = {**shared, **settings, "dataset_name": dataset, "output_dir": folder, **more}
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 

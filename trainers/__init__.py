@@ -2,10 +2,16 @@
 
 from .balancers import make_balancer
 from .contrastive_trainer import ContrastiveTrainer
-from .distillation_config import DSMDTrainingArguments
+from .distillation_config import DSMDTrainingArguments, RetrievalTrainingArguments
 from .distillation_trainer import DSMDTrainer
 from .feature_queue import FeatureQueue
-from .losses import contrastive_distillation, feature_distillation, hard_negative_distillation, similarity_distillation
+from .losses import (
+    TeacherRows,
+    contrastive_distillation,
+    feature_distillation,
+    hard_negative_distillation,
+    similarity_distillation,
+)
 from .retrieval import retrieval_metrics
 
 
@@ -13,6 +19,8 @@ __all__ = [
     "ContrastiveTrainer",
     "DSMDTrainer",
     "DSMDTrainingArguments",
+    "RetrievalTrainingArguments",
+    "TeacherRows",
     "FeatureQueue",
     "contrastive_distillation",
     "feature_distillation",

@@ -7,37 +7,46 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import accelerate
 import datasets
 import torch
 import transformers
+from transformers import PreTrainedModel, TrainerState
 
-from model_cards import RunRecord, render_card
+from model_cards import RunFacts, RunRecord, render_card
+from rows.files import write_whole
 
-from .distillation_config import settings_that_differ
+from .distillation_config import RetrievalTrainingArguments, settings_that_differ
 
-
-if TYPE_CHECKING:
-    from .retrieval_trainer import RetrievalTrainer
 
 # Settings that differ from their defaults without any effect on what is learned.
 HOUSEKEEPING = ("accelerator_config", "dataloader_pin_memory", "disable_tqdm", "report_to", "use_cpu")
 HOUSEKEEPING_PREFIXES = ("do_", "hub_", "push_", "resume_", "logging_", "save_")
-OF_DISTILLATION = ("losses", "loss_", "contrastive_", "queue_", "hard_negative_", "hardest_", "balancer")
 
 
-def describe_run(trainer: RetrievalTrainer, folder: Path) -> RunRecord:
+def describe_run(
+    args: RetrievalTrainingArguments,
+    settings: dict[str, object],
+    state: TrainerState,
+    model: PreTrainedModel,
+    facts: RunFacts,
+    method: str,
+    folder: Path,
+    in_training: bool,
+) -> RunRecord:
     """What is known of a run at this moment.
 
     Args:
-        trainer: before, in or after training.
+        args, state, model: of the trainer, before, in or after training.
+        settings: those of the method.
+        facts: what the trainer cannot know by itself.
+        method: "distillation" or "contrastive".
         folder: where the student is saved; pictures are those in its `assets/`.
+        in_training: training is going on.
     """
-    args, state, facts = trainer.args, trainer.state, trainer.facts
     weights_step = state.global_step
-    if args.load_best_model_at_end and state.best_model_checkpoint is not None and not trainer.is_in_train:
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None and not in_training:
         weights_step = state.best_global_step
     metrics, metrics_step = facts.metrics, weights_step
     if not metrics:
@@ -47,34 +56,30 @@ def describe_run(trainer: RetrievalTrainer, folder: Path) -> RunRecord:
         metrics = of_these[0 if of_these[0]["step"] == weights_step else -1] if of_these else {}
         metrics_step = metrics.get("step", weights_step)
     resumed_at = [entry["step"] for entry in state.log_history if "resumed" in entry]
-    settings = {
-        name: value
-        for name, value in args.to_dict().items()
-        if not _is_path(value) and (trainer.needs_teacher or not name.startswith(OF_DISTILLATION))
-    }
+    settings = {name: value for name, value in settings.items() if not _is_path(value)}
     differing = settings_that_differ(args)
     log = [
-        [entry["step"], {name: entry[f"weight_{name}"] for name in args.losses}]
+        [entry["step"], {name.removeprefix("weight_"): entry[name] for name in entry if name.startswith("weight_")}]
         for entry in state.log_history
-        if f"weight_{args.losses[0]}" in entry
+        if any(name.startswith("weight_") for name in entry)
     ]
     seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
-    config = trainer.model.config
+    config = model.config
     return RunRecord(
         name=facts.repo_id or args.hub_model_id or Path(args.output_dir).resolve().name,
-        method="distillation" if trainer.needs_teacher else "contrastive",
+        method=method,
         facts=facts,
         metrics=metrics,
         metrics_step=metrics_step,
         step=state.global_step,
         max_steps=state.max_steps,
-        in_training=trainer.is_in_train,
+        in_training=in_training,
         weights_step=weights_step,
         resumed_at=resumed_at,
         seconds=seconds[-1] if seconds and not resumed_at else None,
         weights=[log[0], log[-1]] if log else [],
         model={
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dim": config.projection_dim,
             "towers": [config.vision_config.model_type, config.text_config.model_type],
         },
@@ -89,17 +94,15 @@ def describe_run(trainer: RetrievalTrainer, folder: Path) -> RunRecord:
             "Python": platform.python_version(),
             **{of.__name__: of.__version__ for of in (torch, transformers, datasets, accelerate)},
         },
-        emissions=None if trainer.is_in_train or resumed_at else _emissions(Path(args.output_dir), facts.towers),
+        emissions=None if in_training or resumed_at else _emissions(Path(args.output_dir), facts.towers),
         assets=sorted(path.name for path in (folder / "assets").glob("*.png")),
     )
 
 
-def write_card(trainer: RetrievalTrainer, folder: str | os.PathLike) -> RunRecord:
-    """Writes `README.md` beside a saved student, whole or not at all."""
-    record = describe_run(trainer, Path(folder))
-    beside = Path(folder) / "README.md.part"
-    beside.write_text(render_card(record), encoding="utf-8")
-    beside.replace(Path(folder) / "README.md")
+def write_card(record: RunRecord, folder: str | os.PathLike) -> RunRecord:
+    """Writes `README.md` beside a saved student, whole or not at all; returns the record."""
+    with write_whole(Path(folder) / "README.md") as beside:
+        beside.write_text(render_card(record), encoding="utf-8")
     return record
 
 

@@ -47,6 +47,12 @@ def _logsumexp(logits: torch.Tensor, dim: int) -> torch.Tensor:
 class ContrastiveTrainer(RetrievalTrainer):
     """Plain contrastive training of a dual encoder, with the temperature learned as in CLIP."""
 
+    method = "contrastive"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model.logit_scale.requires_grad_(True)  # a distilled student's is not
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         image_embeds, text_embeds = self.embed(model, inputs)
         image_groups, caption_to_image = inputs["image_groups"], inputs["caption_to_image"]

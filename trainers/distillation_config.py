@@ -14,8 +14,8 @@ LOSSES = ("contrastive", "feature", "similarity", "hard_negative")
 
 
 @dataclass
-class DSMDTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the method's own settings.
+class RetrievalTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what every training of a dual encoder adds.
 
     Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (a batch is no set of model inputs),
     `dataloader_drop_last=True` (an uneven last batch would be filled with row 0 again on other ranks),
@@ -23,48 +23,6 @@ class DSMDTrainingArguments(TrainingArguments):
     `non_blocking`, `ddp_find_unused_parameters=False`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
     """
 
-    losses: list[str] = field(
-        default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses to use."}
-    )
-    contrastive_pairs: list[str] = field(
-        default_factory=lambda: list(PAIRS),
-        metadata={"help": "Pairs of the contrastive loss: II, TT, IT, TI (student row to teacher row)."},
-    )
-    contrastive_temperature: float = field(default=0.05, metadata={"help": "Divides its similarities."})
-    queue_size: int = field(
-        default=8192,
-        metadata={"help": "Teacher rows of earlier steps kept for each modality; 0 contrasts with this step's only."},
-    )
-    hard_negative_pairs: list[str] = field(
-        default_factory=lambda: list(PAIRS), metadata={"help": "Pairs of the hard-negative loss."}
-    )
-    hard_negative_margin: float = field(default=0.2, metadata={"help": "Margin where margin_kind is fixed."})
-    hard_negative_margin_kind: str = field(
-        default="fixed",
-        metadata={
-            "help": "'fixed', or 'teacher': the gap that the teacher itself has.",
-            "choices": ["fixed", "teacher"],
-        },
-    )
-    hardest_negative: bool = field(
-        default=True, metadata={"help": "Only each query's hardest negative; else the sum over all of them."}
-    )
-    balancer: str = field(
-        default="dynamic",
-        metadata={"help": "What sets the losses' weights; see trainers/balancers.py.", "choices": list(BALANCERS)},
-    )
-    balancer_temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "Of the softmax over the losses' rates: smaller lets rates count for more. Default: 1, of dwa 2."
-        },
-    )
-    balancer_smoothing: float = field(
-        default=0.9, metadata={"help": "Decay of the dynamic balancer's averages of the losses, in [0, 1)."}
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the fixed balancer, in the order of `losses`; default all 1."}
-    )
     captions_per_image: int | None = field(
         default=None, metadata={"help": "Captions drawn for each image in an epoch; all by default."}
     )
@@ -109,24 +67,10 @@ class DSMDTrainingArguments(TrainingArguments):
             )
         if self.output_dir is None:
             raise ValueError("output_dir is missing: name the folder that the student is written to.")
-        _check_choice("losses", self.losses, LOSSES)
-        _check_choice("contrastive_pairs", self.contrastive_pairs, PAIRS)
-        _check_choice("hard_negative_pairs", self.hard_negative_pairs, PAIRS)
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
-            raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses.")
-        for name, low, high in (
-            ("contrastive_temperature", 0, float("inf")),
-            ("balancer_temperature", 0, float("inf")),
-            ("max_caption_length", 2, float("inf")),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low < value < high:
-                raise ValueError(f"{name}={value}: expected more than {low}.")
-        for name in ("random_shift", "random_zoom", "balancer_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number in [0, 1).")
-        if self.queue_size < 0:
-            raise ValueError(f"queue_size={self.queue_size}: expected 0 or more.")
+        if not self.max_caption_length > 2:
+            raise ValueError(f"max_caption_length={self.max_caption_length}: expected more than 2.")
+        for name in ("random_shift", "random_zoom"):
+            _check_fraction(name, getattr(self, name))
         if self.max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps={self.max_skipped_steps}: expected 1 or more.")
         if self.shuffle_buffer_size < 1:
@@ -146,7 +90,70 @@ class DSMDTrainingArguments(TrainingArguments):
         return {name: value for name, value in super().to_dict().items() if name not in local and "token" not in name}
 
 
-def settings_that_differ(args: DSMDTrainingArguments) -> dict[str, object]:
+@dataclass
+class DSMDTrainingArguments(RetrievalTrainingArguments):
+    """[`RetrievalTrainingArguments`] with the settings of the distillation."""
+
+    losses: list[str] = field(
+        default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses to use."}
+    )
+    contrastive_pairs: list[str] = field(
+        default_factory=lambda: list(PAIRS),
+        metadata={"help": "Pairs of the contrastive loss: II, TT, IT, TI (student row to teacher row)."},
+    )
+    contrastive_temperature: float = field(default=0.05, metadata={"help": "Divides its similarities."})
+    queue_size: int = field(
+        default=8192,
+        metadata={"help": "Teacher rows of earlier steps kept for each modality; 0 contrasts with this step's only."},
+    )
+    hard_negative_pairs: list[str] = field(
+        default_factory=lambda: list(PAIRS), metadata={"help": "Pairs of the hard-negative loss."}
+    )
+    hard_negative_margin: float = field(default=0.2, metadata={"help": "Margin where margin_kind is fixed."})
+    hard_negative_margin_kind: str = field(
+        default="fixed",
+        metadata={
+            "help": "'fixed', or 'teacher': the gap that the teacher itself has.",
+            "choices": ["fixed", "teacher"],
+        },
+    )
+    hardest_negative: bool = field(
+        default=True, metadata={"help": "Only each query's hardest negative; else the sum over all of them."}
+    )
+    balancer: str = field(
+        default="dynamic",
+        metadata={"help": "What sets the losses' weights; see trainers/balancers.py.", "choices": list(BALANCERS)},
+    )
+    balancer_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of the softmax over the losses' rates: smaller lets rates count for more. Default: 1, of dwa 2."
+        },
+    )
+    balancer_smoothing: float = field(
+        default=0.9, metadata={"help": "Decay of the dynamic balancer's averages of the losses, in [0, 1)."}
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the fixed balancer, in the order of `losses`; default all 1."}
+    )
+
+    def __post_init__(self):
+        _check_choice("losses", self.losses, LOSSES)
+        _check_choice("contrastive_pairs", self.contrastive_pairs, PAIRS)
+        _check_choice("hard_negative_pairs", self.hard_negative_pairs, PAIRS)
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses.")
+        for name in ("contrastive_temperature", "balancer_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value}: expected more than 0.")
+        _check_fraction("balancer_smoothing", self.balancer_smoothing)
+        if self.queue_size < 0:
+            raise ValueError(f"queue_size={self.queue_size}: expected 0 or more.")
+        super().__post_init__()
+
+
+def settings_that_differ(args: RetrievalTrainingArguments) -> dict[str, object]:
     """Settings with another value than their default's, without paths and tokens."""
     values = args.to_dict()
     differing = {}
@@ -157,6 +164,11 @@ def settings_that_differ(args: DSMDTrainingArguments) -> dict[str, object]:
         if value != default and (value or default):  # Trainer sets None to False or []
             differing[setting.name] = value
     return differing
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value}: expected a number in [0, 1).")
 
 
 def _check_choice(name: str, values: list[str], allowed: tuple[str, ...]) -> None:

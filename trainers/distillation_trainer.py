@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import defaultdict
+from pathlib import Path
 
 import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerCallback
 
+from rows.files import write_whole
+from rows.teacher_columns import teacher_rows
+
 from .balancers import make_balancer
 from .distillation_config import DSMDTrainingArguments
 from .feature_queue import FeatureQueue
 from .losses import (
     OtherStudents,
+    TeacherRows,
     contrastive_distillation,
     feature_distillation,
     hard_negative_distillation,
     similarity_distillation,
 )
+from .retrieval import retrieval_metrics
+from .retrieval_evaluation import across_figures
 from .retrieval_trainer import RetrievalTrainer
 from .run import distributed
 from .teacher_pca import load_pca, save_pca
@@ -58,7 +64,8 @@ class DSMDTrainer(RetrievalTrainer):
         eval_dataset, processing_class, **kwargs: see [`RetrievalTrainer`].
     """
 
-    needs_teacher = True
+    arguments_class = DSMDTrainingArguments
+    method = "distillation"
 
     def __init__(
         self,
@@ -68,15 +75,20 @@ class DSMDTrainer(RetrievalTrainer):
         teacher_projection: torch.Tensor | None = None,
         **kwargs,
     ):
+        dim = teacher_dim = model.config.projection_dim
         if teacher_projection is not None:
-            if teacher_projection.shape[1] != model.config.projection_dim:
+            if teacher_projection.shape[1] != dim:
                 raise ValueError(
-                    f"teacher_projection is {list(teacher_projection.shape)}; expected [teacher's width, "
-                    f"{model.config.projection_dim}], the student's."
+                    f"teacher_projection is {list(teacher_projection.shape)}; expected [teacher's width, {dim}], the "
+                    "student's."
                 )
+            teacher_dim = len(teacher_projection)
             # Each process may have fitted its own; on unlike machines they differ in the last digits.
-            self.teacher_projection = distributed.from_first_rank(teacher_projection.to(args.device))
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+            teacher_projection = distributed.from_first_rank(teacher_projection.to(args.device))
+        self.teacher_projection = teacher_projection
+        super().__init__(model, args, train_dataset=train_dataset, teacher_dim=teacher_dim, **kwargs)
+        # The temperature is not trained: the optimiser would have no state of it to resume from.
+        self.model.logit_scale.requires_grad_(False)
         self.balancer = make_balancer(args.balancer, args.losses, **self._balancer_settings(train_dataset))
         self.balancer.to(args.device)
         self.balancer_is_set = False
@@ -89,16 +101,19 @@ class DSMDTrainer(RetrievalTrainer):
         elif train_dataset is not None:
             sizes = len(train_dataset), sum(len(captions) for captions in train_dataset["captions"])
         self.image_queue, self.text_queue = (
-            FeatureQueue(min(args.queue_size, size), model.config.projection_dim, device=args.device) for size in sizes
+            FeatureQueue(min(args.queue_size, size), dim, device=args.device) for size in sizes
         )
         if args.queue_size > min(sizes) and train_dataset is not None:
             # The four losses need no more: a queue of all the data is already every negative there is.
             logger.warning(
                 f"queue_size {args.queue_size} is clamped to the data: {sizes[0]} images, {sizes[1]} captions."
             )
-        # Raw losses of this step so far [n], and (losses, weights) of each step since the last log [2, n].
-        self._step_losses = torch.zeros(len(args.losses), device=args.device)
+        # Raw losses of this step so far [n], and of their pairs [m]; None before a step's first micro-batch.
+        self.step_so_far: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Of each step since the last log: losses and weights [2, n], and the losses of each pair [m].
         self._history: list[torch.Tensor] = []
+        self._pair_history: list[torch.Tensor] = []
+        self.pair_names: list[str] = []  # of the m, such as "contrastive_IT"
         self.add_callback(_UpdateBalancer(self))
 
     def _balancer_settings(self, train_dataset) -> dict:
@@ -125,77 +140,79 @@ class DSMDTrainer(RetrievalTrainer):
     def begin_step(self, batches: list[dict]) -> None:
         super().begin_step(batches)
         for batch in batches:
-            for name in ("teacher_image", "teacher_text"):
-                batch[name] = normalize(batch[name], self.teacher_projection)
-        groups = torch.cat([batch["image_groups"] for batch in batches])
-        teacher_image = torch.cat([batch["teacher_image"] for batch in batches])
+            batch["teacher_rows"] = TeacherRows(
+                image=normalize(batch["teacher_image"], self.teacher_projection),
+                image_groups=batch["image_groups"],
+                text=normalize(batch["teacher_text"], self.teacher_projection),
+                text_groups=batch["image_groups"][batch["caption_to_image"]],
+            )
+        rows = [batch["teacher_rows"] for batch in batches]
         # Image by image, not by length as in the batches: a queue that is smaller than the step keeps the last.
         orders = [batch["caption_to_image"].argsort(stable=True) for batch in batches]
-        teacher_text = torch.cat([batch["teacher_text"][order] for batch, order in zip(batches, orders)])
-        text_groups = torch.cat(
-            [batch["image_groups"][batch["caption_to_image"][order]] for batch, order in zip(batches, orders)]
-        )
         images, captions = self.step_counts.unbind(dim=-1)
-        self.step_rows = {
-            "step_teacher_image": _of_the_step(teacher_image, images),
-            "step_image_groups": _of_the_step(groups, images),
-            "step_teacher_text": _of_the_step(teacher_text, captions),
-            "step_text_groups": _of_the_step(text_groups, captions),
-        }
+        self.step_rows = TeacherRows(
+            image=_of_the_step(torch.cat([own.image for own in rows]), images),
+            image_groups=_of_the_step(torch.cat([own.image_groups for own in rows]), images),
+            text=_of_the_step(torch.cat([own.text[order] for own, order in zip(rows, orders)]), captions),
+            text_groups=_of_the_step(
+                torch.cat([own.text_groups[order] for own, order in zip(rows, orders)]), captions
+            ),
+        )
         self.step_is_one_batch = len(batches) == 1 and distributed.world_size() == 1
-        self.image_queue.push(self.step_rows["step_teacher_image"], self.step_rows["step_image_groups"])
-        self.text_queue.push(self.step_rows["step_teacher_text"], self.step_rows["step_text_groups"])
+        self.image_queue.push(self.step_rows.image, self.step_rows.image_groups)
+        self.text_queue.push(self.step_rows.text, self.step_rows.text_groups)
         if not self.balancer_is_set:
             with torch.no_grad(), self.compute_loss_context_manager():
                 self.model.train()
-                losses = sum(self.losses(*self.embed(self.model, batch), batch) for batch in batches)
+                losses = sum(summed(self.loss_terms(*self.embed(self.model, batch), batch)) for batch in batches)
             self.balancer.initialise(distributed.sum_over_ranks(losses))
             self.balancer_is_set = True
 
-    def losses(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: dict) -> torch.Tensor:
-        """This rank's part of the step's raw losses `[n]`, in the order of `args.losses`.
+    def loss_terms(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: dict
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """This rank's part of the step's raw losses, of each loss and pair: `{"feature": {"II": scalar, ...}, ...}`.
 
         Args:
             image_embeds: student images, L2-normalised, `[N, D]`.
             text_embeds: student captions, L2-normalised, `[C, D]`.
-            batch: the micro-batch, its teacher rows normalised.
+            batch: a micro-batch of `begin_step`.
         """
         args = self.args
-        rows = (image_embeds, text_embeds, batch["teacher_image"], batch["teacher_text"])
+        rows = (image_embeds, text_embeds, batch["teacher_rows"].image, batch["teacher_rows"].text)
         whose = (batch["image_groups"], batch["caption_to_image"])
         counts = {"num_images": self.num_images, "num_captions": self.num_captions}
-        terms = {}
-        for name in args.losses:
-            if name == "feature":
-                terms[name] = feature_distillation(*rows, **counts)
-            elif name == "similarity":
-                terms[name] = similarity_distillation(*rows, **counts)
-            elif name == "contrastive":
-                own = self.step_rows  # a queue of size 0 contrasts with this step's rows alone
-                terms[name] = contrastive_distillation(
-                    *rows,
-                    *whose,
-                    dictionary_image=self.image_queue.features if args.queue_size else own["step_teacher_image"],
-                    dictionary_image_groups=self.image_queue.groups if args.queue_size else own["step_image_groups"],
-                    dictionary_text=self.text_queue.features if args.queue_size else own["step_teacher_text"],
-                    dictionary_text_groups=self.text_queue.groups if args.queue_size else own["step_text_groups"],
-                    pairs=args.contrastive_pairs,
-                    temperature=args.contrastive_temperature,
-                    **counts,
-                )
-            else:
-                terms[name] = hard_negative_distillation(
-                    *rows,
-                    *whose,
-                    **({} if self.step_is_one_batch else self.step_rows),
-                    others=self._other_students(*rows, *whose, batch["row_counts"]),
-                    pairs=args.hard_negative_pairs,
-                    margin=args.hard_negative_margin,
-                    margin_kind=args.hard_negative_margin_kind,
-                    hardest=args.hardest_negative,
-                    **counts,
-                )
-        return torch.stack([sum(terms[name].values()) for name in args.losses])
+        compute = {
+            "contrastive": lambda: contrastive_distillation(
+                *rows,
+                *whose,
+                dictionary=self.dictionary(),
+                pairs=args.contrastive_pairs,
+                temperature=args.contrastive_temperature,
+                **counts,
+            ),
+            "feature": lambda: feature_distillation(*rows, **counts),
+            "similarity": lambda: similarity_distillation(*rows, **counts),
+            "hard_negative": lambda: hard_negative_distillation(
+                *rows,
+                *whose,
+                step=None if self.step_is_one_batch else self.step_rows,
+                others=self._other_students(*rows, *whose, batch["row_counts"]),
+                pairs=args.hard_negative_pairs,
+                margin=args.hard_negative_margin,
+                margin_kind=args.hard_negative_margin_kind,
+                hardest=args.hardest_negative,
+                **counts,
+            ),
+        }
+        return {name: compute[name]() for name in args.losses}
+
+    def dictionary(self) -> TeacherRows:
+        """What the contrastive loss contrasts with: the queues, or of size 0 the step's rows alone."""
+        if not self.args.queue_size:
+            return self.step_rows
+        images, captions = self.image_queue, self.text_queue
+        return TeacherRows(images.features, images.groups, captions.features, captions.groups)
 
     def _other_students(
         self, image, text, teacher_image, teacher_text, groups, caption_to_image, row_counts
@@ -222,24 +239,31 @@ class DSMDTrainer(RetrievalTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = self.losses(*self.embed(model, inputs), inputs)
-        self._step_losses += losses.detach()
+        terms = self.loss_terms(*self.embed(model, inputs), inputs)
+        losses = summed(terms)
+        self.pair_names = [f"{name}_{pair}" for name, of_pairs in terms.items() for pair in of_pairs]
+        pairs = torch.stack([term.detach() for of_pairs in terms.values() for term in of_pairs.values()])
+        before = self.step_so_far or (torch.zeros_like(losses.detach()), torch.zeros_like(pairs))
+        self.step_so_far = before[0] + losses.detach(), before[1] + pairs
         # DDP averages the ranks' gradients; each rank holds a part of one sum.
         loss = (self.balancer.weights() * losses).sum() * distributed.world_size()
         return (loss, None) if return_outputs else loss
 
     def step_losses(self) -> torch.Tensor:
-        return self._step_losses
+        return self.step_so_far[0]
 
     def end_step(self) -> None:
         """After the optimiser's step: the balancer sees the step's raw losses, of all micro-batches and ranks."""
-        losses = distributed.sum_over_ranks(self._step_losses)
+        losses, pairs = self.step_so_far
+        losses, pairs = distributed.sum_over_ranks(torch.cat([losses, pairs])).split([len(losses), len(pairs)])
         self._history.append(torch.stack([losses, self.balancer.weights()]))
+        self._pair_history.append(pairs)
         self.balancer.update(losses)
-        self._step_losses.zero_()
+        self.step_so_far = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each loss, its weight and its share of the weighted sum, as means over the steps since the last log."""
+        """Adds each loss, its weight and its share of the weighted sum, and the loss of each of its pairs, as means
+        over the steps since the last log."""
         if "loss" in logs and self._history:
             history = torch.stack(self._history)  # [steps, 2, n]
             weighted = history.prod(dim=1)
@@ -250,29 +274,57 @@ class DSMDTrainer(RetrievalTrainer):
             for kind, values in zip(("loss", "weight", "share"), means):
                 logs.update({f"{kind}_{name}": value for name, value in zip(self.args.losses, values)})
             self._history.clear()
+        if "loss" in logs and self._pair_history:
+            pairs = torch.stack(self._pair_history)  # [steps, m]
+            means = torch.where(torch.isfinite(pairs), pairs, torch.nan).nanmean(dim=0).tolist()
+            logs.update({f"loss_{name}": value for name, value in zip(self.pair_names, means)})
+            self._pair_history.clear()
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """With the student travels the projection that brings the teacher's features into its space."""
-        super()._save(output_dir, state_dict)
-        if self.teacher_projection is not None and self.args.should_save:
-            save_pca(self.teacher_projection, output_dir or self.args.output_dir)
+    def beside_the_teacher(
+        self, dataset, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None
+    ) -> dict[str, float]:
+        """Once training is over also across, `teacher_index_{prefix}_*` the student's queries on the teacher's index,
+        `student_index_{prefix}_*` the teacher's on the student's; and the teacher's RSUM at the student's width."""
+        whose = (groups, caption_to_image)
+        metrics = super().beside_the_teacher(dataset, image_embeds, text_embeds, *whose, prefix, fold_size)
+        if self.is_in_train:
+            return metrics
+        teacher_image, teacher_text = (features.to(image_embeds.device) for features in teacher_rows(dataset))
+        if self.teacher_projection is not None:
+            teacher_image, teacher_text = (rows @ self.teacher_projection for rows in (teacher_image, teacher_text))
+            reduced = retrieval_metrics(teacher_image, teacher_text, groups, groups[caption_to_image])
+            metrics[f"teacher_reduced_{prefix}_rsum"] = reduced["rsum"]
+        across = across_figures(image_embeds, text_embeds, teacher_image, teacher_text, *whose)
+        for index, figures in across.items():
+            metrics.update({f"{index}_{prefix}_{name}": value for name, value in figures.items()})
+        return metrics
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Trainer saves neither balancer nor queues; a run resumed without them is another run."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            path = os.path.join(output_dir, STATE_FILE)
-            save_file(self._distillation_state(), path + ".part")
-            os.replace(path + ".part", path)
+    def save_extra_files(self, folder: Path) -> None:
+        """The projection that brings the teacher's features into the student's space."""
+        if self.teacher_projection is not None:
+            save_pca(self.teacher_projection, folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The counterpart of `_save_optimizer_and_scheduler`."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.isfile(path):
+    def save_extra_state(self, folder: Path) -> None:
+        """Balancer, queues and what is not logged yet; a run resumed without them is another run."""
+        with write_whole(folder / STATE_FILE) as beside:
+            save_file(self.distillation_state(), beside)
+
+    def distillation_state(self) -> dict[str, torch.Tensor]:
+        """What `save_extra_state` writes."""
+        tensors = {
+            f"{part}.{key}": tensor.contiguous()
+            for part in ("balancer", "image_queue", "text_queue")
+            for key, tensor in getattr(self, part).state_dict().items()
+        }
+        for name, history in (("history", self._history), ("pairs", self._pair_history)):
+            if history:
+                tensors[f"log.{name}"] = torch.stack(history)
+        return tensors
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        path = checkpoint / STATE_FILE
+        if not path.is_file():
             raise ValueError(
                 f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of a distillation to resume from."
             )
@@ -294,14 +346,13 @@ class DSMDTrainer(RetrievalTrainer):
         self.image_queue.load_state_dict(parts["image_queue"])
         self.text_queue.load_state_dict(parts["text_queue"])
         self._history = list(parts["log"].get("history", ()))
+        self._pair_history = list(parts["log"].get("pairs", ()))  # a checkpoint of an earlier release has none
         self.balancer_is_set = True
 
-    def _distillation_state(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{part}.{key}": tensor.contiguous()
-            for part in ("balancer", "image_queue", "text_queue")
-            for key, tensor in getattr(self, part).state_dict().items()
-        } | ({"log.history": torch.stack(self._history)} if self._history else {})
+
+def summed(terms: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Each loss as the sum of its pairs, `[n]`."""
+    return torch.stack([sum(of_pairs.values()) for of_pairs in terms.values()])
 
 
 class _UpdateBalancer(TrainerCallback):

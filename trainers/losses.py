@@ -12,19 +12,27 @@ parts add up to the mean over the whole.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .logsumexp import MASKED, LogSumExp
+
 
 PAIRS = ("II", "TT", "IT", "TI")
 
-# Stands for "not a negative": finite, so that a row without any negative has finite (zero) gradients.
-MASKED = torch.finfo(torch.float32).min
-LARGEST_LOGIT = 60.0  # e^60 times a dictionary is still a float32 number, and so is e^-60
-DICTIONARY_BLOCK = 4096  # rows of the dictionary that are compared at once: what the processor's cache likes best
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """Teacher rows to compare with: those of a batch, of a whole optimiser step, or of the dictionary."""
+
+    image: Tensor  # [P, D]
+    image_groups: Tensor  # [P] int64
+    text: Tensor  # [Q, D]
+    text_groups: Tensor  # [Q] int64
 
 
 class OtherStudents(NamedTuple):
@@ -97,10 +105,7 @@ def contrastive_distillation(
     image_groups: Tensor,
     caption_to_image: Tensor,
     *,
-    dictionary_image: Tensor,
-    dictionary_image_groups: Tensor,
-    dictionary_text: Tensor,
-    dictionary_text_groups: Tensor,
+    dictionary: TeacherRows,
     pairs: Sequence[str] = PAIRS,
     temperature: float = 0.05,
     num_images: int | Tensor | None = None,
@@ -117,8 +122,7 @@ def contrastive_distillation(
         student_text, teacher_text: `[C, D]`.
         image_groups: `[N]` int64, the group of each image.
         caption_to_image: `[C]` int64, the image of each caption.
-        dictionary_image, dictionary_image_groups: `[P, D]`, `[P]`.
-        dictionary_text, dictionary_text_groups: `[Q, D]`, `[Q]`.
+        dictionary: rows of other groups are the negatives.
         pairs: which of "II", "TT", "IT", "TI".
         temperature: tau, above 0.
         num_images, num_captions: what the sums over queries are divided by (default: N, C).
@@ -127,8 +131,7 @@ def contrastive_distillation(
     Raises: ValueError for an unknown pair, a temperature of 0 or less, or shapes that disagree.
     """
     _check_batch(student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image)
-    _check_columns("dictionary_image", dictionary_image, dictionary_image_groups, student_image)
-    _check_columns("dictionary_text", dictionary_text, dictionary_text_groups, student_image)
+    _check_rows("dictionary", dictionary, student_image)
     _check_pairs(pairs)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number above 0 (the published one is 0.05)")
@@ -136,19 +139,19 @@ def contrastive_distillation(
     with torch.autocast(student_image.device.type, enabled=False):
         student = {"I": student_image.float(), "T": student_text.float()}
         teacher = {"I": teacher_image.float(), "T": teacher_text.float()}
-        dictionary = {"I": dictionary_image.float(), "T": dictionary_text.float()}
-        dictionary_groups = {"I": dictionary_image_groups, "T": dictionary_text_groups}
+        columns = {"I": dictionary.image.float(), "T": dictionary.text.float()}
+        column_groups = {"I": dictionary.image_groups, "T": dictionary.text_groups}
         counts = {"I": _count(num_images, student_image), "T": _count(num_captions, student_text)}
 
         losses = {}
         for pair in pairs:
             query, target = pair
-            negatives = _LogSumExp.apply(
+            negatives = LogSumExp.apply(
                 student[query],
                 image_groups,
                 None if query == "I" else caption_to_image,
-                dictionary[target],
-                dictionary_groups[target],
+                columns[target],
+                column_groups[target],
                 temperature,
             )
             # In IT the captions of an image share its negatives: the product is made once per image.
@@ -159,50 +162,6 @@ def contrastive_distillation(
         return losses
 
 
-class _LogSumExp(torch.autograd.Function):
-    """`log sum_j e^{q . d_j / tau}` of each query over the dictionary rows of other groups, `[B]`.
-
-    The dictionary is constant, so the gradient, its mean under the softmax, is made beside the value, block by block
-    (online softmax, Milakov and Gimelshein 2018): the `[B, Q]` logits are never stored, and cost one product each way.
-    Without negatives the value is MASKED.
-    """
-
-    @staticmethod
-    def forward(ctx, queries, image_groups, image_of_query, dictionary, dictionary_groups, temperature):
-        queries = queries / temperature
-        # Rows of length 1 have logits of 1 / tau at most: where their exponentials and the sums of those are float32
-        # numbers, no largest one has to be found and taken off.
-        bounded = 1 / temperature <= LARGEST_LOGIT
-        largest = queries.new_full((len(queries), 1), 0.0 if bounded else MASKED)
-        total = torch.zeros_like(largest)  # of e^{logit - largest}
-        weighted = torch.zeros_like(queries)  # dictionary rows, weighted so
-        for start in range(0, len(dictionary), DICTIONARY_BLOCK):
-            rows = dictionary[start : start + DICTIONARY_BLOCK]
-            same = image_groups[:, None] == dictionary_groups[None, start : start + DICTIONARY_BLOCK]
-            logits = queries @ rows.T
-            # Captions have their image's group: compared once an image.
-            logits.masked_fill_(same if image_of_query is None else same.index_select(0, image_of_query), MASKED)
-            if not bounded:
-                before, largest = largest, largest.maximum(logits.amax(dim=1, keepdim=True))
-                shrink = (before - largest).exp_()
-                total.mul_(shrink)
-                weighted.mul_(shrink)
-                logits.sub_(largest)
-            logits.exp_()
-            total.add_(logits.sum(dim=1, keepdim=True))
-            if ctx.needs_input_grad[0]:
-                weighted.addmm_(logits, rows)
-        ctx.save_for_backward(weighted.div_(total.clamp(min=torch.finfo(torch.float32).tiny) * temperature))
-        # A row without negatives has a total of 0, or only struck logits.
-        none = (total == 0) | (largest == MASKED)
-        return torch.where(none, MASKED, largest + total.log()).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None], None, None, None, None, None
-
-
 def hard_negative_distillation(
     student_image: Tensor,
     student_text: Tensor,
@@ -211,10 +170,7 @@ def hard_negative_distillation(
     image_groups: Tensor,
     caption_to_image: Tensor,
     *,
-    step_teacher_image: Tensor | None = None,
-    step_image_groups: Tensor | None = None,
-    step_teacher_text: Tensor | None = None,
-    step_text_groups: Tensor | None = None,
+    step: TeacherRows | None = None,
     others: OtherStudents | None = None,
     pairs: Sequence[str] = PAIRS,
     margin: float = 0.2,
@@ -235,9 +191,8 @@ def hard_negative_distillation(
         student_text, teacher_text: `[C, D]`.
         image_groups: `[N]` int64, the group of each image.
         caption_to_image: `[C]` int64, the image of each caption.
-        step_teacher_image, step_image_groups: `[P, D]`, `[P]`, the teacher's images of the optimiser step, all ranks;
-            P at least 1. Left out where the step is this micro-batch: then one product serves both directions.
-        step_teacher_text, step_text_groups: `[Q, D]`, `[Q]`, its captions; Q at least 1; left out with the images.
+        step: the teacher's rows of the optimiser step, all ranks; at least one of each. Left out where the step is
+            this micro-batch: then one product serves both directions.
         others: the micro-batch of all ranks; None on one process, where the other students are the local ones.
         pairs: which of "II", "TT", "IT", "TI".
         margin: m, a difference of cosines; not used where the margin follows the teacher.
@@ -258,12 +213,10 @@ def hard_negative_distillation(
     if others is not None:
         _check_batch(*others[:-1])
         _check_columns("others.student_image", others.student_image, others.image_groups, student_image)
-    whole = step_teacher_image is None and others is None
-    if step_teacher_image is None:
-        step_teacher_image, step_image_groups = teacher_image, image_groups
-        step_teacher_text, step_text_groups = teacher_text, image_groups[caption_to_image]
-    _check_columns("step_teacher_image", step_teacher_image, step_image_groups, student_image, at_least=1)
-    _check_columns("step_teacher_text", step_teacher_text, step_text_groups, student_image, at_least=1)
+    whole = step is None and others is None
+    if step is None:
+        step = TeacherRows(teacher_image, image_groups, teacher_text, image_groups[caption_to_image])
+    _check_rows("step", step, student_image, at_least=1)
     _check_pairs(pairs)
     if margin_kind not in ("fixed", "teacher"):
         raise ValueError(f'margin_kind is {margin_kind!r}; expected "fixed" or "teacher"')
@@ -271,8 +224,8 @@ def hard_negative_distillation(
     margin = 0.0 if follow_teacher else margin
 
     with torch.autocast(student_image.device.type, enabled=False):
-        step = {"I": step_teacher_image.float(), "T": step_teacher_text.float()}
-        step_groups = {"I": step_image_groups, "T": step_text_groups}
+        of_step = {"I": step.image.float(), "T": step.text.float()}
+        step_groups = {"I": step.image_groups, "T": step.text_groups}
         student, teacher, groups = _sides(local, follow_teacher)
         all_student, all_teacher, all_groups = student, teacher, groups
         if others is not None:
@@ -283,7 +236,7 @@ def hard_negative_distillation(
         for pair in pairs:
             query, target = pair
             positives = _positives(student, teacher, pair, caption_to_image)
-            rows, columns = student[query], step[target]
+            rows, columns = student[query], of_step[target]
             similarities = _similarities(rows, columns, groups[query], step_groups[target], hardest)
             negatives = _negatives(similarities, rows, columns, hardest)
             first = _hinge(negatives, positives, pair, query, caption_to_image, margin)
@@ -410,6 +363,11 @@ def _check_batch(
     ):
         if ids.shape != rows.shape[:1]:
             raise ValueError(f"{name} has shape {list(ids.shape)}; expected [{rows.shape[0]}], one per row")
+
+
+def _check_rows(name: str, rows: TeacherRows, like: Tensor, at_least: int = 0) -> None:
+    _check_columns(f"{name}.image", rows.image, rows.image_groups, like, at_least)
+    _check_columns(f"{name}.text", rows.text, rows.text_groups, like, at_least)
 
 
 def _check_columns(name: str, rows: Tensor, groups: Tensor, like: Tensor, at_least: int = 0) -> None:

@@ -18,7 +18,6 @@ from model_cards.tables import across_table, results_table
 from rows.columns import Splits
 from rows.files import write_json
 
-from .card import write_card
 from .retrieval_trainer import RetrievalTrainer
 
 
@@ -62,13 +61,13 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
     write_json(folder / "all_results.json", metrics)
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
-    plot_curves(trainer.state.log_history, trainer.args.losses, assets / "curves.png")
+    plot_curves(trainer.state.log_history, assets / "curves.png")
     draw_grids(rows["test"], *embeds, assets)
     trainer.facts.metrics = metrics
     trainer.facts.samples = save_samples(rows["train"], assets)
     captions = save_query(rows["test"], assets)
     trainer.facts.usage = {"captions": captions, "output": run_code(usage_code(str(folder), captions))}
-    record = write_card(trainer, folder)
+    record = trainer.write_card(folder)
     (assets / "card.json").write_text(record.to_json(), encoding="utf-8")
     print(f"\nThe student is in {folder}: AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
 
@@ -81,7 +80,7 @@ def pin_revision(trainer: RetrievalTrainer, repo_id: str, revision: str) -> None
     """
     trainer.facts.repo_id, trainer.facts.revision = repo_id, revision
     folder = Path(trainer.args.output_dir)
-    record = write_card(trainer, folder)
+    record = trainer.write_card(folder)
     (folder / "assets" / "card.json").write_text(record.to_json(), encoding="utf-8")
 
 

@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import datasets
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from rows.columns import LONGEST_CAPTION
 from rows.images import load_rgb
 
+from .distillation_config import RetrievalTrainingArguments
 from .retrieval import fold_metrics, retrieval_metrics
 from .run import distributed
 from .run.loader_workers import name_killed_workers
 
 
-if TYPE_CHECKING:
-    from .retrieval_trainer import RetrievalTrainer
-
-
 @torch.no_grad()
-def encode(trainer: RetrievalTrainer, dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process."""
-    was_training = trainer.model.training
-    trainer.model.eval()
-    for buffer in trainer.model.buffers():  # BatchNorm's are each rank's own since its last batch
+def encode(
+    dataset: datasets.Dataset,
+    model: PreTrainedModel,
+    processor,
+    args: RetrievalTrainingArguments,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    is_sharded: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process.
+
+    Args:
+        dataset: rows of the contract.
+        model: the student, on `args.device`.
+        processor: its `image_processor` and `tokenizer`.
+        args: batch size, loader workers, longest caption.
+        autocast: gives the context that the model runs in.
+        is_sharded: the model is FSDP's, whose forward is one of all ranks.
+    """
+    was_training = model.training
+    model.eval()
+    for buffer in model.buffers():  # BatchNorm's are each rank's own since its last batch
         distributed.from_first_rank(buffer)
     images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
     captions = [caption for row in dataset["captions"] for caption in row]
     loader = DataLoader(
         images.with_format(None).select(_own_rows(len(images))),
-        batch_size=trainer.args.eval_batch_size,
-        collate_fn=ImageCollator(trainer.processing_class.image_processor),
-        num_workers=trainer.args.dataloader_num_workers,
+        batch_size=args.eval_batch_size,
+        collate_fn=ImageCollator(processor.image_processor),
+        num_workers=args.dataloader_num_workers,
         generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
     )
-    tokenizer = trainer.processing_class.tokenizer
+    tokenizer = processor.tokenizer
     own = _own_rows(len(captions))
     # Captions of like length go together: padding costs as much as words.
     by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
@@ -45,46 +61,48 @@ def encode(trainer: RetrievalTrainer, dataset: datasets.Dataset) -> tuple[torch.
         total=len(images) + len(captions),
         desc="encode",
         leave=False,
-        disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
+        disable=args.disable_tqdm or args.process_index != 0,
     )
-    with trainer.compute_loss_context_manager(), name_killed_workers():
+
+    def embed(output: str, **inputs: torch.Tensor) -> torch.Tensor:
+        return model(**{name: tensor.to(args.device) for name, tensor in inputs.items()})[output].float()
+
+    with autocast(), name_killed_workers():
         image_embeds = []
         for pixel_values in loader:
-            embeds = _encode_in_memory(trainer, "image_embeds", pixel_values=pixel_values)
-            image_embeds.append(embeds)
-            bar.update(len(embeds) * distributed.world_size())
-        text_embeds = torch.empty((len(own), trainer.model.config.projection_dim), device=trainer.args.device)
-        for start in range(0, len(own), trainer.args.eval_batch_size):
-            rows = by_length[start : start + trainer.args.eval_batch_size]
+            image_embeds.append(_in_memory(partial(embed, "image_embeds"), is_sharded, pixel_values=pixel_values))
+            bar.update(len(image_embeds[-1]) * distributed.world_size())
+        text_embeds = torch.empty((len(own), model.config.projection_dim), device=args.device)
+        for start in range(0, len(own), args.eval_batch_size):
+            rows = by_length[start : start + args.eval_batch_size]
             text = tokenizer(
                 [captions[own[i]][:LONGEST_CAPTION] for i in rows],
                 padding=True,
                 truncation=True,
-                max_length=trainer.args.max_caption_length,
+                max_length=args.max_caption_length,
                 return_tensors="pt",
             )
             inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
-            text_embeds[rows] = _encode_in_memory(trainer, "text_embeds", **inputs)
+            text_embeds[rows] = _in_memory(partial(embed, "text_embeds"), is_sharded, **inputs)
             bar.update(len(rows) * distributed.world_size())
     bar.close()
-    trainer.model.train(was_training)
+    model.train(was_training)
     return _in_row_order(torch.cat(image_embeds), len(images)), _in_row_order(text_embeds, len(captions))
 
 
-def _encode_in_memory(trainer: RetrievalTrainer, output: str, **inputs: torch.Tensor) -> torch.Tensor:
+def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: torch.Tensor) -> torch.Tensor:
     """Embeddings `[N, D]` of a batch, in halves where the device's memory is not enough for it."""
     try:
-        on_device = {name: tensor.to(trainer.args.device) for name, tensor in inputs.items()}
-        return trainer.model(**on_device)[output].float()
+        return embed(**inputs)
     except torch.OutOfMemoryError as error:
         rows = len(next(iter(inputs.values())))
-        if rows == 1 or trainer.is_fsdp_enabled:  # the parts of a sharded model's forward are those of all ranks
+        if rows == 1 or is_sharded:  # the parts of a sharded model's forward are those of all ranks
             raise RuntimeError(
                 f"The memory does not hold the evaluation of {rows} rows: lower --per_device_eval_batch_size or "
                 "--max_caption_length, or free the device, and go on by --resume_from_checkpoint last."
             ) from error
     halves = zip(*(tensor.chunk(2) for tensor in inputs.values()))
-    return torch.cat([_encode_in_memory(trainer, output, **dict(zip(inputs, half))) for half in halves])
+    return torch.cat([_in_memory(embed, is_sharded, **dict(zip(inputs, half))) for half in halves])
 
 
 def _own_rows(rows: int) -> list[int]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +52,7 @@ def make_batches(trainer: DSMDTrainer, images: int) -> list[dict]:
         examples = trainer.train_dataset.__getitems__(list(range(start, start + images)))
         batch = trainer.data_collator(examples)
         batch.pop("unreadable")
-        batches.append(trainer._prepare_inputs(batch))
+        batches.append(send_to_device(batch, trainer.args.device))
     return batches
 
 
@@ -113,7 +114,7 @@ def double(trainer: DSMDTrainer, model: nn.Module, start: int, steps: int) -> li
         images *= 2
     # What the failed step left behind.
     model.zero_grad()
-    trainer._step_losses.zero_()
+    trainer.step_so_far = None
     gc.collect()
     torch.cuda.empty_cache()
     if not speeds:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
 from datasets_scripts import add_teacher_features as script
+from datasets_scripts import feature_job
 from datasets_scripts.teacher_features import Encoding, encode_dataset, join, write_shard
 from rows.checks import check_dataset
 from rows.columns import rows_and_captions
@@ -168,6 +169,7 @@ def test_two_processes_give_the_files_of_one(output, source, teacher_folder, tmp
 KILLER = """
 import sys
 from datasets_scripts import add_teacher_features as script
+from datasets_scripts import feature_job
 from test_add_teacher_features import count_changes
 count_changes(int(sys.argv[1]))
 script.main(sys.argv[2:])
@@ -589,7 +591,7 @@ def test_the_fingerprint_is_of_all_that_makes_features(teacher_folder, tmp_path)
 
 
 def test_two_processes_do_not_write_one_folder(source, teacher_folder, tmp_path):
-    with script._alone(tmp_path / "out.partial"):
+    with feature_job._alone(tmp_path / "out.partial"):
         with pytest.raises(SystemExit, match="Another process is at work"):
             script.main(arguments(source, teacher_folder, tmp_path / "out"))
 

@@ -222,7 +222,7 @@ def test_image_settings(settings, right):
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
 def test_without_the_extra_it_says_what_to_install(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match=rf'^error: {name} is not installed: pip install "dsmd\[onnx\]"'):
+    with pytest.raises(SystemExit, match=rf'^error: {name} is not installed: pip install -e "\.\[onnx\]"'):
         export.main(["--model", "any", "--output", str(tmp_path / "out")])
 
 

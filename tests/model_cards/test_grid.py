@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from model_cards.grid import Cell, result_grid
-from tests.inference.test_search import GREEN
+
+
+GREEN = (21, 128, 61)
 
 
 def count_of(color, image: Image.Image, box=None) -> int:

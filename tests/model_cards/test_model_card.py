@@ -16,11 +16,9 @@ from tiny_trainer import make_trainer
 from transformers import TrainerCallback
 
 import train
-from datasets_scripts.data_loading import read_baseline
-from model_cards import RunFacts, RunRecord, describe_captions, render_card
+from model_cards import RunFacts, RunRecord, render_card
 from model_cards.example import EXAMPLE
 from trainers import ContrastiveTrainer
-from trainers.card import write_card
 
 
 RECALLS = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
@@ -367,35 +365,12 @@ def test_weights_that_stay_are_said_to_stay(record):
     assert "feature : similarity were 1 : 2 at step 1." in render_card(dataclasses.replace(record, weights=course[:1]))
 
 
-def test_captions_are_counted():
-    assert describe_captions([["a red car", "car"], ["the moon"]]) == {
-        "images": 2,
-        "captions": 3,
-        "captions_per_image": [1.5, 1, 2],
-        "words_per_caption": [2.0, 1, 3],
-    }
-
-
-def test_a_baseline_that_is_none_is_refused(tmp_path):
-    assert read_baseline(None, 3) is None
-    path = tmp_path / "all_results.json"
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_baseline(path, 3)
-    path.write_text('{"eval_rsum": 1.0}')
-    with pytest.raises(ValueError, match="no test_rsum"):
-        read_baseline(path, 3)
-    path.write_text('{"test_rsum": 1.0, "test_images": 4}')
-    with pytest.raises(ValueError, match="of 4 test images, and this run has 3"):
-        read_baseline(path, 3)
-    assert read_baseline(path, 4)["test_rsum"] == 1.0
-
-
 def test_a_contrastive_trainer_of_ones_own(tmp_path, rows):
     model, processor = make_student()
     args = make_trainer(tmp_path / "run", rows).args
     trainer = ContrastiveTrainer(model, args, train_dataset=rows, processing_class=processor)
     (tmp_path / "run").mkdir(exist_ok=True)
-    record = write_card(trainer, tmp_path / "run")
+    record = trainer.write_card(tmp_path / "run")
     assert record.method == "contrastive" and "losses" not in record.settings
     assert sections((tmp_path / "run" / "README.md").read_text()) == ["Use"]
 

@@ -415,7 +415,7 @@ def test_a_text_model_is_refused(sentence_transformer):
 def test_sentence_transformers_missing(sentence_transformer, monkeypatch):
     folder = sentence_transformer("clip")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'dsmd\[sentence-transformers\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[sentence-transformers\]'"):
         load_teacher(str(folder))
 
 

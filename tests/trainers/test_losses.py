@@ -1,5 +1,6 @@
 """The losses against loops over single queries in float64, written from the definition of a pair set."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from trainers import losses as losses_module
+from trainers import logsumexp
 from trainers.losses import (
     PAIRS,
     OtherStudents,
+    TeacherRows,
     contrastive_distillation,
     feature_distillation,
     hard_negative_distillation,
@@ -72,26 +74,21 @@ class Batch:
         return student + teacher + (ids if with_ids else [])
 
 
-def step_rows(batch):
-    return {
-        "step_teacher_image": torch.tensor(batch.teacher_image, dtype=torch.float32),
-        "step_image_groups": torch.tensor(batch.image_groups),
-        "step_teacher_text": torch.tensor(batch.teacher_text, dtype=torch.float32),
-        "step_text_groups": torch.tensor(batch.text_groups),
-    }
-
-
-def dictionary(batch):
-    names = ("dictionary_image", "dictionary_image_groups", "dictionary_text", "dictionary_text_groups")
-    return dict(zip(names, step_rows(batch).values(), strict=True))
+def teacher_rows(batch):
+    return TeacherRows(
+        torch.tensor(batch.teacher_image, dtype=torch.float32),
+        torch.tensor(batch.image_groups),
+        torch.tensor(batch.teacher_text, dtype=torch.float32),
+        torch.tensor(batch.text_groups),
+    )
 
 
 def contrast(batch, columns, **settings):
-    return contrastive_distillation(*batch.tensors(), **dictionary(columns), **settings)
+    return contrastive_distillation(*batch.tensors(), dictionary=teacher_rows(columns), **settings)
 
 
 def hinge(batch, columns=None, **settings):
-    return hard_negative_distillation(*batch.tensors(), **step_rows(columns or batch), **settings)
+    return hard_negative_distillation(*batch.tensors(), step=teacher_rows(columns or batch), **settings)
 
 
 def queries_of(batch, pair):
@@ -165,7 +162,7 @@ def test_feature_and_similarity(seed):
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_contrastive_against_loops(monkeypatch, seed, temperature, block):
-    monkeypatch.setattr(losses_module, "DICTIONARY_BLOCK", block)
+    monkeypatch.setattr(logsumexp, "DICTIONARY_BLOCK", block)
     batch, queue = Batch(seed), Batch(seed + 100, num_images=12)
     for columns in (queue, batch):
         losses = contrast(batch, columns, pairs=PAIRS, temperature=temperature)
@@ -193,9 +190,9 @@ def test_hinge_against_loops(seed, kind, hardest):
 def test_a_step_of_one_batch_need_not_be_given(kind, hardest):
     batch, settings = Batch(21), {"margin": 0.3, "margin_kind": kind, "hardest": hardest}
     found = []
-    for step in ({}, step_rows(batch)):
+    for step in (None, teacher_rows(batch)):
         inputs = batch.tensors()
-        losses = hard_negative_distillation(*inputs, **step, **settings)
+        losses = hard_negative_distillation(*inputs, step=step, **settings)
         found.append([*losses.values(), *gradients(losses, inputs[:2])])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     assert found[0][-1].abs().max() > 0
@@ -203,11 +200,11 @@ def test_a_step_of_one_batch_need_not_be_given(kind, hardest):
 
 def test_the_largest_logits_may_come_last_and_be_large(monkeypatch):
     """Blocks whose own groups are struck out, and logits that overflow unless the largest is taken off."""
-    monkeypatch.setattr(losses_module, "DICTIONARY_BLOCK", 2)
+    monkeypatch.setattr(logsumexp, "DICTIONARY_BLOCK", 2)
     query = torch.tensor([[1.0, 0.0]]).requires_grad_()
     columns = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     groups, temperature = torch.tensor([7, 7, 1, 2, 3]), 1e-3
-    value = losses_module._LogSumExp.apply(query, torch.tensor([7]), None, columns, groups, temperature)
+    value = logsumexp.LogSumExp.apply(query, torch.tensor([7]), None, columns, groups, temperature)
     assert value.item() == pytest.approx(600)  # cosine 0.6 over 0.001; the own group's 1.0 would give 1,000
     (gradient,) = torch.autograd.grad(value, query)
     torch.testing.assert_close(gradient, columns[-1:] / temperature)
@@ -223,12 +220,12 @@ def test_log_sum_exp_against_float64(temperature, what):
         rows = query.detach()[:1].repeat(9000, 1) * (1 if what == "alike" else -1)
     groups = torch.full((9000,), 5) if what == "none" else torch.arange(9000)
     images, image_of_query = torch.tensor([5, 9001]), torch.tensor([0, 1, 0])
-    value = losses_module._LogSumExp.apply(query, images, image_of_query, rows, groups, temperature)
+    value = logsumexp.LogSumExp.apply(query, images, image_of_query, rows, groups, temperature)
     logits = query.double() @ rows.double().T / temperature
     logits = logits.masked_fill(images[image_of_query][:, None] == groups, -torch.inf)
     expected = logits.logsumexp(dim=1)
     alone = torch.isinf(expected)
-    assert (value[alone] == losses_module.MASKED).all() and alone.sum() == (2 if what == "none" else 0)
+    assert (value[alone] == logsumexp.MASKED).all() and alone.sum() == (2 if what == "none" else 0)
     torch.testing.assert_close(value[~alone].double(), expected[~alone], rtol=1e-5, atol=1e-4)
     (found,) = torch.autograd.grad(value.sum(), query)
     (gradient,) = torch.autograd.grad(expected[~alone].sum(), query)
@@ -238,7 +235,7 @@ def test_log_sum_exp_against_float64(temperature, what):
 @pytest.mark.parametrize("name", ["contrastive", "fixed", "teacher"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_gradients_against_differences_of_the_loops(monkeypatch, name, pair):
-    monkeypatch.setattr(losses_module, "DICTIONARY_BLOCK", 5)
+    monkeypatch.setattr(logsumexp, "DICTIONARY_BLOCK", 5)
     batch, step = Batch(11, num_images=4), Batch(111, num_images=6)
 
     def value(changed):
@@ -248,9 +245,9 @@ def test_gradients_against_differences_of_the_loops(monkeypatch, name, pair):
 
     inputs = batch.tensors()
     if name == "contrastive":
-        losses = contrastive_distillation(*inputs, **dictionary(step), pairs=[pair], temperature=0.2)
+        losses = contrastive_distillation(*inputs, dictionary=teacher_rows(step), pairs=[pair], temperature=0.2)
     else:
-        losses = hard_negative_distillation(*inputs, **step_rows(step), pairs=[pair], margin_kind=name)
+        losses = hard_negative_distillation(*inputs, step=teacher_rows(step), pairs=[pair], margin_kind=name)
     found = gradients(losses, inputs[:2])
     for side, gradient in zip(("student_image", "student_text"), found, strict=True):
         if gradient is None:
@@ -277,13 +274,10 @@ def test_two_images_by_hand():
     assert features.item() == pytest.approx((0 + (half + 1 - root) / 2) / 2)
     assert similarity_distillation(*inputs[:4])["TT"].item() == pytest.approx((0 + (1 - root) / 2) / 2)
 
-    columns = dict(zip(("i", "ig", "t", "tg"), (teacher, ids[0], teacher, ids[0]), strict=True))
+    columns = TeacherRows(teacher, ids[0], teacher, ids[0])
     contrastive = contrastive_distillation(
         *inputs,
-        dictionary_image=columns["i"],
-        dictionary_image_groups=columns["ig"],
-        dictionary_text=columns["t"],
-        dictionary_text_groups=columns["tg"],
+        dictionary=columns,
         pairs=PAIRS,
         temperature=1.0,
     )
@@ -291,13 +285,10 @@ def test_two_images_by_hand():
     by_hand = (math.log(1 + math.exp(half - 1)) + math.log(1 + math.exp(-root))) / 2
     assert all(loss.item() == pytest.approx(by_hand) for loss in contrastive.values())
 
-    step = dict(
-        step_teacher_image=teacher, step_image_groups=ids[0], step_teacher_text=teacher, step_text_groups=ids[0]
-    )
-    fixed = hard_negative_distillation(*inputs, **step, margin=0.6)
+    fixed = hard_negative_distillation(*inputs, step=columns, margin=0.6)
     # student to teacher: 0.6 + 0.5 - 1 and 0; teacher to student: 0.6 + 0 - 1 and 0.6 + 0.5 - 0.866
     assert all(loss.item() == pytest.approx((0.1 + 0 + 0 + 1.1 - root) / 2, abs=1e-6) for loss in fixed.values())
-    follow = hard_negative_distillation(*inputs, **step, margin_kind="teacher")
+    follow = hard_negative_distillation(*inputs, step=columns, margin_kind="teacher")
     # the teacher's own gaps are -1/2 everywhere; the student's -1/2, -0.866; -1, 0.5 - 0.866
     assert all(loss.item() == pytest.approx((0 + 0 + 0 + 1 - root) / 2, abs=1e-6) for loss in follow.values())
 
@@ -357,7 +348,7 @@ def test_hinge_on_two_ranks_is_that_of_one_process(kind, hardest, given_counts):
         caption_to_image=batch.caption_to_image[captions],
     )
     inputs = batch.tensors()
-    whole = hard_negative_distillation(*inputs, **step_rows(batch), **settings)
+    whole = hard_negative_distillation(*inputs, step=teacher_rows(batch), **settings)
     expected = gradients(whole, inputs[:2])
     counts = {"num_images": 9, "num_captions": len(captions)} if given_counts else {}
 
@@ -369,7 +360,7 @@ def test_hinge_on_two_ranks_is_that_of_one_process(kind, hardest, given_counts):
         student_text[first_text : first_text + len(local[1])] = local[1]
         first_text += len(local[1])
         others = OtherStudents(student_image, student_text, *inputs[2:], world_size=2)
-        losses = hard_negative_distillation(*local, **step_rows(batch), others=others, **settings, **counts)
+        losses = hard_negative_distillation(*local, step=teacher_rows(batch), others=others, **settings, **counts)
         for pair in PAIRS:
             values[pair] += losses[pair].item()
         for rows, gradient in zip(found, gradients(losses, local[:2]), strict=True):
@@ -412,18 +403,14 @@ def test_perfect_student_has_nothing_to_learn():
 @pytest.mark.parametrize("num_images", [1, 5])
 def test_without_negatives_losses_and_gradients_are_zero(num_images):
     batch = Batch(8, num_images=num_images, same_group=True)
-    empty = {
-        "dictionary_image": torch.zeros(0, WIDTH),
-        "dictionary_image_groups": torch.zeros(0, dtype=torch.int64),
-        "dictionary_text": torch.zeros(0, WIDTH),
-        "dictionary_text_groups": torch.zeros(0, dtype=torch.int64),
-    }
+    rows, groups = torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.int64)
+    empty = TeacherRows(rows, groups, rows, groups)
     inputs = batch.tensors()
     for losses in (
-        contrastive_distillation(*inputs, **dictionary(batch), pairs=PAIRS),
-        contrastive_distillation(*inputs, **empty, pairs=PAIRS),
-        hard_negative_distillation(*inputs, **step_rows(batch)),
-        hard_negative_distillation(*inputs, **step_rows(batch), hardest=False, margin_kind="teacher"),
+        contrastive_distillation(*inputs, dictionary=teacher_rows(batch), pairs=PAIRS),
+        contrastive_distillation(*inputs, dictionary=empty, pairs=PAIRS),
+        hard_negative_distillation(*inputs, step=teacher_rows(batch)),
+        hard_negative_distillation(*inputs, step=teacher_rows(batch), hardest=False, margin_kind="teacher"),
     ):
         assert all(loss.item() == 0 for loss in losses.values())
         for gradient in gradients(losses, inputs[:2]):
@@ -434,7 +421,7 @@ def test_one_row_without_negatives_among_others_keeps_gradients_finite():
     batch = Batch(9, num_images=4)
     queue = Batch(109, num_images=6).copy(image_groups=np.full(6, batch.image_groups[0]))
     inputs = batch.tensors()
-    losses = contrastive_distillation(*inputs, **dictionary(queue), pairs=PAIRS, temperature=0.01)
+    losses = contrastive_distillation(*inputs, dictionary=teacher_rows(queue), pairs=PAIRS, temperature=0.01)
     found = gradients(losses, inputs[:2])
     assert all(torch.isfinite(gradient).all() for gradient in found)
     assert torch.equal(found[0][0], torch.zeros(WIDTH))
@@ -465,8 +452,8 @@ def test_similarities_are_float32_under_autocast(dtype):
     inputs = [t.detach().to(dtype) if t.is_floating_point() else t for t in batch.tensors()]
     widened = [t.float() if t.is_floating_point() else t for t in inputs]
     for function, columns in (
-        (contrastive_distillation, dictionary(queue)),
-        (hard_negative_distillation, step_rows(queue)),
+        (contrastive_distillation, {"dictionary": teacher_rows(queue)}),
+        (hard_negative_distillation, {"step": teacher_rows(queue)}),
     ):
         expected = function(*widened, **columns)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -481,14 +468,13 @@ def test_nothing_waits_for_the_device():
     batch = Batch(15)
     mode = FakeTensorMode()
     inputs = [mode.from_tensor(t) for t in batch.tensors()]
-    step = {name: mode.from_tensor(t) for name, t in step_rows(batch).items()}
-    columns = dict(zip(dictionary(batch), step.values(), strict=True))
+    rows = TeacherRows(**{name: mode.from_tensor(t) for name, t in vars(teacher_rows(batch)).items()})
     with mode:
         others = OtherStudents(*inputs, world_size=2)
         for losses in (
-            contrastive_distillation(*inputs, **columns, pairs=PAIRS),
-            hard_negative_distillation(*inputs, **step, others=others),
-            hard_negative_distillation(*inputs, **step, margin_kind="teacher", hardest=False),
+            contrastive_distillation(*inputs, dictionary=rows, pairs=PAIRS),
+            hard_negative_distillation(*inputs, step=rows, others=others),
+            hard_negative_distillation(*inputs, step=rows, margin_kind="teacher", hardest=False),
         ):
             assert all(loss.shape == () for loss in losses.values())
             gradients(losses, inputs[:2])
@@ -507,7 +493,7 @@ def test_pairs_are_a_choice():
 
 def test_bad_input_is_refused():
     batch = Batch(14)
-    inputs, columns, step = batch.tensors(), dictionary(batch), step_rows(batch)
+    inputs, rows = batch.tensors(), teacher_rows(batch)
     num_captions = len(batch.student_text)
 
     for at, message in ((0, "teacher_image"), (1, "student_text"), (2, "teacher_image"), (3, "teacher_text")):
@@ -515,27 +501,28 @@ def test_bad_input_is_refused():
         for call in (
             lambda w: feature_distillation(*w[:4]),
             lambda w: similarity_distillation(*w[:4]),
-            lambda w: contrastive_distillation(*w, **columns),
-            lambda w: hard_negative_distillation(*w, **step),
+            lambda w: contrastive_distillation(*w, dictionary=rows),
+            lambda w: hard_negative_distillation(*w, step=rows),
         ):
             with pytest.raises(ValueError, match=message):
                 call(wrong)
     for at, message in ((4, "image_groups"), (5, f"caption_to_image.*{num_captions - 1}.*{num_captions}")):
         wrong = [t[:-1] if i == at else t for i, t in enumerate(inputs)]
         with pytest.raises(ValueError, match=message):
-            contrastive_distillation(*wrong, **columns)
+            contrastive_distillation(*wrong, dictionary=rows)
         with pytest.raises(ValueError, match=message):
-            hard_negative_distillation(*wrong, **step)
+            hard_negative_distillation(*wrong, step=rows)
         with pytest.raises(ValueError, match=message):
-            hard_negative_distillation(*inputs, **step, others=OtherStudents(*wrong, world_size=2))
-    for given, function in ((columns, contrastive_distillation), (step, hard_negative_distillation)):
-        for name, value in given.items():
-            with pytest.raises(ValueError, match="dictionary" if given is columns else "step_teacher"):
-                function(*inputs, **{**given, name: value[:, :-1] if value.ndim == 2 else value[:-1]})
+            hard_negative_distillation(*inputs, step=rows, others=OtherStudents(*wrong, world_size=2))
+    for given, function in (("dictionary", contrastive_distillation), ("step", hard_negative_distillation)):
+        for name, value in vars(rows).items():
+            wrong = dataclasses.replace(rows, **{name: value[:, :-1] if value.ndim == 2 else value[:-1]})
+            with pytest.raises(ValueError, match=rf"{given}\.{name.removesuffix('_groups')}"):
+                function(*inputs, **{given: wrong})
         for pairs in (["II", "XY"], "II"):
             with pytest.raises(ValueError, match="pairs"):
-                function(*inputs, **given, pairs=pairs)
+                function(*inputs, **{given: rows}, pairs=pairs)
     with pytest.raises(ValueError, match="temperature"):
-        contrastive_distillation(*inputs, **columns, temperature=0.0)
+        contrastive_distillation(*inputs, dictionary=rows, temperature=0.0)
     with pytest.raises(ValueError, match="margin_kind"):
-        hard_negative_distillation(*inputs, **step, margin_kind="learned")
+        hard_negative_distillation(*inputs, step=rows, margin_kind="learned")

@@ -13,7 +13,7 @@ from tiny_trainer import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainers import ContrastiveTrainer, DSMDTrainingArguments, FeatureQueue
+from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, FeatureQueue
 from trainers.balancers import BALANCERS
 from trainers.losses import PAIRS
 
@@ -73,9 +73,8 @@ def no_autocast(monkeypatch):
 def to_device(trainer, batch: dict) -> dict:
     """Brings all of a trainer to the device, and a batch, as Trainer does before `begin_step`."""
     trainer.model.to("meta")
-    if trainer.needs_teacher:
+    if isinstance(trainer, DSMDTrainer):
         trainer.balancer.to("meta")
-        trainer._step_losses = trainer._step_losses.to("meta")
         for name in ("image_queue", "text_queue"):
             queue = getattr(trainer, name)
             setattr(trainer, name, FeatureQueue(queue.size, queue.dim, device="meta"))
@@ -100,7 +99,7 @@ def take_two_steps(trainer, micro_batches: int = 1) -> NoSynchronisation:
             trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if trainer.needs_teacher:
+            if isinstance(trainer, DSMDTrainer):
                 trainer.end_step()
     return watch
 

@@ -57,7 +57,7 @@ def make_trainer(folder, stream, trainer_class=DSMDTrainer, **settings):
 
 def full_state(trainer: DSMDTrainer) -> dict[str, torch.Tensor]:
     """Weights, balancer and queues."""
-    state = {**trainer.model.state_dict(), **trainer._distillation_state()}
+    state = {**trainer.model.state_dict(), **trainer.distillation_state()}
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 

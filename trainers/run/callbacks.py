@@ -8,13 +8,13 @@ from .interruption import epoch_ends
 
 
 class MarkBeginning(TrainerCallback):
-    """Leaves in the log that a run was resumed, for its card, and takes from the card what earlier weights scored."""
+    """Tells the trainer that training begins, and leaves in the log, for the card, that a run was resumed."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.facts.metrics, self.trainer.facts.usage = {}, None
+        self.trainer.begin_training()
         if self.trainer.resumed_from is not None:
             state.log_history.append({"resumed": True, "epoch": state.epoch, "step": state.global_step})
             self.trainer.go_on()

@@ -9,11 +9,17 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
+
+from rows.files import write_whole
 
 
 logger = logging.getLogger(__name__)
 
+NOT_THE_DISKS = (torch.OutOfMemoryError, torch.distributed.DistError)  # RuntimeErrors too, but of memory and network
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for the disk's
 MANIFEST = "_manifest.json"  # sizes and digests; the underscore keeps it out of the model repository's root
 BESIDE = "_checkpoint"  # where a checkpoint is written
 OLD = "_old-"  # and where the one goes whose name it gets
@@ -38,9 +44,8 @@ def reseal(folder: Path, name: str) -> None:
     """Notes that one file of a sealed checkpoint was written anew. Of a manifest that is a link the original stays."""
     files = json.loads((folder / MANIFEST).read_text())
     files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
-    beside = folder / f"{MANIFEST}.part"
-    beside.write_text(json.dumps(files, indent=2))
-    beside.replace(folder / MANIFEST)
+    with write_whole(folder / MANIFEST) as beside:
+        beside.write_text(json.dumps(files, indent=2))
 
 
 def copy_sealed(source: Path, target: Path) -> None:
@@ -110,6 +115,44 @@ def last_whole(output_dir: str | os.PathLike) -> Path | None:
             return folder
         logger.warning(f"{folder} is damaged and passed over: {wrong}.")
     return None
+
+
+def to_go_on_from(asked: str | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """The whole checkpoint that a run goes on from; None where it begins.
+
+    Args:
+        asked: a checkpoint's folder; True for the last whole one in `output_dir`; None or False for none.
+
+    Raises:
+        ValueError: it is damaged, or there is none.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        folder = last_whole(output_dir)
+        if folder is None:
+            raise ValueError(f"There is no whole checkpoint in {output_dir} to go on from.")
+        return str(folder)
+    wrong = damage(Path(asked))
+    if wrong is not None:
+        raise ValueError(
+            f"{asked} is damaged: {wrong}. Resume from the one before it; `--resume_from_checkpoint last` finds it."
+        )
+    return str(asked)
+
+
+def cannot_write(what: str, error: Exception, output_dir: str | os.PathLike) -> OSError:
+    """An error that says which checkpoint there is where the disk refuses another."""
+    before = of_run(output_dir)
+    return OSError(
+        f"{what} could not be written: {one_line(error)}. The last checkpoint is {before[-1] if before else 'none'}: "
+        "free the disk, then go on by --resume_from_checkpoint last."
+    )
+
+
+def one_line(error: Exception) -> str:
+    """The error's type and message, short enough for a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def rotate(output_dir: str | os.PathLike, limit: int | None, newest: Path, best: str | None) -> None:

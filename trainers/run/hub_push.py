@@ -9,14 +9,14 @@ import re
 import shlex
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory, snapshot_download
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 
-from ..teacher_pca import PCA_FILE
-from .checkpoints import copy_sealed, damage, publish, reseal
+from .checkpoints import copy_sealed, damage, one_line, publish, reseal
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,13 @@ def snapshot(checkpoint: Path, folder: Path) -> None:
 
 
 def push_checkpoint(
-    folder: Path, repo_id: str, place: str | None, message: str, revision: str | None, private
+    folder: Path,
+    repo_id: str,
+    place: str | None,
+    message: str,
+    revision: str | None,
+    private,
+    optional: Sequence[str] = (),
 ) -> None:
     """One commit, so that every revision is whole: the student at the root, and all files under `place` to resume.
     Files of an earlier run that are not this one's go, where they would be taken for its own.
@@ -81,6 +87,7 @@ def push_checkpoint(
     Args:
         folder: of [`snapshot`]; removed at the end.
         place: `last-checkpoint` or `checkpoint-N` in the repository; None to push the student alone.
+        optional: names of files that not every student has.
     """
     try:
         api = HfApi()
@@ -96,7 +103,7 @@ def push_checkpoint(
         operations += [
             CommitOperationDelete(name)
             for name in api.list_repo_files(repo_id, revision=revision)
-            if name not in added and (name == PCA_FILE or (place is not None and name.startswith(f"{place}/")))
+            if name not in added and (name in optional or (place is not None and name.startswith(f"{place}/")))
         ]
         api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     except Exception as error:  # of many classes: no repository, permission, connection or disk may end a training
@@ -107,8 +114,13 @@ def push_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def push_run(folder: str, repo_id: str, message: str, revision: str | None, private: bool | None):
+def push_run(
+    folder: str, repo_id: str, message: str, revision: str | None, private: bool | None, optional: Sequence[str] = ()
+):
     """The finished run's folder, checkpoints apart. A failure is reported with the command that completes the push.
+
+    Args:
+        optional: names of files that not every student has: those of an earlier run go, this run's own stay.
 
     Returns:
         The commit, or None where the push failed.
@@ -123,7 +135,7 @@ def push_run(folder: str, repo_id: str, message: str, revision: str | None, priv
             commit_message=message,
             revision=revision,
             ignore_patterns=list(NOT_THE_STUDENTS),  # it adds to the list
-            delete_patterns=PCA_FILE,  # of an earlier run with another projection; this run's own stays
+            delete_patterns=list(optional),
         )
     except Exception as error:  # as in `push_checkpoint`
         excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_THE_STUDENTS)
@@ -131,8 +143,8 @@ def push_run(folder: str, repo_id: str, message: str, revision: str | None, priv
         at += " --private" if private else ""
         print(
             f"\nThe push to {repo_id} failed: {one_line(error)}\nNothing is lost: the student is in {folder}. "
-            f"This completes the push:\n  hf upload {repo_id} {shlex.quote(str(folder))} .{at} {excluded} "
-            f"--delete {PCA_FILE}"
+            f"This completes the push:\n  hf upload {repo_id} {shlex.quote(str(folder))} .{at} {excluded}"
+            + "".join(f" --delete {shlex.quote(name)}" for name in optional)
         )
         return None
 
@@ -191,7 +203,3 @@ def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> 
     reseal(beside, "trainer_state.json")
     publish(beside, folder)
     return str(folder)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

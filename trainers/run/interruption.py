@@ -22,7 +22,7 @@ class StopOnSignal(TrainerCallback):
     Attributes:
         received: the signal that this process got, 0 where none.
         agreed: the signal that any process got, known to all of them in the same step; see
-            `RetrievalTrainer.begin_step`.
+            `ResumableTrainer.gather_step`.
     """
 
     def __init__(self):

@@ -26,16 +26,13 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.trainer = trainer
         self.limit = limit
         self.in_a_row = 0
-        self.rows: list[tuple[list[str], torch.Tensor]] = []  # of this step: ids, and whether each is finite [N]
+        self.rows: list[tuple[list[str], torch.Tensor]] = []  # of this step: names, and whether each is not finite [N]
         self.pending: list[tuple] = []  # of the steps since the last look: step, skipped [], losses [n], rows
 
-    def note_rows(
-        self, image_ids: list[str], image_embeds: torch.Tensor, text_embeds: torch.Tensor, caption_to_image
-    ) -> None:
-        """Whether the embeddings `[N, D]`, `[C, D]` of a micro-batch's images and captions are finite."""
-        broken = (~torch.isfinite(image_embeds)).any(dim=1).float()
-        broken = broken.index_add(0, caption_to_image, (~torch.isfinite(text_embeds)).any(dim=1).float())
-        self.rows.append((image_ids, broken.detach() > 0))
+    def note_rows(self, names: list[str], broken: torch.Tensor) -> None:
+        """Names of a micro-batch's rows, and `[N]` bool on the device: whether what the model made of each is not
+        finite."""
+        self.rows.append((names, broken))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         norm = self.trainer.gradient_norm

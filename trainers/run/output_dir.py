@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers import TrainingArguments
 
-from .. import DSMDTrainingArguments
 from .checkpoints import last_whole
 from .hub_push import fetch_last_checkpoint
 
@@ -17,7 +17,7 @@ LOCK = "_lock"  # in output_dir, while a run writes there
 LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice
 
 
-def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
+def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> None:
     """Refuses to write a run into another's folder, unless told to replace it. Of two at once the second stops."""
     if not args.do_train or args.process_index != 0:
         return
@@ -43,7 +43,7 @@ def prepare_output_dir(args: DSMDTrainingArguments, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def last_checkpoint(args: DSMDTrainingArguments) -> str | None:
+def last_checkpoint(args: TrainingArguments) -> str | None:
     """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or for
     'last' or 'True' the run's last whole one, None where it was stopped before its first."""
     if args.resume_from_hub is not None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import accelerate
 import datasets
 import pyarrow as pa
 import torch
 import transformers
+from transformers import PretrainedConfig, TrainingArguments
 
-
-if TYPE_CHECKING:
-    from ..retrieval_trainer import RetrievalTrainer
 
 IDENTITY_FILE = "_run.json"
+STUDENT = "student"  # the prefix of what the model's config says
 FINGERPRINT_ROWS = 256
 # Settings without effect on weights, logged losses or figures.
 FREE_PREFIXES = ("do_", "hub_", "push_", "resume_", "logging_", "trackio_", "ddp_", "dataloader_p")
@@ -43,31 +42,44 @@ def fingerprint(rows: datasets.Dataset) -> str:
     return hashlib.sha256(f"{len(rows)} rows ".encode() + sink.getvalue().to_pybytes()).hexdigest()[:32]
 
 
-def describe_identity(trainer: RetrievalTrainer) -> dict[str, object]:
-    """Names and values, JSON-able, of all that the result of a run follows from."""
-    args = trainer.args
-    free = FREE if not trainer.streamed else tuple(name for name in FREE if name not in OF_STREAMS)
-    settings = {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in free and not name.startswith(FREE_PREFIXES)
-    }
+def describe_identity(
+    settings: dict[str, object],
+    args: TrainingArguments,
+    config: PretrainedConfig,
+    streamed: bool,
+    facts: dict[str, object],
+) -> dict[str, object]:
+    """Names and values, JSON-able, of all that the result of a run follows from.
+
+    Args:
+        settings: of the method.
+        args, config: of the trainer, and of its model.
+        streamed: the training split is a stream, whose order follows from the number of loader workers.
+        facts: what else the result follows from.
+    """
+    free = FREE if not streamed else tuple(name for name in FREE if name not in OF_STREAMS)
     described = {
-        **settings,
-        "method": "distillation" if trainer.needs_teacher else "contrastive",
-        "fingerprint of the training split": trainer.data_fingerprint,
-        "fingerprint of the validation split": trainer.eval_fingerprint,
-        "teacher": trainer.facts.teacher,
+        **{name: settings[name] for name in settings if name not in free and not name.startswith(FREE_PREFIXES)},
+        **facts,
         "number of processes": args.world_size,
         "device": args.device.type,
-        **_leaves("student", trainer.model.config.to_dict()),
+        **_leaves(STUDENT, config.to_dict()),
         **{of.__name__: of.__version__ for of in (torch, transformers, datasets, accelerate)},
     }
     return json.loads(json.dumps(described, default=str))
 
 
-def check_identity(trainer: RetrievalTrainer, checkpoint: str, allow_changes: bool) -> list[str]:
+def check_identity(
+    now: dict[str, object], arguments_class: type[TrainingArguments], checkpoint: str, allow_changes: bool
+) -> list[str]:
     """What differs between a checkpoint's run and this one, a line each.
+
+    A setting that the checkpoint does not know, since it is younger, counts as its default there; one that this run
+    does not have, since it is of another method or is gone, does not count.
+
+    Args:
+        now: of this run, see [`describe_identity`].
+        arguments_class: its fields are the settings.
 
     Raises:
         ValueError: something differs and `allow_changes` is not set, or the checkpoint does not say what it is of.
@@ -77,10 +89,11 @@ def check_identity(trainer: RetrievalTrainer, checkpoint: str, allow_changes: bo
         saved = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{checkpoint} has no {IDENTITY_FILE}: it is no checkpoint of this program.") from None
-    now = describe_identity(trainer)
+    saved = {**_defaults(arguments_class), **saved}
+    known = now.keys() | {name for name in saved if name.startswith(f"{STUDENT}.")}
     lines = [
         f"{name}: {_short(saved.get(name))} in the checkpoint, {_short(now.get(name))} now"
-        for name in sorted(saved.keys() | now.keys())
+        for name in sorted(known)
         if saved.get(name) != now.get(name)
     ]
     if lines and not allow_changes:
@@ -90,6 +103,16 @@ def check_identity(trainer: RetrievalTrainer, checkpoint: str, allow_changes: bo
             "Resume with what it was started with, or say --allow_changes."
         )
     return lines
+
+
+def _defaults(arguments_class: type[TrainingArguments]) -> dict[str, object]:
+    """The default of each setting, JSON-able."""
+    defaults = {
+        setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
+        for setting in fields(arguments_class)
+    }
+    defaults = {name: value for name, value in defaults.items() if value is not MISSING}
+    return json.loads(json.dumps(defaults, default=lambda value: getattr(value, "value", str(value))))
 
 
 def _leaves(prefix: str, config: dict) -> dict[str, object]:

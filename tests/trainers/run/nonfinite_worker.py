@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
         if name == "skipped" and distributed.rank() == 1:
             poison(trainer, {2})
         trainer.train()
-        state = {**trainer.model.state_dict(), **trainer._distillation_state()}
+        state = {**trainer.model.state_dict(), **trainer.distillation_state()}
         save_file(
             {key: tensor.contiguous().clone() for key, tensor in state.items()},
             folder / f"{name}-{distributed.rank()}.safetensors",

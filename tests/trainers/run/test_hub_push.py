@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_the_hub_bit_for_bit(tmp_path, rows, hub):
     resumed = make_trainer(tmp_path / "elsewhere", rows, **{**SETTINGS, **settings, "push_to_hub": False})
     resumed.train(resume_from_checkpoint=checkpoint)
     assert largest_difference(unbroken.model.state_dict(), resumed.model.state_dict()) == 0.0
-    assert largest_difference(unbroken._distillation_state(), resumed._distillation_state()) == 0.0
+    assert largest_difference(unbroken.distillation_state(), resumed.distillation_state()) == 0.0
 
 
 def test_the_best_checkpoint_is_named_without_its_path(tmp_path, rows, hub, validation_rows, caplog):
@@ -202,7 +202,7 @@ def test_pushes_are_in_order(tmp_path, rows, hub, monkeypatch):
             second_asked.wait(10)
         done.append(message)
 
-    monkeypatch.setattr("trainers.retrieval_trainer.push_checkpoint", push)
+    monkeypatch.setattr("trainers.run.resumable_trainer.push_checkpoint", push)
 
     class Asked(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

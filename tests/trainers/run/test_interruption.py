@@ -15,7 +15,8 @@ from tiny_trainer import largest_difference, make_trainer
 from transformers import TrainerCallback
 
 import train
-from trainers import DSMDTrainer, retrieval_trainer
+from trainers import DSMDTrainer
+from trainers.run import resumable_trainer
 from trainers.run.checkpoints import damage, last_whole
 from trainers.run.interruption import StopOnSignal
 
@@ -53,7 +54,7 @@ def log_of(trainer) -> list[dict]:
 
 def assert_the_same(unbroken, resumed):
     assert largest_difference(unbroken.model.state_dict(), resumed.model.state_dict()) == 0.0
-    assert largest_difference(unbroken._distillation_state(), resumed._distillation_state()) == 0.0
+    assert largest_difference(unbroken.distillation_state(), resumed.distillation_state()) == 0.0
     states = [trainer.optimizer.state_dict()["state"] for trainer in (unbroken, resumed)]
     for name, state in states[0].items():
         assert all(torch.equal(state[key], states[1][name][key]) for key in state)
@@ -131,9 +132,9 @@ def test_a_thread_that_is_not_the_main_one_trains_without_handlers(tmp_path, row
 
 def test_no_slow_push_is_waited_for(tmp_path, rows, hub, monkeypatch):
     """A push that does not end is given some seconds, then left behind."""
-    monkeypatch.setattr(retrieval_trainer, "PUSH_SECONDS", 0.3)
+    monkeypatch.setattr(resumable_trainer, "PUSH_SECONDS", 0.3)
     held = []
-    monkeypatch.setattr(retrieval_trainer, "push_checkpoint", lambda *args: [held.append(0), time.sleep(3)])
+    monkeypatch.setattr(resumable_trainer, "push_checkpoint", lambda *args: [held.append(0), time.sleep(3)])
     settings = {"push_to_hub": True, "hub_model_id": "user/student", "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, rows, callbacks=[Send(0)], max_steps=10, **settings)
     began = time.monotonic()

@@ -10,7 +10,7 @@ import transformers
 from conftest import make_rows, make_student
 from tiny_trainer import make_trainer
 
-from trainers.run import run_identity
+from trainers.run import resumable_trainer
 from trainers.run.run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
 
 
@@ -31,7 +31,7 @@ def differences(checkpoint, folder, rows=None, eval_dataset=None, teacher="a", *
         folder, rows or make_rows(16), eval_dataset=eval_dataset or make_rows(6, seed=1), **{**SETTINGS, **settings}
     )
     trainer.facts.teacher = {"id": teacher, "revision": "1"}
-    return check_identity(trainer, str(checkpoint), allow_changes=True)
+    return check_identity(trainer.identity(), trainer.arguments_class, str(checkpoint), allow_changes=True)
 
 
 def change(rows: datasets.Dataset, row: int, **values) -> datasets.Dataset:
@@ -108,7 +108,7 @@ def test_versions_processes_and_student_are_named(checkpoint, tmp_path, monkeypa
     model, _ = make_student({**vision, "num_attention_heads": 2, "intermediate_size": 64, "hidden_dropout_prob": 0.0})
     trainer = make_trainer(tmp_path, make_rows(16), model=model, eval_dataset=make_rows(6, seed=1), **SETTINGS)
     trainer.facts.teacher = {"id": "a", "revision": "1"}
-    (line,) = check_identity(trainer, str(checkpoint), True)
+    (line,) = check_identity(trainer.identity(), trainer.arguments_class, str(checkpoint), True)
     assert line == "student.vision_config.num_hidden_layers: 2 in the checkpoint, 1 now"
     saved = json.loads((checkpoint / IDENTITY_FILE).read_text())
     assert saved["number of processes"] == 1 and saved["device"] == "cpu" and saved["method"] == "distillation"
@@ -117,10 +117,10 @@ def test_versions_processes_and_student_are_named(checkpoint, tmp_path, monkeypa
 def test_more_processes_and_another_method_are_named(checkpoint, tmp_path, monkeypatch):
     described = describe_identity
 
-    def on_two(trainer):
-        return described(trainer) | {"number of processes": 2, "method": "contrastive"}
+    def on_two(*of_run):
+        return described(*of_run) | {"number of processes": 2, "method": "contrastive"}
 
-    monkeypatch.setattr(run_identity, "describe_identity", on_two)
+    monkeypatch.setattr(resumable_trainer, "describe_identity", on_two)
     assert differences(checkpoint, tmp_path) == [
         'method: "distillation" in the checkpoint, "contrastive" now',
         "number of processes: 1 in the checkpoint, 2 now",
@@ -146,7 +146,8 @@ def test_it_is_refused_with_every_difference_and_goes_where_told(checkpoint, tmp
 
 def test_a_checkpoint_of_another_program_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="has no _run.json: it is no checkpoint of this program"):
-        check_identity(make_trainer(tmp_path, make_rows(16)), str(tmp_path), True)
+        trainer = make_trainer(tmp_path, make_rows(16))
+        check_identity(trainer.identity(), trainer.arguments_class, str(tmp_path), True)
 
 
 def test_workers_count_where_they_decide_a_streams_order(tmp_path):
@@ -154,7 +155,7 @@ def test_workers_count_where_they_decide_a_streams_order(tmp_path):
     names = []
     for rows in (make_rows(16), stream):
         trainer = make_trainer(tmp_path, rows, max_steps=1, dataloader_num_workers=1)
-        names.append("dataloader_num_workers" in describe_identity(trainer))
+        names.append("dataloader_num_workers" in trainer.identity())
     assert names == [False, True]
 
 

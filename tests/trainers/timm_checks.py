@@ -1,4 +1,4 @@
-"""Tests of towers of timm, run by test_more_towers.py in a process that has timm on its path."""
+"""Tests of towers of timm, run by test_student.py in a process that has timm on its path."""
 
 import json
 
@@ -171,5 +171,5 @@ def test_resume_gives_the_same_run(tower, tmp_path):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     end = unbroken.model.state_dict()
     assert largest_difference(end, resumed.model.state_dict()) == 0.0
-    assert largest_difference(unbroken._distillation_state(), resumed._distillation_state()) == 0.0
+    assert largest_difference(unbroken.distillation_state(), resumed.distillation_state()) == 0.0
     assert largest_difference(end, DSMDModel.from_pretrained(checkpoint).state_dict()) > 1e-4
