@@ -658,7 +658,7 @@ def test_model_and_processor_load_where_the_package_is_not(tmp_path, monkeypatch
 def test_the_files_of_the_package_are_flat_and_self_contained():
     folder = Path(modeling_dsmd.__file__).parent
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {
-        "__init__.py", "configuration_dsmd.py", "modeling_dsmd.py"
+        "__init__.py", "configuration_dsmd.py", "modeling_dsmd.py", "py.typed"
     }  # fmt: skip
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     for path in folder.glob("*.py"):
