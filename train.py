@@ -37,8 +37,8 @@ from model_cards import RunFacts
 from rows.columns import Splits
 from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
+from trainers.base_trainer import RetrievalTrainer
 from trainers.report import pin_revision, report
-from trainers.retrieval_trainer import RetrievalTrainer
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS
 from trainers.run.distributed import use_the_cores
 from trainers.run.output_dir import last_checkpoint, prepare_output_dir

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from trainers import DSMDTrainer
-from trainers.retrieval_trainer import RetrievalTrainer
+from trainers.base_trainer import RetrievalTrainer
 
 
 @dataclass

@@ -18,7 +18,7 @@ import time
 import torch
 
 from train import prepare
-from trainers.retrieval_trainer import RetrievalTrainer
+from trainers.base_trainer import RetrievalTrainer
 
 from .common import Row, print_table, ratio, training_step
 

@@ -30,7 +30,7 @@ from transformers import VisionTextDualEncoderProcessor, ViTImageProcessorPil
 from benchmarks.process_memory import own_bytes, tree
 from datasets_scripts.opening import open_dataset
 from rows.teacher_columns import feature_columns
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
+from trainers.batches import RetrievalCollator, RetrievalDataset
 from trainers.student import train_tokenizer
 
 

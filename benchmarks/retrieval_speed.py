@@ -1,4 +1,4 @@
-"""Time and memory of `trainers.retrieval.ranks` on random embeddings.
+"""Time and memory of `trainers.metrics.ranks` on random embeddings.
 
 python -m benchmarks.retrieval_speed
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainers.retrieval import ranks
+from trainers.metrics import ranks
 
 from .common import Row, interleaved, print_table, ratio
 

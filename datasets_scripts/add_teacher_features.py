@@ -20,7 +20,13 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 
-from datasets_scripts.feature_job import add_teacher_features, default_dtype, default_workers, fingerprint, identity_of
+from datasets_scripts.feature_job import (
+    default_dtype,
+    default_workers,
+    identity_of,
+    make_teacher_features,
+    teacher_fingerprint,
+)
 from datasets_scripts.opening import license_of, open_dataset
 from datasets_scripts.teacher_features import Encoding
 from teachers import load_teacher
@@ -121,10 +127,10 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
         )
         for name, revision in zip(options.teacher, revisions)
     ]
-    add_teacher_features(
+    make_teacher_features(
         rows,
         teachers,
-        identity_of(rows, options.dataset, [fingerprint(*which) for which in zip(options.teacher, revisions)]),
+        identity_of(rows, options.dataset, [teacher_fingerprint(*which) for which in zip(options.teacher, revisions)]),
         options.output,
         Encoding(
             weights=[weight / sum(weights) for weight in weights],

@@ -133,14 +133,14 @@ def build(
             how_made += f"\n\n{len(broken):,} images were missing or broken and are left out."
         card = dataset_card(dataset, title, how_made, license)
         (beside / "README.md").write_text(str(card), encoding="utf-8")
-    print(f"{summary(dataset)}\nlicence: {license}\nwritten to {output}")
+    print(f"{counts_table(dataset)}\nlicence: {license}\nwritten to {output}")
     dataset = load_from_disk(output)
     if repo_id:
         push(dataset, card, repo_id)
     return dataset
 
 
-def summary(dataset: DatasetDict) -> str:
+def counts_table(dataset: DatasetDict) -> str:
     """Markdown table of images and captions per split."""
     lines = ["| split | images | captions |", "|---|---|---|"]
     for split, part in dataset.items():
@@ -172,7 +172,7 @@ def dataset_card(dataset: DatasetDict, title: str, how_made: str, license: str) 
 
 {how_made}
 
-{summary(dataset)}
+{counts_table(dataset)}
 
 - `image`: RGB; files that were not are converted. `captions`: one string or more. `image_id`: the image's identity.
 

@@ -107,11 +107,11 @@ def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
     if args.teacher_model_name_or_path is not None:
         return _with_teacher(rows, args, trust_remote_code)
     if args.dataset_name == "icons":
-        from datasets_scripts.icons_teacher import add_teacher_features, features_file
+        from datasets_scripts.icons_teacher import add_icons_features, features_file
 
         if args.method == "distillation" or features_file().is_file():
             with state.main_process_first():
-                rows = add_teacher_features(rows)
+                rows = add_icons_features(rows)
     return rows
 
 

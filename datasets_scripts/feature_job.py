@@ -25,7 +25,7 @@ from rows.files import write_whole
 from teachers import Teacher, load_teacher
 
 
-def add_teacher_features(
+def make_teacher_features(
     rows: datasets.DatasetDict | datasets.IterableDatasetDict,
     teachers: list[Teacher],
     identity: dict,
@@ -58,7 +58,7 @@ def add_teacher_features(
     """
     state = PartialState()
     partial = output.with_name(output.name + ".partial")
-    described = describe(teachers, encoding)
+    described = describe_teachers(teachers, encoding)
     settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
     with _alone(partial) if state.is_main_process else nullcontext():
         if output.exists() and not overwrite:
@@ -103,7 +103,7 @@ def identity_of(rows: datasets.DatasetDict | datasets.IterableDatasetDict, name:
     Args:
         rows: the splits. A stream has no fingerprint: its files stand for it, or the dataset's commit on the Hub.
         name: as given to [`open_dataset`].
-        teachers: [`fingerprint`] of each.
+        teachers: [`teacher_fingerprint`] of each.
     """
     if isinstance(rows, datasets.DatasetDict):
         return {"rows": {split: part._fingerprint for split, part in rows.items()}, "teacher files": teachers}
@@ -116,7 +116,7 @@ def identity_of(rows: datasets.DatasetDict | datasets.IterableDatasetDict, name:
     return {"rows": which, "columns": columns, "teacher files": teachers}
 
 
-def describe(teachers: list[Teacher], encoding: Encoding) -> dict:
+def describe_teachers(teachers: list[Teacher], encoding: Encoding) -> dict:
     """What the column `teacher` says: one teacher's description, or those of several and how they are joined."""
     described = [teacher.describe() for teacher in teachers]
     stored = {"stored_as": "int8 with a scale a row" if encoding.int8 else "float16"}
@@ -134,7 +134,7 @@ def describe(teachers: list[Teacher], encoding: Encoding) -> dict:
     }
 
 
-def fingerprint(model_id: str, revision: str | None) -> str:
+def teacher_fingerprint(model_id: str, revision: str | None) -> str:
     """The teacher's commit on the Hub, or a digest of the files in a folder that have to do with features."""
     folder = Path(model_id)
     if not folder.is_dir():
@@ -162,7 +162,7 @@ def cached_teacher_features(
     They are kept in the cache of `datasets`, by the fingerprint of the rows, the teacher's revision and the dtype.
     """
     state = PartialState()
-    identity = identity_of(rows, source, [fingerprint(model_id, revision)])
+    identity = identity_of(rows, source, [teacher_fingerprint(model_id, revision)])
     key = json.dumps([identity, str(default_dtype()), asdict(Encoding())], sort_keys=True)
     name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
@@ -176,7 +176,7 @@ def cached_teacher_features(
             )
             shown = Path(source).name if Path(source).exists() else source
             licence = license_of(rows, source)
-            add_teacher_features(
+            make_teacher_features(
                 rows, [teacher], identity, folder, Encoding(), shown, default_workers(), license=licence
             )
             del teacher

@@ -149,7 +149,7 @@ def load_icons() -> DatasetDict:
     return load_from_disk(folder)
 
 
-def fingerprint(dataset: DatasetDict) -> str:
+def icons_fingerprint(dataset: DatasetDict) -> str:
     """Hash of all (split, image_id, captions), whatever the order of the rows: equal for equal rows and splits."""
     rows = sorted(
         (split, image_id, list(captions))
@@ -159,7 +159,7 @@ def fingerprint(dataset: DatasetDict) -> str:
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
 
-def summary(dataset: DatasetDict) -> str:
+def icons_table(dataset: DatasetDict) -> str:
     """Markdown table of rows, captions and groups per font and split."""
     lines = [
         "| font | " + " | ".join(f"{split}: rows / captions / groups" for split in dataset) + " |",
@@ -179,7 +179,7 @@ def summary(dataset: DatasetDict) -> str:
     return "\n".join(lines)
 
 
-def dataset_card(dataset: DatasetDict) -> DatasetCard:
+def icons_card(dataset: DatasetDict) -> DatasetCard:
     """The dataset's card: what it is, how it was made, its counts and the licences of the fonts."""
     data = DatasetCardData(
         language="en",
@@ -213,9 +213,9 @@ differ in size or position only are the same drawing. Its name, split into words
 - Splits, about 80/10/10: rows with the same caption, the same stem (the caption without style words such as outline,
   fill, bold, thin, line) or the same group are in one split. Nothing of a test row stands in training.
 
-{summary(dataset)}
+{icons_table(dataset)}
 
-Fingerprint of (split, image_id, captions): `{fingerprint(dataset)}`.
+Fingerprint of (split, image_id, captions): `{icons_fingerprint(dataset)}`.
 
 ## Licences
 
@@ -264,7 +264,7 @@ def _split_of(component: str) -> str:
 def _save(dataset: DatasetDict, folder: Path) -> None:
     with write_beside(folder) as beside:
         dataset.save_to_disk(beside)
-        (beside / "README.md").write_text(str(dataset_card(dataset)), encoding="utf-8")
+        (beside / "README.md").write_text(str(icons_card(dataset)), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -272,9 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(parser, arguments)
     dataset = build_icons()
     _save(dataset, options.output)
-    print(summary(dataset))
+    print(icons_table(dataset))
     if options.push_to_hub:
-        push(dataset, dataset_card(dataset), options.push_to_hub)
+        push(dataset, icons_card(dataset), options.push_to_hub)
 
 
 if __name__ == "__main__":

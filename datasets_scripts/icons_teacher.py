@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
-from datasets_scripts.icons import fingerprint, load_icons
+from datasets_scripts.icons import icons_fingerprint, load_icons
 from rows.columns import id_hash
 from rows.files import write_whole
 from rows.images import load_rgb
 from rows.teacher_columns import quantize
-from trainers.retrieval import metrics_from_ranks, ranks
+from trainers.metrics import metrics_from_ranks, ranks
 
 
 def features_file() -> Path:
@@ -35,7 +35,7 @@ def features_file() -> Path:
     return Path(__file__).with_name("icons_teacher.safetensors")
 
 
-def add_teacher_features(rows: datasets.DatasetDict, file: Path | None = None) -> datasets.DatasetDict:
+def add_icons_features(rows: datasets.DatasetDict, file: Path | None = None) -> datasets.DatasetDict:
     """The icons with the columns `teacher_image_embeds`, `teacher_text_embeds` and `teacher`.
 
     Args:
@@ -50,10 +50,11 @@ def add_teacher_features(rows: datasets.DatasetDict, file: Path | None = None) -
         raise ValueError(f"There is no {file.name}: `make icons_teacher` makes it.")
     with safe_open(file, "pt") as stored:
         teacher = json.loads(stored.metadata()["teacher"])
-        if teacher["rows"] != fingerprint(rows):
+        if teacher["rows"] != icons_fingerprint(rows):
             raise ValueError(
-                f"{file.name} was made for icons with fingerprint {teacher['rows']}, these have {fingerprint(rows)}: "
-                "they were drawn by another version of Pillow or of QtAwesome than the teacher learned from."
+                f"{file.name} was made for icons with fingerprint {teacher['rows']}, these have "
+                f"{icons_fingerprint(rows)}: they were drawn by another version of Pillow or of "
+                "QtAwesome than the teacher learned from."
             )
         embeds, keys = {}, {}
         for kind in ("image", "text"):
@@ -164,7 +165,7 @@ def main() -> None:
         "test_rsum": round(rsum, 2),
         "test_rsum_95": [round(low, 1), round(high, 1)],
         "test_rsum_before_int8": round(rsum_exact, 2),
-        "rows": fingerprint(rows),
+        "rows": icons_fingerprint(rows),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in stored.items()}

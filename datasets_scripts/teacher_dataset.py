@@ -45,7 +45,7 @@ def assemble(
         for split, count in files.items()
         if split != "train"
     }
-    write_card(folder, partial, files, described, figures, source, license, int8)
+    write_features_card(folder, partial, files, described, figures, source, license, int8)
     for split, count in files.items():
         for number in range(count):
             # As the Hub names files. Splits are read off the names; named in the card instead, `datasets` would take
@@ -113,7 +113,7 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def write_card(
+def write_features_card(
     folder: Path,
     partial: Path,
     files: dict[str, int],

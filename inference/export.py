@@ -46,7 +46,7 @@ from inference.encoders import (
     longest,
     towers,
 )
-from inference.export_tables import readme, recall_table, speed_table
+from inference.export_tables import export_readme, recall_table, speed_table
 from rows.files import write_beside
 
 
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
                 source = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
                 tables.append(recall_table(model, processor, beside, rows, f"{source} {options.split}"))
             name = Path(options.model).resolve().name if local else options.model.split("/")[-1]
-            (beside / "README.md").write_text(readme(name, None if local else options.model, tables))
+            (beside / "README.md").write_text(export_readme(name, None if local else options.model, tables))
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
     print("\n" + "\n\n".join(tables))

@@ -26,8 +26,8 @@ from inference.encoders import (
     towers,
 )
 from model_cards.tables import as_text, markdown_table
-from trainers.retrieval import retrieval_metrics
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
+from trainers.batches import RetrievalCollator, RetrievalDataset
+from trainers.metrics import retrieval_metrics
 
 
 THREADS = (1, 2)
@@ -113,7 +113,7 @@ def recall_table(
     return markdown_table(table)
 
 
-def readme(name: str, hub_id: str | None, tables: list[str]) -> str:
+def export_readme(name: str, hub_id: str | None, tables: list[str]) -> str:
     base = yaml.safe_dump({"base_model": hub_id}) if hub_id else ""
     name, whose = as_text(name), as_text(hub_id or name)
     measured = "\n\n".join(tables)

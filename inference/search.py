@@ -157,7 +157,7 @@ def index_folder(
             'installed: pip install -e ".[faiss]", or pip install faiss-cpu.'
         )
     place = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    cache = Path(cache_dir or Path(HF_HOME, "dsmd_indexes"), place, fingerprint(model, processor))
+    cache = Path(cache_dir or Path(HF_HOME, "dsmd_indexes"), place, student_fingerprint(model, processor))
     cache.mkdir(parents=True, exist_ok=True)
     model.eval()
     with WeakFileLock(cache / ".lock"):
@@ -227,7 +227,7 @@ def read_image(path: Path) -> Image.Image:
         return to_rgb(open_image(file))
 
 
-def fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
+def student_fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     """What an image's embedding depends on, hashed: weights, configuration and the settings of the images."""
 
     def without_origin(values: dict) -> dict:

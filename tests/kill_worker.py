@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import HfApi
 
 import train
-from trainers import report, retrieval_evaluation, retrieval_trainer
-from trainers.retrieval_trainer import RetrievalTrainer
+from trainers import base_trainer, report, retrieval_evaluation
+from trainers.base_trainer import RetrievalTrainer
 from trainers.run import checkpoints, distributed, resumable_trainer
 
 
@@ -56,7 +56,7 @@ def count_events() -> None:
         (checkpoints, "publish", "save"),
         (checkpoints, "rotate", "save"),
         (Path, "rename", "save"),
-        (retrieval_trainer, "write_card", "save"),
+        (base_trainer, "write_readme", "save"),
         (resumable_trainer, "snapshot", "push"),
         (HfApi, "create_repo", "push"),
         (HfApi, "create_commit", "push"),

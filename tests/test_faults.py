@@ -71,7 +71,7 @@ def full(*args, **kwargs):
         (None, "trainers.distillation_trainer.save_file"),
         (None, "transformers.trainer_callback.TrainerState.save_to_json"),
         (None, "trainers.run.resumable_trainer.write_json"),
-        (None, "trainers.retrieval_trainer.write_card"),
+        (None, "trainers.base_trainer.write_readme"),
         (None, "trainers.run.checkpoints.seal"),
         (None, "trainers.run.checkpoints.publish"),
     ],

@@ -2,7 +2,6 @@
 
 from .balancers import make_balancer
 from .contrastive_trainer import ContrastiveTrainer
-from .distillation_config import DSMDTrainingArguments, RetrievalTrainingArguments
 from .distillation_trainer import DSMDTrainer
 from .feature_queue import FeatureQueue
 from .losses import (
@@ -12,7 +11,8 @@ from .losses import (
     hard_negative_distillation,
     similarity_distillation,
 )
-from .retrieval import retrieval_metrics
+from .metrics import retrieval_metrics
+from .training_args import DSMDTrainingArguments, RetrievalTrainingArguments
 
 
 __all__ = [

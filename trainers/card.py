@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerState
 from model_cards import RunFacts, RunRecord, render_card
 from rows.files import write_whole
 
-from .distillation_config import RetrievalTrainingArguments, settings_that_differ
+from .training_args import RetrievalTrainingArguments, settings_that_differ
 
 
 # Settings that differ from their defaults without any effect on what is learned.
@@ -99,7 +99,7 @@ def describe_run(
     )
 
 
-def write_card(record: RunRecord, folder: str | os.PathLike) -> RunRecord:
+def write_readme(record: RunRecord, folder: str | os.PathLike) -> RunRecord:
     """Writes `README.md` beside a saved student, whole or not at all; returns the record."""
     with write_whole(Path(folder) / "README.md") as beside:
         beside.write_text(render_card(record), encoding="utf-8")

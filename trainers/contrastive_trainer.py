@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .retrieval_trainer import RetrievalTrainer
+from .base_trainer import RetrievalTrainer
 from .run import distributed
 
 

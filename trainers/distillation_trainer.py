@@ -16,7 +16,7 @@ from rows.files import write_whole
 from rows.teacher_columns import teacher_rows
 
 from .balancers import make_balancer
-from .distillation_config import DSMDTrainingArguments
+from .base_trainer import RetrievalTrainer
 from .feature_queue import FeatureQueue
 from .losses import (
     OtherStudents,
@@ -26,11 +26,11 @@ from .losses import (
     hard_negative_distillation,
     similarity_distillation,
 )
-from .retrieval import retrieval_metrics
+from .metrics import retrieval_metrics
 from .retrieval_evaluation import across_figures
-from .retrieval_trainer import RetrievalTrainer
 from .run import distributed
 from .teacher_pca import load_pca, save_pca
+from .training_args import DSMDTrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class DSMDTrainer(RetrievalTrainer):
         loss = (self.balancer.weights() * losses).sum() * distributed.world_size()
         return (loss, None) if return_outputs else loss
 
-    def step_losses(self) -> torch.Tensor:
+    def latest_losses(self) -> torch.Tensor:
         return self.step_so_far[0]
 
     def end_step(self) -> None:

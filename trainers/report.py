@@ -18,7 +18,7 @@ from model_cards.tables import across_table, results_table
 from rows.columns import Splits
 from rows.files import write_json
 
-from .retrieval_trainer import RetrievalTrainer
+from .base_trainer import RetrievalTrainer
 
 
 logger = logging.getLogger(__name__)

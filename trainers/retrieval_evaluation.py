@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from rows.columns import LONGEST_CAPTION
 from rows.images import load_rgb
 
-from .distillation_config import RetrievalTrainingArguments
-from .retrieval import fold_metrics, retrieval_metrics
+from .metrics import fold_metrics, retrieval_metrics
 from .run import distributed
 from .run.loader_workers import name_killed_workers
+from .training_args import RetrievalTrainingArguments
 
 
 @torch.no_grad()

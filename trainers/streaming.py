@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from rows.checks import check_rows
 from rows.images import check_image_paths
 
-from .retrieval_data import make_examples, undecoded_rows
+from .batches import make_examples, undecoded_rows
 
 
 HEAD_ROWS = 1000

@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 import torch
 
-from .retrieval import retrieval_metrics
+from .metrics import retrieval_metrics
 
 
 DESCRIPTION = """

@@ -16,7 +16,7 @@ from tiny_runs import SETTINGS, VISION, write_data
 import train
 from benchmarks import ablation
 from benchmarks.ablation import Ablation, Study, interval, key_of, main
-from trainers.distillation_config import DSMDTrainingArguments
+from trainers.training_args import DSMDTrainingArguments
 
 
 STUDY = {

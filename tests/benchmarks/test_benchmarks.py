@@ -23,7 +23,7 @@ from benchmarks import (
     teacher_features,
 )
 from benchmarks.gpu.common import make_trainer
-from trainers.retrieval import ranks
+from trainers.metrics import ranks
 
 
 def leading_number(text: str) -> float:

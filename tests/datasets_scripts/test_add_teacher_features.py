@@ -27,7 +27,7 @@ from rows.columns import rows_and_captions
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_features, teacher_rows
 from teachers import load_teacher
 from trainers import retrieval_metrics
-from trainers.retrieval_data import RetrievalDataset
+from trainers.batches import RetrievalDataset
 from trainers.teacher_pca import load_pca
 
 

@@ -172,15 +172,15 @@ def test_captions_and_stems(name, caption, stem):
 
 def test_fingerprint_sees_splits_ids_and_captions_but_not_order(built):
     small = datasets.DatasetDict({split: part.select(range(5)) for split, part in built.items()})
-    value = icons.fingerprint(small)
+    value = icons.icons_fingerprint(small)
     turned = datasets.DatasetDict({split: small[split].select(range(4, -1, -1)) for split in reversed(list(small))})
-    assert icons.fingerprint(turned) == value
+    assert icons.icons_fingerprint(turned) == value
     for change in (
         {"train": small["validation"], "validation": small["train"], "test": small["test"]},
         {**small, "test": small["test"].select(range(4))},
         {**small, "test": small["test"].map(lambda row: {"captions": row["captions"] + ["x"]})},
     ):
-        assert icons.fingerprint(datasets.DatasetDict(change)) != value
+        assert icons.icons_fingerprint(datasets.DatasetDict(change)) != value
 
 
 def test_another_process_builds_the_same_in_the_cache(tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_cache_is_built_once_and_the_first_builder_wins(built, tmp_path, monkeyp
     assert len(builds) == 2
     icons.load_icons()
     assert len(builds) == 2
-    assert icons.fingerprint(loaded) == icons.fingerprint(small)
+    assert icons.icons_fingerprint(loaded) == icons.icons_fingerprint(small)
     # No half-written folder stays beside the finished one.
     (folder,) = (tmp_path / "dsmd_icons").iterdir()
     assert icons.QTAWESOME_VERSION in folder.name and str(folder) in capsys.readouterr().out
@@ -257,9 +257,9 @@ def test_program(built, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| all | 50 / " in printed
     loaded = datasets.load_from_disk(output)
-    assert icons.fingerprint(loaded) == icons.fingerprint(small)
+    assert icons.icons_fingerprint(loaded) == icons.icons_fingerprint(small)
     card = (output / "README.md").read_text()
-    for word in ("Apache-2.0", "CC BY 4.0", "OFL", "MIT", "license: other", icons.fingerprint(small)):
+    for word in ("Apache-2.0", "CC BY 4.0", "OFL", "MIT", "license: other", icons.icons_fingerprint(small)):
         assert word in card
     assert str(tmp_path) not in card
     assert list(tmp_path.iterdir()) == [output]
@@ -284,7 +284,7 @@ def test_push_keeps_the_files_of_the_splits_in_the_card(built, tmp_path, monkeyp
 
 
 def test_summary_adds_up(built):
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in icons.summary(built).splitlines()]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in icons.icons_table(built).splitlines()]
     table = {
         cells[0]: [[int(n.replace(",", "")) for n in cell.split("/")] for cell in cells[1:]] for cells in lines[2:]
     }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from datasets_scripts import building, teacher_dataset, teacher_features
-from inference.export_tables import readme
+from inference.export_tables import export_readme
 from model_cards import RunRecord, render_card
 from model_cards.example import EXAMPLE
 from model_cards.tables import SHOWN, as_code, as_text, fenced
@@ -142,11 +142,13 @@ def test_the_datasets_cards(times, tmp_path):
         described = {"id": teacher, "preprocessing": {teacher: [source]}, "dim": 4}
         files = dict.fromkeys(rows, 1)
         figures = {"test": {"images": 4, "rsum": 1.0}}
-        teacher_dataset.write_card(tmp_path, tmp_path, files, described, figures, source, licence or None, False)
+        teacher_dataset.write_features_card(
+            tmp_path, tmp_path, files, described, figures, source, licence or None, False
+        )
         card = (tmp_path / "README.md").read_text()
         assert len(inspect(card.split("\n---\n", 1)[1])) == 2
         assert DatasetCard(card).data.tags
-        card = readme(title, source or None, [])
+        card = export_readme(title, source or None, [])
         assert len(inspect(card.split("\n---\n", 1)[1])) == 1
         assert (front_matter(card).get("base_model") or "").split() == source.split()
 

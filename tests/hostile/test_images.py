@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil
 
 from inference import search
 from rows.images import LONGEST_SIDES, load_rgb
-from trainers.retrieval_data import random_view
+from trainers.batches import random_view
 
 
 def chunk(name: bytes, data: bytes) -> bytes:

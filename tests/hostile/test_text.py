@@ -20,7 +20,7 @@ from rows.checks import check_dataset
 from rows.columns import LONGEST_CAPTION
 from rows.files import printable
 from teachers import load_teacher
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
+from trainers.batches import RetrievalCollator, RetrievalDataset
 from trainers.student import train_tokenizer
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import set_seed
 
 from inference import search
-from inference.search import Result, fingerprint, index_folder, main
+from inference.search import Result, index_folder, main, student_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +191,11 @@ def test_models_and_folders_do_not_mix(student, folder, tmp_path):
 
 def test_fingerprint_is_of_what_embeds_an_image(student, tmp_path):
     model, processor = student
-    value = fingerprint(model, processor)
+    value = student_fingerprint(model, processor)
     model.save_pretrained(tmp_path / "a")
     processor.save_pretrained(tmp_path / "a")
     loaded = type(model).from_pretrained(tmp_path / "a")
-    assert fingerprint(loaded, type(processor).from_pretrained(tmp_path / "a")) == value
+    assert student_fingerprint(loaded, type(processor).from_pretrained(tmp_path / "a")) == value
     changes = [
         lambda: loaded.logit_scale.data.add_(1e-3),
         lambda: setattr(loaded.config, "vision_pooling", "cls"),
@@ -204,9 +204,9 @@ def test_fingerprint_is_of_what_embeds_an_image(student, tmp_path):
     seen = {value}
     for change in changes:
         change()
-        seen.add(fingerprint(loaded, processor))
+        seen.add(student_fingerprint(loaded, processor))
     mean, processor.image_processor.image_mean = processor.image_processor.image_mean, [0.4] * 3
-    seen.add(fingerprint(loaded, processor))
+    seen.add(student_fingerprint(loaded, processor))
     processor.image_processor.image_mean = mean
     assert len(seen) == 5
 

@@ -6,7 +6,7 @@ from tiny_trainer import largest_difference, make_trainer
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset
+from trainers.batches import RetrievalCollator, RetrievalDataset
 
 
 def test_ragged_batches_share_a_few_graphs():

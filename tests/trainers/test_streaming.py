@@ -18,16 +18,16 @@ from conftest import DIM, make_rows, make_student
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+import trainers.batches
 from rows.columns import id_hash
 from trainers import (
     ContrastiveTrainer,
     DSMDTrainer,
     DSMDTrainingArguments,
-    retrieval_data,
-    retrieval_trainer,
+    base_trainer,
     streaming,
 )
-from trainers.retrieval_data import RetrievalDataset, make_examples
+from trainers.batches import RetrievalDataset, make_examples
 from trainers.streaming import StreamedRetrievalDataset, stream_head
 
 
@@ -159,7 +159,7 @@ def test_order_follows_seed_and_pass_and_the_buffer_shuffles(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_skipped_batches_are_not_decoded_and_nothing_else_changes(tmp_path, monkeypatch, workers):
     decoded = torch.zeros((), dtype=torch.int64).share_memory_()
-    load_rgb = retrieval_data.load_rgb
+    load_rgb = trainers.batches.load_rgb
 
     def counted(image):
         decoded.add_(1)
@@ -178,7 +178,7 @@ def test_skipped_batches_are_not_decoded_and_nothing_else_changes(tmp_path, monk
         for example, other in zip(batch, expected):
             assert all(np.array_equal(np.asarray(example[name]), np.asarray(other[name])) for name in other)
     if workers == 0:
-        monkeypatch.setattr(retrieval_data, "load_rgb", counted)
+        monkeypatch.setattr(trainers.batches, "load_rgb", counted)
         batches(7)
         assert decoded == 4 * 4
 
@@ -319,7 +319,7 @@ def test_the_queue_of_a_stream_is_not_clamped_and_unreadable_images_are_listed(t
     broken = {"bytes": b"no image", "path": None}
     rows = make_rows(20).cast_column("image", datasets.Image(decode=False))
     rows = change(rows, 13, image=broken).cast_column("image", datasets.Image())
-    monkeypatch.setattr(retrieval_trainer, "stream_head", lambda stream: stream_head(stream, 8))
+    monkeypatch.setattr(base_trainer, "stream_head", lambda stream: stream_head(stream, 8))
     settings = {"max_steps": 3, "per_device_train_batch_size": 10, "queue_size": 100}
     trainer = make_trainer(tmp_path, parquet_stream(tmp_path / "rows", rows), **settings)
     trainer.train()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import trainers.retrieval
+import trainers.metrics
 from trainers import retrieval_metrics
 
 
-PATH = str(Path(trainers.retrieval.__file__).with_name("two_way_recall.py"))
+PATH = str(Path(trainers.metrics.__file__).with_name("two_way_recall.py"))
 
 
 @pytest.fixture
@@ -95,5 +95,5 @@ def test_it_is_documented_and_its_example_is_true(metric, monkeypatch):
 def test_it_needs_only_the_two_files(metric):
     module = type(metric).__module__
     assert module.startswith("evaluate_modules.")
-    copied = Path(__import__(module, fromlist=["x"]).__file__).with_name("retrieval.py")
-    assert copied.read_bytes() == Path(trainers.retrieval.__file__).read_bytes()
+    copied = Path(__import__(module, fromlist=["x"]).__file__).with_name("metrics.py")
+    assert copied.read_bytes() == Path(trainers.metrics.__file__).read_bytes()

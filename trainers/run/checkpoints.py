@@ -145,12 +145,12 @@ def cannot_write(what: str, error: Exception, output_dir: str | os.PathLike) -> 
     """An error that says which checkpoint there is where the disk refuses another."""
     before = of_run(output_dir)
     return OSError(
-        f"{what} could not be written: {one_line(error)}. The last checkpoint is {before[-1] if before else 'none'}: "
-        "free the disk, then go on by --resume_from_checkpoint last."
+        f"{what} could not be written: {error_line(error)}. The last checkpoint is "
+        f"{before[-1] if before else 'none'}: free the disk, then go on by --resume_from_checkpoint last."
     )
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """The error's type and message, short enough for a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 

@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, se
 from huggingface_hub.utils import _http
 from transformers.trainer_utils import HubStrategy
 
-from .checkpoints import copy_sealed, damage, one_line, publish, reseal
+from .checkpoints import copy_sealed, damage, error_line, publish, reseal
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def push_checkpoint(
         api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     except Exception as error:  # of many classes: no repository, permission, connection or disk may end a training
         logger.warning(
-            f"Push to {repo_id} failed ({message}): {one_line(error)}. Training goes on; the next save pushes."
+            f"Push to {repo_id} failed ({message}): {error_line(error)}. Training goes on; the next save pushes."
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,7 +142,7 @@ def push_run(
         at = f" --revision {shlex.quote(revision)}" if revision else ""
         at += " --private" if private else ""
         print(
-            f"\nThe push to {repo_id} failed: {one_line(error)}\nNothing is lost: the student is in {folder}. "
+            f"\nThe push to {repo_id} failed: {error_line(error)}\nNothing is lost: the student is in {folder}. "
             f"This completes the push:\n  hf upload {repo_id} {shlex.quote(str(folder))} .{at} {excluded}"
             + "".join(f" --delete {shlex.quote(name)}" for name in optional)
         )

@@ -18,7 +18,7 @@ class SkipNonFiniteSteps(TrainerCallback):
     and where the run logs. Averaged gradients are the same on all ranks, and so is what is skipped.
 
     Args:
-        trainer: has `gradient_norm`, `optimizer` and `step_losses()`.
+        trainer: has `gradient_norm`, `optimizer` and `latest_losses()`.
         limit: 1 or more.
     """
 
@@ -38,7 +38,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         norm = self.trainer.gradient_norm
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         skipped = ~torch.isfinite(torch.as_tensor(norm))
-        self.pending.append((state.global_step + 1, skipped, self.trainer.step_losses().clone(), self.rows))
+        self.pending.append((state.global_step + 1, skipped, self.trainer.latest_losses().clone(), self.rows))
         self.rows = []
         if self.trainer.accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:
             return  # they skip by themselves

@@ -97,9 +97,9 @@ class ResumableTrainer(Trainer):
     def begin_training(self) -> None:
         """Called before the first step, of a resumed run too."""
 
-    def step_losses(self) -> torch.Tensor:
+    def latest_losses(self) -> torch.Tensor:
         """This rank's raw losses `[n]`, of the step or its last micro-batch: named where a step is skipped."""
-        return self._step_loss[None]
+        return self._latest_loss[None]
 
     # Training
 
@@ -148,7 +148,7 @@ class ResumableTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A loss that is not finite, whose step is skipped, must not blot out those that are logged with it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step_loss = loss
+        self._latest_loss = loss
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -350,7 +350,7 @@ class ResumableTrainer(Trainer):
         try:
             snapshot(Path(checkpoint_folder), folder)
         except OSError as error:
-            logger.warning(f"Step {step} is not pushed: {checkpoints.one_line(error)}.")
+            logger.warning(f"Step {step} is not pushed: {checkpoints.error_line(error)}.")
             shutil.rmtree(folder, ignore_errors=True)
             return
         job = self.hub_pushes.run_as_future(

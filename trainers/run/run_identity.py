@@ -29,7 +29,7 @@ OF_STREAMS = ("dataloader_num_workers",)  # it decides their order
 OF_FILES = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
 
 
-def fingerprint(rows: datasets.Dataset) -> str:
+def rows_fingerprint(rows: datasets.Dataset) -> str:
     """A digest of the number of rows and of all columns but the images of some of them, at even distances."""
     count = min(len(rows), FINGERPRINT_ROWS)
     columns = [name for name in rows.column_names if name != "image"]

@@ -11,7 +11,7 @@ from conftest import make_rows, make_student
 from tiny_trainer import make_trainer
 
 from trainers.run import resumable_trainer
-from trainers.run.run_identity import IDENTITY_FILE, check_identity, describe_identity, fingerprint
+from trainers.run.run_identity import IDENTITY_FILE, check_identity, describe_identity, rows_fingerprint
 
 
 SETTINGS = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -168,6 +168,10 @@ def test_the_fingerprint_is_of_values(tmp_path):
     rows = make_rows(300)
     rows.save_to_disk(tmp_path)
     again = datasets.load_from_disk(tmp_path)
-    assert fingerprint(rows) == fingerprint(again) == fingerprint(rows.select(range(300)).flatten_indices())
-    assert fingerprint(rows) != fingerprint(rows.select(range(299)))
-    assert fingerprint(rows) != fingerprint(make_rows(300, seed=1))
+    assert (
+        rows_fingerprint(rows)
+        == rows_fingerprint(again)
+        == rows_fingerprint(rows.select(range(300)).flatten_indices())
+    )
+    assert rows_fingerprint(rows) != rows_fingerprint(rows.select(range(299)))
+    assert rows_fingerprint(rows) != rows_fingerprint(make_rows(300, seed=1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainers import retrieval
-from trainers.retrieval import metrics_from_ranks, ranks, retrieval_metrics
+from trainers.metrics import metrics_from_ranks, ranks, retrieval_metrics
 
 
 def reference_ranks(queries, items, query_groups, item_groups):

@@ -10,7 +10,7 @@ from conftest import make_rows, make_student
 from PIL import Image
 
 from rows.columns import id_hash
-from trainers.retrieval_data import RetrievalCollator, RetrievalDataset, random_view, text_buckets
+from trainers.batches import RetrievalCollator, RetrievalDataset, random_view, text_buckets
 
 
 SETTINGS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}

@@ -19,15 +19,15 @@ from rows.checks import check_dataset
 from rows.columns import rows_and_captions
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
-from .card import describe_run, write_card
-from .distillation_config import RetrievalTrainingArguments
-from .retrieval_data import RetrievalCollator, RetrievalDataset
+from .batches import RetrievalCollator, RetrievalDataset
+from .card import describe_run, write_readme
 from .retrieval_evaluation import encode, recall_figures
 from .run.callbacks import SetEpoch
 from .run.resumable_trainer import ResumableTrainer
-from .run.run_identity import fingerprint
+from .run.run_identity import rows_fingerprint
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
 from .teacher_pca import PCA_FILE
+from .training_args import RetrievalTrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class RetrievalTrainer(ResumableTrainer):
             streamed = isinstance(train_dataset, datasets.IterableDataset)
             known = stream_head(train_dataset) if streamed else train_dataset
             check_dataset(known, "train", teacher_dim)
-            self.data_fingerprint = fingerprint(known)
+            self.data_fingerprint = rows_fingerprint(known)
             step = args.per_device_train_batch_size * args.world_size
             if not streamed and len(train_dataset) < step:
                 raise ValueError(
@@ -106,7 +106,7 @@ class RetrievalTrainer(ResumableTrainer):
                 train_dataset = RetrievalDataset(train_dataset, with_teacher=teacher_dim is not None, **settings)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "validation", None)
-        self.eval_fingerprint = eval_dataset and fingerprint(eval_dataset)
+        self.eval_fingerprint = eval_dataset and rows_fingerprint(eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -142,7 +142,7 @@ class RetrievalTrainer(ResumableTrainer):
         """Writes the card of the student in `folder`; returns what it was made of."""
         of_run = (self.args, self.settings(), self.state, self.model, self.facts, self.method)
         record = describe_run(*of_run, folder, in_training=self.is_in_train)
-        return write_card(record, folder)
+        return write_readme(record, folder)
 
     # Optimiser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainers import DSMDTrainingArguments, RetrievalTrainingArguments
-from trainers.distillation_config import settings_that_differ
+from trainers.training_args import settings_that_differ
 
 
 def test_hub_token_is_refused(tmp_path):
