@@ -49,17 +49,17 @@ style: $(INSTALLED)  ## format and mend lint
 
 icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its features (over half an hour)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
-	$(BIN)/python -m teachers.icons_towers --image_size 64 --output runs/icons_towers
+	$(BIN)/python -m teachers.icons_towers --image_size 64 --output_dir runs/icons_towers
 	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml
-	$(BIN)/python -m datasets_scripts.icons_teacher --model runs/icons_teacher --output runs/icons_teacher.safetensors
+	$(BIN)/python -m datasets_scripts.icons_teacher --model_name_or_path runs/icons_teacher --output runs/icons_teacher.safetensors
 
 emoji: $(INSTALLED)  ## make the emoji with a teacher's features, the study's second set: runs/emoji_taught
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
-	$(BIN)/python -m datasets_scripts.emoji --output runs/emoji
-	$(BIN)/python -m teachers.icons_towers --image_size 64 --output runs/icons_towers
+	$(BIN)/python -m datasets_scripts.emoji --output_dir runs/emoji
+	$(BIN)/python -m teachers.icons_towers --image_size 64 --output_dir runs/icons_towers
 	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml --dataset_name runs/emoji \
 		--num_train_epochs 12 --output_dir runs/emoji_teacher
-	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset runs/emoji --teacher runs/emoji_teacher \
-		--output runs/emoji_taught
+	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset_name runs/emoji \
+		--teacher_model_name_or_path runs/emoji_teacher --output_dir runs/emoji_taught
 
 .PHONY: help install quickstart test browser_test bench soak quality style icons_teacher emoji

@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from datasets_scripts.data_loading import (
     DataArguments,
@@ -45,6 +45,12 @@ from trainers.run.output_dir import last_checkpoint, prepare_output_dir
 from trainers.student import StudentArguments, build_student
 
 
+# Of transformers' settings those that most runs set.
+MOST_USED = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "weight_decay", "warmup_steps", "bf16", "eval_strategy", "save_strategy", "load_best_model_at_end",
+    "dataloader_num_workers", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "report_to", "seed",
+)  # fmt: skip
 NO_PICKLES = (
     "error: a file of weights or of a checkpoint is damaged, or a pickle of more than tensors, which can run any "
     "code: it was not read."
@@ -68,10 +74,14 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
     settings = RetrievalTrainingArguments if method == "contrastive" else DSMDTrainingArguments
     if method == "contrastive":
         recipe = without_distillation(recipe, rest)
-    parser = HfArgumentParser((StudentArguments, DataArguments, settings), description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="A recipe: a YAML file whose keys are the fields above.")
+    parser = HfArgumentParser(
+        (StudentArguments, DataArguments, settings), description=__doc__, allow_abbrev=False, add_help=False
+    )
+    if "-h" in rest or "--help" in rest:
+        show_help(parser, settings, whole="all" in rest)
+    parser.add_argument("--config", type=Path, help="A recipe: a YAML file whose keys are the settings below.")
     parser.set_defaults(do_train=True)
-    names = {action.dest for action in parser._actions} - {"help", "config"}
+    names = {action.dest for action in parser._actions} - {"config"}
     for key in recipe:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
@@ -91,6 +101,36 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
     except Exception as error:  # Trainer's own checks of its settings have no common type
         raise ValueError(f"These settings cannot be: {type(error).__name__}: {error}") from error
     return student, data, training
+
+
+def show_help(parser: HfArgumentParser, settings: type[RetrievalTrainingArguments], whole: bool) -> None:
+    """Prints the settings in groups and ends: ours, with `whole` also those of transformers' `TrainingArguments`."""
+    of_transformers = {setting.name for setting in fields(TrainingArguments)}
+    shared = {setting.name for setting in fields(RetrievalTrainingArguments)}
+    groups = {
+        "data": {setting.name for setting in fields(DataArguments)},
+        "student": {setting.name for setting in fields(StudentArguments)},
+        "method": {setting.name for setting in fields(settings)} - shared,
+        # Named again in our class: their defaults are ours.
+        "training": shared & RetrievalTrainingArguments.__annotations__.keys() | {"output_dir", *MOST_USED},
+    }
+    if whole:
+        groups["training, all of transformers' TrainingArguments"] = of_transformers - groups["training"]
+    formatter = argparse.HelpFormatter(prog="accelerate launch train.py", max_help_position=32)
+    formatter.add_text(__doc__.splitlines()[0])
+    print(formatter.format_help() + "\n" + "\n".join(f"  {line}" for line in __doc__.splitlines()[2:]) + "\n")
+    for title, names in groups.items():
+        formatter = argparse.HelpFormatter(prog="train.py", max_help_position=32, width=110)
+        formatter.start_section(title)
+        for action in parser._actions:
+            negates = action.option_strings[0].startswith("--no_")
+            if not negates and (action.dest in names or (title == "data" and action.dest == "config")):
+                action.option_strings = action.option_strings[:1]
+                formatter.add_argument(action)
+        formatter.end_section()
+        print(formatter.format_help())
+    print("" if whole else "Every setting of transformers' TrainingArguments is one too: --help all lists them.")
+    sys.exit()
 
 
 def option(argv: list[str], name: str) -> str | None:

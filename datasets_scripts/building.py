@@ -20,6 +20,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from model_cards.tables import as_text
+from rows.command_line import Command
 from rows.files import printable, write_beside
 from rows.images import open_image, to_rgb
 
@@ -77,15 +78,20 @@ def rgb_bytes(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Adds `--output` and `--push_to_hub`, parses, and refuses an output that is there and not empty."""
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the dataset (save_to_disk)")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="also push to this Hub dataset, e.g. name/data")
+def parse_arguments(parser: Command, arguments: list[str] | None) -> argparse.Namespace:
+    """Adds `--output_dir` and `--push_to_hub`, parses, and refuses a folder that is there and not empty."""
+    parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the dataset (save_to_disk).")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="Also push to this Hub dataset, e.g. name/data.")
     options = parser.parse_args(arguments)
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        parser.error(f"--output {options.output} exists and is not empty; name a new folder")
-    options.output = options.output.resolve()
+    refuse_what_is_there(parser, options.output_dir)
+    options.output_dir = options.output_dir.resolve()
     return options
+
+
+def refuse_what_is_there(parser: Command, folder: Path) -> None:
+    """Ends the program where the folder it is to write is there and not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.error(f"--output_dir {folder} exists and is not empty: name a new folder")
 
 
 def push(dataset: DatasetDict, card: DatasetCard, repo_id: str) -> None:

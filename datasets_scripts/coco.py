@@ -1,7 +1,7 @@
 """COCO under Karpathy's split (113,287/5,000/5,000 images) as a dataset for retrieval.
 
-    python -m datasets_scripts.coco --karpathy dataset_coco.json --images coco --output coco_karpathy
-    python -m datasets_scripts.coco --hub_id undefined443/coco-karpathy-wds --output coco_karpathy
+    python -m datasets_scripts.coco --karpathy dataset_coco.json --images coco --output_dir coco_karpathy
+    python -m datasets_scripts.coco --hub_id undefined443/coco-karpathy-wds --output_dir coco_karpathy
 
 The first reads Karpathy's file and a folder with train2014/ and val2014/. The second reads a copy on the Hub: its
 columns are looked for by their usual names (see own_data.py), or are given by --image_column, --caption_column and
@@ -29,7 +29,7 @@ COCO = Benchmark(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(COCO, __doc__, arguments)
+    run(COCO, "coco", __doc__, arguments)
 
 
 if __name__ == "__main__":

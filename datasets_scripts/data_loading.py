@@ -35,7 +35,7 @@ class DataArguments:
         default="distillation",
         metadata={
             "choices": ["distillation", "contrastive"],
-            "help": "Learn a teacher's stored features, or pairs alone (the baseline; also how a teacher is made).",
+            "help": "Learn a teacher's stored features, or from pairs alone: the baseline, and how a teacher is made.",
         },
     )
     dataset_name: str | None = field(
@@ -43,9 +43,11 @@ class DataArguments:
         metadata={"help": "'icons', a Hub id, or a folder: of `save_to_disk`, or of parquet files as on the Hub."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Trained on."})
-    validation_split: str = field(default="validation", metadata={"help": "Chooses the best checkpoint."})
-    test_split: str = field(default="test", metadata={"help": "Evaluated once, at the end."})
+    train_split: str = field(default="train", metadata={"help": "Name of the split that is trained on."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Name of the split that chooses the best checkpoint."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Name of the split that is evaluated once, at the end."})
     test_fold_size: int | None = field(
         default=None,
         metadata={"help": "Also report the mean over consecutive folds of this many test images (COCO 1K: 1000)."},
@@ -57,13 +59,15 @@ class DataArguments:
         default=None,
         metadata={"help": "Where the dataset has no teacher features, make them with this model, and keep them."},
     )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Of the teacher on the Hub."})
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    )
     data_license: str | None = field(
-        default=None, metadata={"help": "Licence of the data, for the card; default: what the dataset says."}
+        default=None, metadata={"help": "Licence of the data, shown on the card (default: what the dataset says)."}
     )
     baseline_results: Path | None = field(
         default=None,
-        metadata={"help": "all_results.json of the same student trained by --method contrastive, for the table."},
+        metadata={"help": "all_results.json of the same student trained by --method contrastive, for the tables."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
 
@@ -73,7 +77,7 @@ class DataArguments:
         if self.streaming and self.teacher_model_name_or_path is not None:
             raise ValueError(
                 "streaming and teacher_model_name_or_path do not go together: the features are kept with the rows. "
-                "Run `datasets_scripts/add_teacher_features.py --streaming` first, and stream what it writes."
+                "Run `python -m datasets_scripts.add_teacher_features --streaming` first, and stream what it writes."
             )
 
 
@@ -140,7 +144,7 @@ def _with_teacher(rows: datasets.DatasetDict, args: DataArguments, trust_remote_
         if description.get("id") != shown:
             raise ValueError(
                 f"{args.dataset_name} has features of {description.get('id', 'an unnamed teacher')}, not of {shown}: "
-                "leave teacher_model_name_or_path out, or make others with add_teacher_features.py."
+                "leave teacher_model_name_or_path out, or make others with datasets_scripts.add_teacher_features."
             )
         return rows
     from datasets_scripts.feature_job import cached_teacher_features
@@ -180,7 +184,7 @@ def teacher_projection(
     if components is None and args.streaming:
         raise ValueError(
             f"projection_dim={projection_dim} is less than the teacher's {width}, and the dataset brings no "
-            f"{PCA_FILE} to project with: add its features with datasets_scripts/add_teacher_features.py."
+            f"{PCA_FILE} to project with: add its features with datasets_scripts.add_teacher_features."
         )
     if components is None:
         components = fit_pca(teacher_batches(rows["train"]))

@@ -1,7 +1,7 @@
 """Emoji in three vendors' drawings and their names: a second real dataset made offline, from PyPI packages.
 
     pip install -e ".[emoji]" && pip install --no-deps rinoh-typeface-symbola==0.1.1
-    python -m datasets_scripts.emoji --output data/emoji
+    python -m datasets_scripts.emoji --output_dir data/emoji
 
 Its test split asks another question than that of the icons: known names, in the drawings of a vendor whose style was
 never seen. OpenMoji's colour drawings and Noto's outlines, light and bold, are for training; Symbola's are for
@@ -10,7 +10,6 @@ validation and test.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
+
+from rows.command_line import Command
 
 from .building import SPLITS, Row, build, parse_arguments
 from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
@@ -126,11 +127,11 @@ def _file(distribution: str, version: str, module: str, name: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Makes the emoji dataset from fonts that PyPI packages carry.")
+    parser = Command("datasets_scripts.emoji", __doc__)
     options = parse_arguments(parser, arguments)
     build(
         emoji_rows(),
-        options.output,
+        options.output_dir,
         title="Emoji in three vendors' drawings and their names",
         how_made=HOW_MADE,
         license=LICENSE,

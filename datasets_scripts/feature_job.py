@@ -62,7 +62,7 @@ def make_teacher_features(
     settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
     with _alone(partial) if state.is_main_process else nullcontext():
         if output.exists() and not overwrite:
-            raise ValueError(f"{output} exists: name another --output, or replace it with --overwrite.")
+            raise ValueError(f"{output} exists: name another --output_dir, or replace it with --overwrite_output_dir.")
         if state.is_main_process:
             _take_up(partial, settings, overwrite)
         state.wait_for_everyone()
@@ -89,7 +89,9 @@ def _alone(partial: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"Another process is at work on {partial}: wait for it, or name another --output.") from error
+        raise ValueError(
+            f"Another process is at work on {partial}: wait for it, or name another --output_dir."
+        ) from error
     try:
         yield
     finally:
@@ -233,7 +235,7 @@ def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
             differing = [name for name in settings if before.get(name) != settings[name]]
             raise ValueError(
                 f"{partial} holds work with another {', '.join(differing)}: finish it with the settings it was begun "
-                "with, remove it, or start afresh with --overwrite."
+                "with, remove it, or start afresh with --overwrite_output_dir."
             )
         _discard(partial)
     partial.mkdir(exist_ok=True)

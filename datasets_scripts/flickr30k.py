@@ -1,7 +1,8 @@
 """Flickr30k under Karpathy's split (29,000/1,014/1,000 images) as a dataset for retrieval.
 
-    python -m datasets_scripts.flickr30k --karpathy dataset_flickr30k.json --images flickr30k-images --output flickr30k
-    python -m datasets_scripts.flickr30k --hub_id AnyModal/flickr30k --output flickr30k
+    python -m datasets_scripts.flickr30k --karpathy dataset_flickr30k.json --images flickr30k-images \
+        --output_dir flickr30k
+    python -m datasets_scripts.flickr30k --hub_id AnyModal/flickr30k --output_dir flickr30k
 
 The first reads Karpathy's file and the folder of the images, the second a copy on the Hub (columns image, alt_text,
 filename, split). Nothing of Flickr30k ships with this project.
@@ -29,7 +30,7 @@ FLICKR30K = Benchmark(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(FLICKR30K, __doc__, arguments)
+    run(FLICKR30K, "flickr30k", __doc__, arguments)
 
 
 if __name__ == "__main__":

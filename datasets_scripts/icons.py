@@ -1,13 +1,12 @@
 """Icons and their names: a real image-text dataset made offline from the six icon fonts of one PyPI package.
 
-    python -m datasets_scripts.icons --output icons
+    python -m datasets_scripts.icons --output_dir icons
 
 QtAwesome ships icon fonts with charmaps `name -> code point`. Every glyph is drawn and its name becomes the caption.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_fr
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
+from rows.command_line import Command
 from rows.files import write_beside
 
 from . import glyphs
@@ -268,10 +268,10 @@ def _save(dataset: DatasetDict, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Makes the icons dataset from QtAwesome's icon fonts.")
+    parser = Command("datasets_scripts.icons", __doc__)
     options = parse_arguments(parser, arguments)
     dataset = build_icons()
-    _save(dataset, options.output)
+    _save(dataset, options.output_dir)
     print(icons_table(dataset))
     if options.push_to_hub:
         push(dataset, icons_card(dataset), options.push_to_hub)

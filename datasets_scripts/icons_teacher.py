@@ -3,12 +3,11 @@
 The teacher is a fine-tuned EfficientNet-Lite0 and MiniLM-L6 (`recipes/icons_teacher.yaml`, `make icons_teacher`). Its
 features lie in `icons_teacher.safetensors`, int8 with a scale a row, keyed by glyph (`image_id`) and name (caption):
 
-    python -m datasets_scripts.icons_teacher --model runs/icons_teacher --output FILE
+    python -m datasets_scripts.icons_teacher --model_name_or_path runs/icons_teacher --output FILE
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import AutoModel, AutoProcessor
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from datasets_scripts.icons import icons_fingerprint, load_icons
 from rows.columns import id_hash
+from rows.command_line import Command
 from rows.files import write_whole
 from rows.images import load_rgb
 from rows.teacher_columns import quantize
@@ -138,14 +138,20 @@ def bootstrap(image_ranks: torch.Tensor, text_ranks: torch.Tensor, draws: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the features of an icons teacher for every row of the icons.")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the teacher, a DSMDModel")
-    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    parser = Command("datasets_scripts.icons_teacher", __doc__)
+    parser.add_argument(
+        "--model_name_or_path", type=Path, required=True, help="Folder of the icons teacher, a DSMDModel."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="Safetensors file to write.")
     options = parser.parse_args()
+    folder = options.model_name_or_path
     if options.output.exists():
         parser.error(f"{options.output} exists: remove it first, or name another file.")
     rows = load_icons()
-    model, processor = AutoModel.from_pretrained(options.model), AutoProcessor.from_pretrained(options.model)
+    model, processor = (
+        AutoModel.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
     exact = extract(model, processor, rows)
     stored = {name: tensor for name, tensor in exact.items() if name.endswith("_keys")}
     restored = dict(stored)

@@ -1,7 +1,7 @@
 """Brings features made by DSMD's published scripts into the row contract.
 
-python -m datasets_scripts.import_teacher_features --dataset D --features train IMAGES.pt TEXTS.pt \
-    --features test IMAGES.pt TEXTS.pt --teacher NAME --output DIR
+python -m datasets_scripts.import_teacher_features --dataset_name D --features train IMAGES.pt TEXTS.pt \
+    --features test IMAGES.pt TEXTS.pt --teacher_model_name_or_path NAME --output_dir DIR
 
 Each file holds one tensor with a row for every caption of a split, in the order of the rows and of their captions; an
 image's row stands once for each of its captions.
@@ -9,7 +9,6 @@ image's row stands once for each of its captions.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from datasets_scripts.building import parse_arguments
 from datasets_scripts.opening import open_dataset
 from rows.checks import check_rows
+from rows.command_line import Command
 from rows.files import write_beside
 from rows.teacher_columns import feature_columns, teacher_columns
 
@@ -90,13 +90,22 @@ def with_features(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", required=True, help="folder or Hub id of the rows, in their published order")
-    parser.add_argument("--features", nargs=3, action="append", required=True, metavar=("SPLIT", "IMAGES", "TEXTS"))
-    parser.add_argument("--teacher", required=True, help="what made the features, for the card")
+    parser = Command("datasets_scripts.import_teacher_features", __doc__)
+    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id of the rows, in their order.")
+    parser.add_argument(
+        "--features",
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=("SPLIT", "IMAGES", "TEXTS"),
+        help="A split and its two files of features; once for each split.",
+    )
+    parser.add_argument(
+        "--teacher_model_name_or_path", dest="teacher", required=True, help="What made the features, for the card."
+    )
     options = parse_arguments(parser, arguments)
     try:
-        rows = open_dataset(options.dataset)
+        rows = open_dataset(options.dataset_name)
         named = {split: (Path(image), Path(text)) for split, image, text in options.features}
         if len(named) != len(options.features) or set(named) != set(rows):
             given = ", ".join(split for split, _, _ in options.features)
@@ -104,15 +113,20 @@ def main(arguments: list[str] | None = None) -> None:
         result = datasets.DatasetDict()
         for split, (image_path, text_path) in named.items():
             image, text = read_tensor(image_path), read_tensor(text_path)
-            teacher = {"id": options.teacher, "revision": None, "dim": image.shape[1], "preprocessing": "not known"}
+            teacher = {
+                "id": options.teacher,
+                "revision": None,
+                "dim": image.shape[1],
+                "preprocessing": "not known",
+            }
             result[split] = with_features(rows[split], image, text, split, teacher)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    with write_beside(options.output) as beside:
+    with write_beside(options.output_dir) as beside:
         result.save_to_disk(beside)
     if options.push_to_hub:
         result.push_to_hub(options.push_to_hub)
-    print(f"{options.output}: " + ", ".join(f"{len(part):,} {split} rows" for split, part in result.items()))
+    print(f"{options.output_dir}: " + ", ".join(f"{len(part):,} {split} rows" for split, part in result.items()))
 
 
 if __name__ == "__main__":

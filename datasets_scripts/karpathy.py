@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import reprlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import datasets
 
 from model_cards.tables import as_code
+from rows.command_line import Command
 from rows.files import file_in, read_file
 
 from .building import SPLIT_OF, SPLITS, Row, build, parse_arguments
@@ -123,19 +123,24 @@ def check_counts(parts: dict[str, list[Row]], benchmark: Benchmark, allow_others
     print(message)
 
 
-def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> None:
+def run(benchmark: Benchmark, module: str, doc: str, arguments: list[str] | None) -> None:
     """The program of flickr30k.py and coco.py."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--karpathy", type=Path, metavar="JSON", help="Karpathy's split file; needs --images")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder with the images")
-    parser.add_argument("--hub_id", help=f"instead of the two: a copy on the Hub, e.g. {benchmark.hub_id}")
-    parser.add_argument("--revision", help="of the Hub's copy: a branch such as refs/convert/parquet, a tag, a commit")
-    parser.add_argument("--image_column", default=benchmark.hub_columns.image, help="of the Hub's copy")
-    parser.add_argument("--caption_column", default=benchmark.hub_columns.caption, help="of the Hub's copy")
-    parser.add_argument("--id_column", default=benchmark.hub_columns.id, help="of the Hub's copy")
-    parser.add_argument("--license", default=benchmark.license, help="default: %(default)s")
-    parser.add_argument("--skip_broken", action="store_true", help="leave out missing and broken images")
-    parser.add_argument("--allow_other_counts", action="store_true", help="for partial copies")
+    parser = Command(f"datasets_scripts.{module}", doc)
+    parser.add_argument("--karpathy", type=Path, metavar="JSON", help="Karpathy's split file; needs --images.")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="Folder of the images.")
+    parser.add_argument("--hub_id", help=f"Instead of the two: a copy on the Hub, e.g. {benchmark.hub_id}.")
+    parser.add_argument("--revision", help="Branch (refs/convert/parquet), tag or commit of the Hub's copy.")
+    for name, default in (
+        ("image_column", benchmark.hub_columns.image),
+        ("caption_column", benchmark.hub_columns.caption),
+        ("id_column", benchmark.hub_columns.id),
+    ):
+        parser.add_argument(f"--{name}", default=default, help="Column of the Hub's copy (default: %(default)s).")
+    parser.add_argument(
+        "--data_license", default=benchmark.license, help="Licence of the data (default: %(default)s)."
+    )
+    parser.add_flag("--skip_broken", help="Leave out missing and broken images.")
+    parser.add_flag("--allow_other_counts", help="Accept other counts than the published ones: a partial copy.")
     options = parse_arguments(parser, arguments)
     if bool(options.hub_id) == bool(options.karpathy or options.images):
         parser.error("expected either --karpathy and --images, or --hub_id")
@@ -154,4 +159,4 @@ def run(benchmark: Benchmark, description: str, arguments: list[str] | None) -> 
         raise ValueError(f"{len(lost):,} images are of no split (the first: {first!r}); expected each in one")
     parts = {split: parts[split] for split in SPLITS if parts.get(split)}
     title = benchmark.title
-    build(parts, options.output, title, how_made, options.license, options.skip_broken, options.push_to_hub)
+    build(parts, options.output_dir, title, how_made, options.data_license, options.skip_broken, options.push_to_hub)

@@ -1,6 +1,6 @@
 """A dataset for retrieval from your own images and captions.
 
-    python -m datasets_scripts.own_data SOURCE --output DIR
+    python -m datasets_scripts.own_data --dataset_name SOURCE --output_dir DIR
 
 SOURCE is one of
 
@@ -20,12 +20,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 from datasets_scripts.source_rows import Columns, rows_by_split
 from datasets_scripts.sources import HUB_ID, license_of_source, read_source
 from model_cards.tables import as_code
+from rows.command_line import Command
 
 from .building import SPLITS, Row, build, fold, parse_arguments
 
@@ -76,33 +78,48 @@ def assign_splits(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("--image_column", help="paths or images; found by its usual names otherwise")
-    parser.add_argument("--caption_column", help="text or lists of text; found by its usual names otherwise")
-    parser.add_argument("--id_column", help="what identifies an image; its path or content otherwise")
-    parser.add_argument("--group_column", help="images that count as the same thing")
-    parser.add_argument("--validation_share", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--test_share", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--license", help="of the data; default: what the source says, or 'unknown'")
-    parser.add_argument("--skip_broken", action="store_true", help="leave out missing and broken images")
+    parser = Command("datasets_scripts.own_data", __doc__)
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=argparse.SUPPRESS)  # the old way
+    parser.add_argument("--dataset_name", metavar="SOURCE", help="Folder, file, glob or Hub id, as described above.")
+    parser.add_argument("--image_column", help="Column of images or paths (default: found by its usual names).")
+    parser.add_argument(
+        "--caption_column", help="Column of texts or lists of them (default: found by its usual names)."
+    )
+    parser.add_argument("--id_column", help="Column of what identifies an image (default: its path, or its content).")
+    parser.add_argument("--group_column", help="Column that is equal for images which count as the same thing.")
+    parser.add_argument(
+        "--validation_share",
+        type=float,
+        default=0.1,
+        help="Share of images to validate on (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--test_share", type=float, default=0.1, help="Share of the images to test on (default: %(default)s)."
+    )
+    parser.add_argument("--data_license", help="Licence of the data (default: what the source says, or 'unknown').")
+    parser.add_argument("--skip_broken", action="store_true", help="Leave out missing and broken images.")
     options = parse_arguments(parser, arguments)
+    if (options.source is None) == (options.dataset_name is None):
+        parser.error("name the source once: --dataset_name SOURCE")
+    if options.source is not None:
+        print("SOURCE is called --dataset_name now.", file=sys.stderr)
+    source = options.dataset_name or options.source
     shares = options.validation_share, options.test_share
     if min(shares) <= 0 or sum(shares) >= 1:
         parser.error(f"--validation_share and --test_share are {shares}, expected positive and a sum below 1")
     columns = Columns(options.image_column, options.caption_column, options.id_column, options.group_column)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{options.output.name}-", dir=options.output.parent) as cache:
-        parts = assign_splits(rows_by_split(read_source(options.source, columns, Path(cache))), *shares)
+    options.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{options.output_dir.name}-", dir=options.output_dir.parent) as cache:
+        parts = assign_splits(rows_by_split(read_source(source, columns, Path(cache))), *shares)
         for rows in parts.values():
             for row in rows:
                 row.captions = list(dict.fromkeys(map(fold, row.captions)))
-        is_on_hub = re.fullmatch(HUB_ID, options.source) and not Path(options.source).exists()
+        is_on_hub = re.fullmatch(HUB_ID, source) and not Path(source).exists()
         # Of a path, only the last part is published.
-        how_made = f"Made from {as_code(options.source if is_on_hub else Path(options.source).resolve().name)}."
-        title = options.output.name
-        license = options.license or license_of_source(options.source) or "unknown"
-        build(parts, options.output, title, how_made, license, options.skip_broken, options.push_to_hub)
+        how_made = f"Made from {as_code(source if is_on_hub else Path(source).resolve().name)}."
+        title = options.output_dir.name
+        license = options.data_license or license_of_source(source) or "unknown"
+        build(parts, options.output_dir, title, how_made, license, options.skip_broken, options.push_to_hub)
 
 
 if __name__ == "__main__":

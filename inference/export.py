@@ -1,8 +1,8 @@
 """Export a student to ONNX: one file a tower, and one of int8, which need neither torch nor transformers.
 
-    python -m inference.export --model runs/icons --output icons_onnx --dataset icons
+    python -m inference.export --model_name_or_path runs/icons --output_dir icons_onnx --dataset_name icons
 
-Prints size and speed beside torch's, with `--dataset` also the recall that int8 costs.
+Prints size and speed beside torch's, with `--dataset_name` also the recall that int8 costs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transformers import (
 )
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
+from datasets_scripts.building import refuse_what_is_there
 from datasets_scripts.opening import open_dataset
 from inference.encoders import (
     Inputs,
@@ -47,6 +48,7 @@ from inference.encoders import (
     towers,
 )
 from inference.export_tables import export_readme, recall_table, speed_table
+from rows.command_line import Command
 from rows.files import write_beside
 
 
@@ -179,16 +181,17 @@ def quiet() -> Iterator[None]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the student: its folder or Hub id")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--opset", type=int, help="of ONNX, for an older runtime; default: what torch prefers")
-    parser.add_argument("--dataset", help="'icons', a folder or a Hub id: also measure the recall of each runtime")
-    parser.add_argument("--split", default="test", help="of the dataset, default: %(default)s")
-    parser.add_argument("--limit", type=int, help="measure on the first so many images of the split")
+    parser = Command("inference.export", __doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the student.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the files.")
+    parser.add_argument("--opset", type=int, help="ONNX opset, for an older runtime (default: what torch prefers).")
+    parser.add_argument(
+        "--dataset_name", help="'icons', a folder or a Hub id: also measure the recall of each runtime on it."
+    )
+    parser.add_argument("--split", default="test", help="Split of the dataset to measure on (default: %(default)s).")
+    parser.add_argument("--limit", type=int, help="Measure on the first so many images of the split.")
     options = parser.parse_args(arguments)
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        parser.error(f"--output {options.output} exists and is not empty: name a new folder")
+    refuse_what_is_there(parser, options.output_dir)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: expected 1 or more")
     return options
@@ -196,35 +199,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    student, folder = options.model_name_or_path, options.output_dir
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         sys.exit(f'error: {", ".join(missing)} is not installed: pip install -e ".[onnx]"')
     try:
         rows = None
-        if options.dataset is not None:
-            rows = open_dataset(options.dataset)
+        if options.dataset_name is not None:
+            rows = open_dataset(options.dataset_name)
             if options.split not in rows:
-                raise ValueError(f"{options.dataset} has no split {options.split} (it has {', '.join(rows)}).")
+                raise ValueError(f"{options.dataset_name} has no split {options.split} (it has {', '.join(rows)}).")
             rows = rows[options.split]
             rows = rows.select(range(min(options.limit or len(rows), len(rows))))
-        model = AutoModel.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False).eval()
+        model = AutoModel.from_pretrained(student, dtype=torch.float32, trust_remote_code=False).eval()
         processor = VisionTextDualEncoderProcessor(
-            AutoImageProcessor.from_pretrained(options.model, backend="pil", trust_remote_code=False),
-            AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
+            AutoImageProcessor.from_pretrained(student, backend="pil", trust_remote_code=False),
+            AutoTokenizer.from_pretrained(student, trust_remote_code=False),
         )
-        local = Path(options.model).is_dir()
-        with write_beside(options.output.resolve()) as beside:
+        local = Path(student).is_dir()
+        with write_beside(folder.resolve()) as beside:
             export(model, processor, beside, options.opset)
             tables = [speed_table(model, processor, beside)]
             if rows is not None:
-                source = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
+                source = (
+                    Path(options.dataset_name).name if Path(options.dataset_name).exists() else options.dataset_name
+                )
                 tables.append(recall_table(model, processor, beside, rows, f"{source} {options.split}"))
-            name = Path(options.model).resolve().name if local else options.model.split("/")[-1]
-            (beside / "README.md").write_text(export_readme(name, None if local else options.model, tables))
+            name = Path(student).resolve().name if local else student.split("/")[-1]
+            (beside / "README.md").write_text(export_readme(name, None if local else student, tables))
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
     print("\n" + "\n\n".join(tables))
-    print(f'\nIn {options.output}. Search: python {options.output}/onnx_search.py {options.output} IMAGES "a query"')
+    print(f'\nIn {folder}. Search: python {folder}/onnx_search.py {folder} IMAGES "a query"')
 
 
 if __name__ == "__main__":

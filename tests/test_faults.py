@@ -161,7 +161,14 @@ def test_a_dataset_that_cannot_be_written_leaves_nothing_half(tmp_path):
 def test_features_that_cannot_be_written_keep_the_files_before(tmp_path, teacher):
     parts = {"validation": make_rows(2, seed=1), "train": make_rows(40)}  # the second file is the larger
     datasets.DatasetDict(parts).remove_columns(TEACHER_COLUMNS).save_to_disk(tmp_path / "source")
-    command = ["--dataset", tmp_path / "source", "--teacher", teacher, "--output", tmp_path / "features"]
+    command = [
+        "--dataset_name",
+        tmp_path / "source",
+        "--teacher_model_name_or_path",
+        teacher,
+        "--output_dir",
+        tmp_path / "features",
+    ]
     command = [*map(str, command), "--num_workers", "0"]
     said = "Nothing that was written is lost: mend this, and the same command goes on from .*features.partial"
     with disk_full(40_000), pytest.raises(OSError, match=said):
@@ -303,7 +310,14 @@ def test_faults_of_the_hub_leave_no_feature_dataset_broken(tmp_path, hub, monkey
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     rows = datasets.DatasetDict({"train": make_rows(6), "validation": make_rows(3, seed=1)})
     rows.remove_columns(TEACHER_COLUMNS).save_to_disk(tmp_path / "source")
-    command = ["--dataset", tmp_path / "source", "--teacher", teacher, "--output", tmp_path / "features"]
+    command = [
+        "--dataset_name",
+        tmp_path / "source",
+        "--teacher_model_name_or_path",
+        teacher,
+        "--output_dir",
+        tmp_path / "features",
+    ]
     command = [*map(str, command), "--num_workers", "0"]
     add_teacher_features.main(command)
     local = {

@@ -43,7 +43,7 @@ def test_from_karpathys_files_and_a_released_checkpoint_to_the_tables(folder, re
     run(folder, "-m", "teachers.beit3.convert", "beit3_coco.pth", "beit3.spm", "data/beit3_base_coco",
         "--num_attention_heads", "4")  # fmt: skip
     printed = run(folder, "-m", "datasets_scripts.coco", "--karpathy", "dataset_coco.json", "--images", "images",
-                  "--output", "data/coco", "--allow_other_counts")  # fmt: skip
+                  "--output_dir", "data/coco", "--allow_other_counts")  # fmt: skip
     assert "COCO train: 32 images" in printed  # restval among them
     towers = ["--vision_model_name_or_path", "vit", "--text_model_name_or_path", "bert"]
     small = ["--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--test_fold_size", "4"]

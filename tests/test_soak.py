@@ -159,8 +159,15 @@ def features(source, teacher, total, tmp_path_factory) -> tuple[Path, list[Sampl
 
 def make_features(source: Path, teacher: Path, folder: Path, *more: str) -> list[Sample]:
     output = folder / "features"
-    command = ["-m", "datasets_scripts.add_teacher_features", "--dataset", source, "--teacher", teacher]
-    command += ["--output", output, "--shard_rows", SHARD_ROWS, "--num_workers", 1, *more]
+    command = [
+        "-m",
+        "datasets_scripts.add_teacher_features",
+        "--dataset_name",
+        source,
+        "--teacher_model_name_or_path",
+        teacher,
+    ]
+    command += ["--output_dir", output, "--shard_rows", SHARD_ROWS, "--num_workers", 1, *more]
     files = output.with_name("features.partial")
     return watch(command, folder, lambda: SHARD_ROWS * len(list(files.glob("train-*.parquet"))))
 

@@ -31,27 +31,56 @@ from rows.columns import LONGEST_CAPTION
 class StudentArguments:
     """Three ways to a student: a saved one, two pre-trained towers, or two configurations to train from scratch."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved student: folder or Hub id."})
-    vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained vision tower."})
-    text_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained text tower."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Start from a saved student: its folder or Hub id."}
+    )
+    vision_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Start the vision tower from this pre-trained model: a folder or Hub id."}
+    )
+    text_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Start the text tower from this pre-trained model: a folder or Hub id."}
+    )
     vision_config: dict | str | None = field(
-        default=None, metadata={"help": "Configuration of a vision tower to train from scratch, with model_type."}
+        default=None,
+        metadata={"help": "Configuration, with model_type, of a vision tower that is trained from scratch."},
     )
     text_config: dict | str | None = field(
-        default=None, metadata={"help": "The same for the text tower; its vocabulary size is the tokenizer's."}
+        default=None,
+        metadata={"help": "The same for the text tower; its vocabulary size is taken from the tokenizer."},
     )
-    vision_pooling: str = field(default="mean", metadata={"choices": ["cls", "mean", "pooler"], "help": "Of images."})
-    text_pooling: str = field(default="mean", metadata={"choices": ["cls", "mean", "pooler"], "help": "Of captions."})
+    vision_pooling: str = field(
+        default="mean",
+        metadata={
+            "choices": ["cls", "mean", "pooler"],
+            "help": "How the vision tower's output becomes one vector per image.",
+        },
+    )
+    text_pooling: str = field(
+        default="mean",
+        metadata={
+            "choices": ["cls", "mean", "pooler"],
+            "help": "How the text tower's output becomes one vector per caption.",
+        },
+    )
     projection_dim: int | None = field(
-        default=None, metadata={"help": "Width of the embeddings; default: the teacher's, or 256 without a teacher."}
+        default=None, metadata={"help": "Width of the embeddings (default: the teacher's, or 256 without a teacher)."}
     )
-    image_size: int = field(default=224, metadata={"help": "Side of the images of a tower trained from scratch."})
+    image_size: int = field(
+        default=224, metadata={"help": "Side in pixels of the images that a vision tower trained from scratch sees."}
+    )
     vocab_size: int = field(
-        default=8000, metadata={"help": "Largest vocabulary of the tokenizer of a text tower trained from scratch."}
+        default=8000,
+        metadata={"help": "Largest vocabulary of the tokenizer that is trained for a text tower from scratch."},
     )
-    license: str | None = field(default=None, metadata={"help": "Of the student, for its card, such as 'apache-2.0'."})
-    language: list[str] | None = field(default=None, metadata={"help": "Of its captions, for its card, such as 'en'."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let the towers' repositories run code here."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the student, shown on its card, such as 'apache-2.0'."}
+    )
+    language: list[str] | None = field(
+        default=None, metadata={"help": "Languages of the captions, shown on the card, such as 'en'."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let the repositories of towers and teacher run code of their own."}
+    )
 
     def __post_init__(self):
         for name in ("vision_config", "text_config"):
@@ -69,7 +98,7 @@ def build_student(
     """The student of a run and its processor.
 
     Args:
-        args: which.
+        args: which student.
         captions: of the training split, read only where the text tower starts from scratch: its tokenizer's training.
         teacher_dim: width of the teacher's features, where there is one.
 

@@ -24,39 +24,60 @@ class RetrievalTrainingArguments(TrainingArguments):
     """
 
     captions_per_image: int | None = field(
-        default=None, metadata={"help": "Captions drawn for each image in an epoch; all by default."}
+        default=None, metadata={"help": "How many captions are drawn for each image in an epoch (default: all)."}
     )
     shuffle_buffer_size: int = field(
-        default=2000, metadata={"help": "Rows of a stream that each loader worker shuffles among, images undecoded."}
+        default=2000,
+        metadata={"help": "How many rows of a stream each loader worker holds, undecoded, to shuffle among."},
     )
-    max_caption_length: int = field(default=64, metadata={"help": "Captions are cut at this many tokens."})
+    max_caption_length: int = field(default=64, metadata={"help": "Longest caption in tokens; longer ones are cut."})
     random_shift: float = field(
-        default=0.0, metadata={"help": "Largest shift of an image, as a fraction of its side."}
+        default=0.0, metadata={"help": "Augmentation: largest shift of an image, as a fraction of its side."}
     )
-    random_zoom: float = field(default=0.0, metadata={"help": "Largest relative change of an image's scale."})
+    random_zoom: float = field(
+        default=0.0, metadata={"help": "Augmentation: largest relative change of an image's scale."}
+    )
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the projections and the temperature; default: learning_rate."}
+        default=None, metadata={"help": "Learning rate of projections and temperature (default: learning_rate)."}
     )
 
     max_skipped_steps: int = field(
         default=10,
-        metadata={"help": "The run stops after so many steps in a row whose gradient is not finite; each is skipped."},
+        metadata={"help": "A step whose gradient is not finite is skipped; after so many in a row the run stops."},
     )
     allow_changes: bool = field(
-        default=False, metadata={"help": "Resume though settings, data, processes or versions are not the run's own."}
+        default=False,
+        metadata={
+            "help": "Resume although settings, data, processes or versions differ from those of the checkpoint."
+        },
     )
     resume_from_hub: str | None = field(
-        default=None, metadata={"help": "Go on from the last-checkpoint of this Hub repository (user/name)."}
+        default=None,
+        metadata={"help": "Resume from the last checkpoint that was pushed to this Hub repository (user/name)."},
     )
 
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Syncs every step where True."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search the graph for them in every step; the towers tested here have none."}
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the trainer reads more columns than the model does."}
     )
-    metric_for_best_model: str | None = field(default="rsum", metadata={"help": "Chosen on the validation split."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last batch of an epoch if it is not full."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log; waits for the device in every step."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Let DDP look for parameters without gradient in every step; the towers tested here have none."
+        },
+    )
+    metric_for_best_model: str | None = field(
+        default="rsum", metadata={"help": "Figure on the validation split that chooses the best checkpoint."}
+    )
+    greater_is_better: bool | None = field(
+        default=True, metadata={"help": "Whether a larger metric_for_best_model is better."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
 
     def __post_init__(self):
@@ -95,30 +116,36 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     """[`RetrievalTrainingArguments`] with the settings of the distillation."""
 
     losses: list[str] = field(
-        default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses to use."}
+        default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses are used."}
     )
     contrastive_pairs: list[str] = field(
         default_factory=lambda: list(PAIRS),
-        metadata={"help": "Pairs of the contrastive loss: II, TT, IT, TI (student row to teacher row)."},
+        metadata={"help": "Which pairs the contrastive loss compares: the student's modality, then the teacher's."},
     )
-    contrastive_temperature: float = field(default=0.05, metadata={"help": "Divides its similarities."})
+    contrastive_temperature: float = field(
+        default=0.05, metadata={"help": "Temperature of the contrastive loss: similarities are divided by it."}
+    )
     queue_size: int = field(
         default=8192,
-        metadata={"help": "Teacher rows of earlier steps kept for each modality; 0 contrasts with this step's only."},
+        metadata={"help": "Teacher rows kept for each modality to contrast with; 0: the step's own rows alone."},
     )
     hard_negative_pairs: list[str] = field(
-        default_factory=lambda: list(PAIRS), metadata={"help": "Pairs of the hard-negative loss."}
+        default_factory=lambda: list(PAIRS),
+        metadata={"help": "Which pairs the hard-negative loss compares; see contrastive_pairs."},
     )
-    hard_negative_margin: float = field(default=0.2, metadata={"help": "Margin where margin_kind is fixed."})
+    hard_negative_margin: float = field(
+        default=0.2,
+        metadata={"help": "Margin of the hard-negative loss, a difference of cosines, where its kind is fixed."},
+    )
     hard_negative_margin_kind: str = field(
         default="fixed",
         metadata={
-            "help": "'fixed', or 'teacher': the gap that the teacher itself has.",
+            "help": "'fixed', or 'teacher': each query's margin is the gap that the teacher itself has there.",
             "choices": ["fixed", "teacher"],
         },
     )
     hardest_negative: bool = field(
-        default=True, metadata={"help": "Only each query's hardest negative; else the sum over all of them."}
+        default=True, metadata={"help": "Count only each query's hardest negative; False sums over all of them."}
     )
     balancer: str = field(
         default="dynamic",
@@ -127,14 +154,16 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     balancer_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Of the softmax over the losses' rates: smaller lets rates count for more. Default: 1, of dwa 2."
+            "help": "Temperature of the softmax over the losses' rates of descent; smaller sets the weights further "
+            "apart (default: 1; for dwa 2)."
         },
     )
     balancer_smoothing: float = field(
-        default=0.9, metadata={"help": "Decay of the dynamic balancer's averages of the losses, in [0, 1)."}
+        default=0.9,
+        metadata={"help": "Decay, in [0, 1), of the losses' averages that the dynamic balancer keeps."},
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the fixed balancer, in the order of `losses`; default all 1."}
+        default=None, metadata={"help": "Weights of the fixed balancer, in the order of `losses` (default: all 1)."}
     )
 
     def __post_init__(self):

@@ -68,7 +68,16 @@ def source(tmp_path_factory):
 
 def arguments(source, teacher, output, *more) -> list[str]:
     sizes = ["--shard_rows", "5", "--batch_size", "4", "--num_workers", "0"]
-    return ["--dataset", str(source), "--teacher", str(teacher), "--output", str(output), *sizes, *map(str, more)]
+    return [
+        "--dataset_name",
+        str(source),
+        "--teacher_model_name_or_path",
+        str(teacher),
+        "--output_dir",
+        str(output),
+        *sizes,
+        *map(str, more),
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -219,7 +228,7 @@ def stopped(monkeypatch):
 
 
 def old_output(folder: Path) -> Path:
-    """What --overwrite may replace."""
+    """What --overwrite_output_dir may replace."""
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text("the old one")
     (folder / "data" / "train-00000.parquet").touch()
@@ -233,7 +242,7 @@ def changes(source, teacher_folder, tmp_path_factory):
         for module, name in ((os, "replace"), (os, "rename"), (os, "link"), (shutil, "rmtree")):
             patch.setattr(module, name, getattr(module, name))  # put back at the end
         made = count_changes(-1)
-        script.main(arguments(source, teacher_folder, folder, "--overwrite"))
+        script.main(arguments(source, teacher_folder, folder, "--overwrite_output_dir"))
     return made[0]
 
 
@@ -242,7 +251,7 @@ def changes(source, teacher_folder, tmp_path_factory):
 def test_killed_and_started_again_it_goes_on(
     output, source, teacher_folder, tmp_path, moment, changes, monkeypatch, capsys
 ):
-    command = arguments(source, teacher_folder, old_output(tmp_path / "again"), "--overwrite")
+    command = arguments(source, teacher_folder, old_output(tmp_path / "again"), "--overwrite_output_dir")
     moment = moment if moment > 0 else changes + moment + 1
     kill_at(moment, command)
     whole = len(list((tmp_path / "again.partial").glob("*.parquet")))
@@ -253,7 +262,7 @@ def test_killed_and_started_again_it_goes_on(
         "datasets_scripts.teacher_features.write_shard", lambda shard, *rest: (encoded.append(1), write(shard, *rest))
     )
     if not (tmp_path / "again").exists():  # killed between the two last renames
-        command.remove("--overwrite")
+        command.remove("--overwrite_output_dir")
     script.main(command)
     assert len(encoded) == 11 - whole
     assert contents(tmp_path / "again") == contents(output)
@@ -264,7 +273,7 @@ def test_other_settings_are_not_mixed_with_partial_work(source, teacher_folder, 
     stopped(arguments(source, teacher_folder, tmp_path / "out"))
     with pytest.raises(SystemExit, match="work with another teacher"):
         script.main(arguments(source, other_folder, tmp_path / "out"))
-    script.main(arguments(source, other_folder, tmp_path / "out", "--overwrite"))
+    script.main(arguments(source, other_folder, tmp_path / "out", "--overwrite_output_dir"))
     row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
     expected = load_teacher(str(other_folder)).embed_images([row["image"]])[0]
     torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
@@ -302,7 +311,7 @@ class Counting:
 def add(rows, teachers, folder, encoding=None):
     encoding = encoding or Encoding(weights=[1 / len(teachers)] * len(teachers), batch_size=4)
     identity = script.identity_of(rows, "rows", ["x"] * len(teachers))
-    script.add_teacher_features(rows, teachers, identity, folder, encoding, "rows", num_workers=0)
+    feature_job.make_teacher_features(rows, teachers, identity, folder, encoding, "rows", num_workers=0)
 
 
 def test_each_distinct_image_and_caption_is_encoded_once(source, teacher_folder, tmp_path):
@@ -470,7 +479,11 @@ def test_the_projection_is_fitted_on_the_training_features(output):
 
 
 def test_weights_and_revisions_must_be_one_a_teacher(source, teacher_folder, tmp_path, capsys):
-    for more in (["--weights", "1", "2"], ["--weights", "-1"], ["--teacher_revision", "a", "--teacher_revision", "b"]):
+    for more in (
+        ["--teacher_weights", "1", "2"],
+        ["--teacher_weights", "-1"],
+        ["--teacher_revision", "a", "--teacher_revision", "b"],
+    ):
         with pytest.raises(SystemExit):
             script.main(arguments(source, teacher_folder, tmp_path / "out", *more))
         assert more[0] in capsys.readouterr().err
@@ -576,18 +589,18 @@ def test_a_stream_that_has_changed_is_not_mixed_with_partial_work(teacher_folder
 def test_the_fingerprint_is_of_all_that_makes_features(teacher_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(teacher_folder, folder)
-    before = script.fingerprint(str(folder), None)
-    assert before == script.fingerprint(str(teacher_folder), None)
+    before = feature_job.teacher_fingerprint(str(folder), None)
+    assert before == feature_job.teacher_fingerprint(str(teacher_folder), None)
     (folder / "eval_results.json").write_text("{}")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "model.safetensors").touch()
-    assert script.fingerprint(str(folder), None) == before
+    assert feature_job.teacher_fingerprint(str(folder), None) == before
     for name in ("pytorch_model.bin", "modeling_dsmd.py", "tokenizer.json"):
         content = (folder / name).read_bytes() if (folder / name).is_file() else b""
         (folder / name).write_bytes(content + b" ")
-        assert script.fingerprint(str(folder), None) != before, name
+        assert feature_job.teacher_fingerprint(str(folder), None) != before, name
         (folder / name).write_bytes(content) if content else (folder / name).unlink()
-        assert script.fingerprint(str(folder), None) == before
+        assert feature_job.teacher_fingerprint(str(folder), None) == before
 
 
 def test_two_processes_do_not_write_one_folder(source, teacher_folder, tmp_path):
@@ -600,9 +613,9 @@ def test_what_is_in_the_way_is_left_alone(source, teacher_folder, tmp_path, caps
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("mine")
     with pytest.raises(SystemExit, match="is in the way"):
-        script.main(arguments(source, teacher_folder, tmp_path / "out", "--overwrite"))
+        script.main(arguments(source, teacher_folder, tmp_path / "out", "--overwrite_output_dir"))
     with pytest.raises(SystemExit):
-        script.main(arguments(source, teacher_folder, tmp_path, "--overwrite"))
+        script.main(arguments(source, teacher_folder, tmp_path, "--overwrite_output_dir"))
     assert "was not made by this program" in capsys.readouterr().err
     assert (tmp_path / "out.partial" / "mine.txt").read_text() == "mine"
 
@@ -621,7 +634,9 @@ def test_a_second_push_leaves_no_files_of_the_first(output, source, teacher_fold
     first = arguments(source, teacher_folder, tmp_path / "out", "--push_to_hub", "user/features")
     first[first.index("--shard_rows") + 1] = "3"
     script.main(first)
-    script.main(arguments(source, teacher_folder, tmp_path / "out", "--overwrite", "--push_to_hub", "user/features"))
+    script.main(
+        arguments(source, teacher_folder, tmp_path / "out", "--overwrite_output_dir", "--push_to_hub", "user/features")
+    )
     files = {name for name in hub.files("datasets/user/features") if name.startswith("data/")}
     assert files == {name for name in contents(output) if name.startswith("data/")}
     before = hub.commits("datasets/user/features")
@@ -645,7 +660,7 @@ def test_killed_while_partial_work_is_removed_it_goes_on(source, teacher_folder,
         with pytest.raises(KeyboardInterrupt):
             script.main(command)
     assert contents(tmp_path / "out") == contents(output)
-    script.main([*command, "--overwrite"])
+    script.main([*command, "--overwrite_output_dir"])
     assert contents(tmp_path / "out") == contents(output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

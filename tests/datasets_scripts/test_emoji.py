@@ -134,7 +134,7 @@ def test_drawings_that_look_alike_are_one(parts, drawings):
 
 def test_program(parts, drawings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(emoji, "emoji_rows", lambda: {split: rows[:20] for split, rows in parts.items()})
-    emoji.main(["--output", str(tmp_path / "emoji")])
+    emoji.main(["--output_dir", str(tmp_path / "emoji")])
     assert "| train | 20 |" in capsys.readouterr().out
     rows = datasets.load_from_disk(tmp_path / "emoji")
     for split, part in rows.items():

@@ -253,7 +253,7 @@ def test_program(built, tmp_path, monkeypatch, capsys):
     small = datasets.DatasetDict({split: part.select(range(50)) for split, part in built.items()})
     monkeypatch.setattr(icons, "build_icons", lambda: small)
     output = tmp_path / "icons"
-    icons.main(["--output", str(output)])
+    icons.main(["--output_dir", str(output)])
     printed = capsys.readouterr().out
     assert "| all | 50 / " in printed
     loaded = datasets.load_from_disk(output)
@@ -264,7 +264,7 @@ def test_program(built, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in card
     assert list(tmp_path.iterdir()) == [output]
     with pytest.raises(SystemExit):
-        icons.main(["--output", str(output)])
+        icons.main(["--output_dir", str(output)])
     assert "not empty" in capsys.readouterr().err
 
 
@@ -276,7 +276,7 @@ def test_push_keeps_the_files_of_the_splits_in_the_card(built, tmp_path, monkeyp
     monkeypatch.setattr(icons.DatasetCard, "push_to_hub", lambda self, repo, **_: pushed.update(card=str(self)))
     small = datasets.DatasetDict(train=built["test"].select(range(9)))
     monkeypatch.setattr(icons, "build_icons", lambda: small)
-    icons.main(["--output", str(tmp_path / "icons"), "--push_to_hub", "someone/icons"])
+    icons.main(["--output_dir", str(tmp_path / "icons"), "--push_to_hub", "someone/icons"])
     assert pushed["repo"] == "someone/icons"
     data = icons.DatasetCard(pushed["card"]).data.to_dict()
     assert data["configs"] == [{"config_name": "default"}] and data["license"] == "other"

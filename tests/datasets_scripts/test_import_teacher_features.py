@@ -17,7 +17,14 @@ from rows.teacher_columns import TEACHER_COLUMNS
 def made(tmp_path):
     """Rows of two splits, and their features as the published scripts save them."""
     parts = {"train": make_rows(9), "test": make_rows(4, seed=1)}
-    options = ["--dataset", str(tmp_path / "data"), "--teacher", "BEiT-3", "--output", str(tmp_path / "out")]
+    options = [
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--teacher_model_name_or_path",
+        "BEiT-3",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     for split, part in parts.items():
         counts = [len(captions) for captions in part["captions"]]
         image = torch.tensor(part["teacher_image_embeds"]).repeat_interleave(torch.tensor(counts), dim=0)
@@ -98,5 +105,5 @@ def test_a_row_without_captions_is_named(made):
     rows = datasets.load_from_disk(folder / "data")
     emptied = rows["train"].map(lambda row, i: {"captions": [] if i == 8 else row["captions"]}, with_indices=True)
     datasets.DatasetDict({"train": emptied, "test": rows["test"]}).save_to_disk(folder / "emptied")
-    options[options.index("--dataset") + 1] = str(folder / "emptied")
+    options[options.index("--dataset_name") + 1] = str(folder / "emptied")
     refused(options, "expected one string or more. Drop the row")

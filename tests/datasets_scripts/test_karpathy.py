@@ -59,7 +59,7 @@ def run(tmp_path, content, *options, program=coco):
         tmp_path / "dataset.json",
         "--images",
         tmp_path / "images",
-        "--output",
+        "--output_dir",
         tmp_path / "out",
     ]
     program.main([*map(str, arguments), *options])
@@ -222,7 +222,7 @@ def test_images_without_captions_and_ids_of_two(tmp_path, files):
 )
 def test_options_that_do_not_go_together(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
-        coco.main([*options, "--output", str(tmp_path / "out")])
+        coco.main([*options, "--output_dir", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_flickr30k_of_the_hub(tmp_path, monkeypatch, splits):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: asked.append(name) or hub_copy(splits))
     monkeypatch.chdir(tmp_path)
-    flickr30k.main(["--hub_id", "AnyModal/flickr30k", "--output", "out", "--allow_other_counts"])
+    flickr30k.main(["--hub_id", "AnyModal/flickr30k", "--output_dir", "out", "--allow_other_counts"])
     built = datasets.load_from_disk("out")
     assert asked == ["AnyModal/flickr30k"]
     assert list(built) == ["train", "validation", "test"]
@@ -295,17 +295,19 @@ def test_coco_of_the_hub(tmp_path, monkeypatch):
         "test": webdataset("test", [2]),
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: datasets.DatasetDict(parts))
-    coco.main(["--hub_id", "someone/coco", "--output", str(tmp_path / "out"), "--allow_other_counts"])
+    coco.main(["--hub_id", "someone/coco", "--output_dir", str(tmp_path / "out"), "--allow_other_counts"])
     built = datasets.load_from_disk(tmp_path / "out")
     assert built["train"]["image_id"] == ["1004", "1001"] and built["train"]["captions"][0] == ["caption 4", "a cat"]
 
 
 def test_as_a_program(tmp_path, files):
     (tmp_path / "dataset.json").write_text(json.dumps(flickr_files(tmp_path, files)))
-    command = "-m datasets_scripts.flickr30k --karpathy dataset.json --images images --output out --allow_other_counts"
+    command = (
+        "-m datasets_scripts.flickr30k --karpathy dataset.json --images images --output_dir out --allow_other_counts"
+    )
     root = Path(flickr30k.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, *command.split(), "--license", "mine"],
+        [sys.executable, *command.split(), "--data_license", "mine"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
@@ -319,5 +321,5 @@ def test_images_of_no_split_are_named(tmp_path, monkeypatch):
     copy = hub_copy({"all": [(0, "train"), (1, "val"), (2, "test")]}).remove_columns("split")
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **settings: copy)
     with pytest.raises(ValueError, match="3 images are of no split .*expected each in one"):
-        flickr30k.main(["--hub_id", "a/b", "--allow_other_counts", "--output", str(tmp_path / "out")])
+        flickr30k.main(["--hub_id", "a/b", "--allow_other_counts", "--output_dir", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def one_row_a_caption() -> list[tuple[int, str]]:
 
 def build(source, output: Path, *options: str) -> datasets.DatasetDict:
     before = set(os.listdir(output.parent))
-    own_data.main([str(source), "--output", str(output), *options])
+    own_data.main([str(source), "--output_dir", str(output), *options])
     # Nothing else is left, of caches neither.
     assert set(os.listdir(output.parent)) - before == {output.name}
     built = datasets.load_from_disk(output)
@@ -283,7 +283,7 @@ NAMED = ["--image_column", "photo", "--caption_column", "sentence", "--id_column
 def test_dataset_on_disk(tmp_path):
     parts = {"train": loaded(list(range(20))), "dev": loaded(list(range(20, 30)))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "data")
-    built = build(tmp_path / "data", tmp_path / "out", *NAMED, "--license", "cc0-1.0", "--test_share", "0.2")
+    built = build(tmp_path / "data", tmp_path / "out", *NAMED, "--data_license", "cc0-1.0", "--test_share", "0.2")
     check(built)
     assert built["validation"]["image_id"] == [name_of(i) for i in range(20, 30)]
     assert built["test"]["group_id"] and all(kind.isdigit() for kind in built["train"]["group_id"])
@@ -511,13 +511,13 @@ def test_nothing_there(tmp_path, source, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images.zip").touch()
     with pytest.raises((FileNotFoundError, ValueError), match="nothing at|expected a file ending in"):
-        own_data.main([source, "--output", str(tmp_path / "out")])
+        own_data.main([source, "--output_dir", str(tmp_path / "out")])
 
 
 def test_output_that_is_there_and_bad_shares(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    for options in (["--output", tmp_path / "out"], ["--output", tmp_path / "new", "--test_share", "0.95"]):
+    for options in (["--output_dir", tmp_path / "out"], ["--output_dir", tmp_path / "new", "--test_share", "0.95"]):
         with pytest.raises(SystemExit):
             own_data.main(["x", *map(str, options)])
     errors = capsys.readouterr().err
@@ -540,7 +540,7 @@ def test_pushed_it_loads_and_streams_with_its_licence(tmp_path, hub):
     write_images(tmp_path / "data")
     rows = [{"file_name": name_of(i), "captions": CAPTIONS[i]} for i in range(COUNT)]
     jsonl(tmp_path / "data" / "metadata.jsonl", rows)
-    built = build(tmp_path / "data", tmp_path / "out", "--license", "cc-by-4.0", "--push_to_hub", "user/mine")
+    built = build(tmp_path / "data", tmp_path / "out", "--data_license", "cc-by-4.0", "--push_to_hub", "user/mine")
     card = hub.files("datasets/user/mine")["README.md"].decode()
     assert "license: cc-by-4.0" in card and "| train |" in card and str(tmp_path) not in card
     loaded = datasets.load_dataset("user/mine")

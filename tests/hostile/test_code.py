@@ -139,9 +139,9 @@ def test_weights_in_a_pickle_run_nothing(tmp_path, student, data, mark, kind, ca
         with pytest.raises(Exception, match="(?i)weights|pickle|load"):
             AutoModel.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(SystemExit, match="error: "):
-        search.main(["--model", str(student), "--images", str(tmp_path), "a"])
+        search.main(["--model_name_or_path", str(student), "--images", str(tmp_path), "a"])
     with pytest.raises(SystemExit, match="error: "):
-        export.main(["--model", str(student), "--output", str(tmp_path / "onnx")])
+        export.main(["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "onnx")])
     assert not (tmp_path / "onnx").exists()
 
 
@@ -174,8 +174,8 @@ def test_released_files_of_pickles_run_nothing(tmp_path, pickles):
         file = str(tmp_path / name)
         with pytest.raises(SystemExit, match="can run any code"):
             import_teacher_features.main(
-                ["--dataset", str(tmp_path / "rows"), "--features", "train", file, file]
-                + ["--teacher", "x", "--output", str(tmp_path / "out")]
+                ["--dataset_name", str(tmp_path / "rows"), "--features", "train", file, file]
+                + ["--teacher_model_name_or_path", "x", "--output_dir", str(tmp_path / "out")]
             )
     assert not (tmp_path / "out").exists()
 
@@ -194,7 +194,7 @@ def test_datasets_of_pickles_and_programs_run_nothing(tmp_path, pickles, mark, h
             with pytest.raises((ValueError, OSError)):
                 open_dataset(name, streaming=streaming)
         with pytest.raises((ValueError, OSError)):
-            own_data.main([name, "--output", str(tmp_path / "out")])
+            own_data.main([name, "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("suffix", ["pkl", "pickle", "pyd", "pth", "pt", "npy", "npz"])
@@ -212,7 +212,7 @@ def test_pickles_in_tars_run_nothing(tmp_path, pickles, suffix):
         rows = open_dataset(str(tmp_path / "tars"), streaming=True)
         list(rows["train"])
     with pytest.raises(ValueError):
-        own_data.main([str(tmp_path / "tars"), "--output", str(tmp_path / "out")])
+        own_data.main([str(tmp_path / "tars"), "--output_dir", str(tmp_path / "out")])
 
 
 CODE = """
@@ -261,10 +261,10 @@ def test_code_of_a_repository_runs_only_with_the_flag(tmp_path, stranger, data, 
             load_teacher(name)
         for program, arguments in (
             (search, ["--images", str(tmp_path), "a"]),
-            (export, ["--output", f"{tmp_path}/o"]),
+            (export, ["--output_dir", f"{tmp_path}/o"]),
         ):
             with pytest.raises(SystemExit, match="trust_remote_code"):
-                program.main(["--model", name, *arguments])
+                program.main(["--model_name_or_path", name, *arguments])
     assert not mark.exists()
     with pytest.raises((OSError, ValueError, AttributeError, TypeError)):
         load_teacher(str(stranger), trust_remote_code=True)

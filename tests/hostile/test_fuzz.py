@@ -52,7 +52,7 @@ def build(tmp_path, main, arguments: list) -> None:
     output = tmp_path / "out"
     before = {*os.listdir(tmp_path)}
     try:
-        main([*map(str, arguments), "--output", str(output)])
+        main([*map(str, arguments), "--output_dir", str(output)])
     except (FileNotFoundError, ValueError) as error:
         assert str(error)
     except SystemExit as stop:
@@ -190,7 +190,7 @@ def test_feature_files(times, tmp_path):
     def check(data):
         (tmp_path / "features.pt").write_bytes(data)
         which = ["--features", "train", tmp_path / "features.pt", tmp_path / "features.pt"]
-        arguments = ["--dataset", tmp_path / "rows", *which, "--teacher", "any"]
+        arguments = ["--dataset_name", tmp_path / "rows", *which, "--teacher_model_name_or_path", "any"]
         build(tmp_path, import_teacher_features.main, arguments)
 
 

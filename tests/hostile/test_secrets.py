@@ -44,17 +44,24 @@ def test_no_token_and_no_path_is_written(tmp_path, run, hub):
     (source / "data.csv").write_text("\n".join(lines))
     clip().save_pretrained(tmp_path / "teacher")
     make_processor().save_pretrained(tmp_path / "teacher")
-    run("-m", "datasets_scripts.own_data", source / "data.csv", "--output", "rows", "--push_to_hub", "user/rows")
+    run("-m", "datasets_scripts.own_data", source / "data.csv", "--output_dir", "rows", "--push_to_hub", "user/rows")
     run(
-        *("-m", "datasets_scripts.add_teacher_features", "--dataset", "rows", "--teacher", "teacher"),
-        *("--output", tmp_path / "features", "--push_to_hub", "user/features", "--num_workers", 0),
+        *(
+            "-m",
+            "datasets_scripts.add_teacher_features",
+            "--dataset_name",
+            "rows",
+            "--teacher_model_name_or_path",
+            "teacher",
+        ),
+        *("--output_dir", tmp_path / "features", "--push_to_hub", "user/features", "--num_workers", 0),
     )
     settings = {"push_to_hub": True, "hub_model_id": "user/student", "hub_strategy": "checkpoint", "max_steps": 2}
     settings |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings |= {"projection_dim": 4, "per_device_train_batch_size": 4}
     run(ROOT / "train.py", *write_recipe(tmp_path, tmp_path / "features", **settings))
-    run("-m", "inference.export", "--model", tmp_path / "run", "--output", "onnx")
-    run("-m", "inference.search", "--model", tmp_path / "run", "--images", source, "red house")
+    run("-m", "inference.export", "--model_name_or_path", tmp_path / "run", "--output_dir", "onnx")
+    run("-m", "inference.search", "--model_name_or_path", tmp_path / "run", "--images", source, "red house")
 
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(written) > 60

@@ -116,7 +116,7 @@ def test_no_source_reads_a_file_outside_its_folder(tmp_path, form, name):
         run, arguments = flickr30k.main, ["--karpathy", str(folder / form), "--images", str(folder)]
         arguments.append("--allow_other_counts")
     with pytest.raises((ValueError, OSError)) as caught:
-        run([*arguments, "--output", str(tmp_path / "out")])
+        run([*arguments, "--output_dir", str(tmp_path / "out")])
     assert "does not stay" in str(caught.value) or name in ("", ".")
     assert "\0" not in str(caught.value) and not (tmp_path / "out").exists()
 
@@ -135,7 +135,7 @@ def test_tars_with_names_and_links_that_lead_out(tmp_path):
             member.type, member.linkname = kind, str(tmp_path / "private.png")
             tar.addfile(member)
     before = set(os.listdir(tmp_path))
-    own_data.main([str(tmp_path / "data.tar"), "--output", str(tmp_path / "out")])
+    own_data.main([str(tmp_path / "data.tar"), "--output_dir", str(tmp_path / "out")])
     built = datasets.load_from_disk(tmp_path / "out")
     assert sum(part.num_rows for part in built.values()) == 30
     assert set(os.listdir(tmp_path)) - before == {"out"}
@@ -156,9 +156,11 @@ def test_names_are_shown_so_that_a_terminal_does_not_obey(tmp_path, name, capsys
         rows.append({"file_name": f"{split}.png", "captions": ["a"], "split": split})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match="1 images are missing or broken") as caught:
-        own_data.main([str(folder), "--output", str(tmp_path / "out")])
+        own_data.main([str(folder), "--output_dir", str(tmp_path / "out")])
     assert repr(name) in str(caught.value) and name not in str(caught.value)
     index = index_folder(*student, folder, tmp_path / "cache")
     assert list(index.skipped) == [name] and printable(name) == repr(name)
-    search.main(["--model", str(saved), "--images", str(folder), "--cache_dir", str(tmp_path / "cache"), "a"])
+    search.main(
+        ["--model_name_or_path", str(saved), "--images", str(folder), "--cache_dir", str(tmp_path / "cache"), "a"]
+    )
     assert repr(name) in capsys.readouterr().out

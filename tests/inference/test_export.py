@@ -48,7 +48,8 @@ def exported(saved):
     """The folder of a whole run, and what the run printed."""
     folder = saved.with_name("exported")
     command = [
-        "--model", str(saved), "--output", str(folder), "--dataset", str(saved.with_name("rows")), "--limit", "15",
+        "--model_name_or_path", str(saved), "--output_dir", str(folder),
+        "--dataset_name", str(saved.with_name("rows")), "--limit", "15",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         printed = []
@@ -195,7 +196,7 @@ def test_a_file_that_differs_from_torch_is_refused_and_leaves_nothing(exported, 
     other.save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other")
     with pytest.raises(RuntimeError, match=r"text_model.onnx differs from torch by .* for input_ids \[1, 12\]"):
-        export.main(["--model", str(tmp_path / "other"), "--output", str(tmp_path / "out")])
+        export.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -223,12 +224,12 @@ def test_image_settings(settings, right):
 def test_without_the_extra_it_says_what_to_install(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=rf'^error: {name} is not installed: pip install -e "\.\[onnx\]"'):
-        export.main(["--model", "any", "--output", str(tmp_path / "out")])
+        export.main(["--model_name_or_path", "any", "--output_dir", str(tmp_path / "out")])
 
 
 def test_bad_arguments_stop_before_the_export(saved, tmp_path, capsys):
-    arguments = ["--model", str(saved), "--output"]
-    rows = ["--dataset", str(saved.with_name("rows"))]
+    arguments = ["--model_name_or_path", str(saved), "--output_dir"]
+    rows = ["--dataset_name", str(saved.with_name("rows"))]
     for bad, message in (
         ([str(saved)], "exists and is not empty"),
         ([str(tmp_path / "out"), "--limit", "0"], "--limit 0: expected 1 or more"),

@@ -339,7 +339,14 @@ def test_command_line(student, folder, tmp_path, capsys):
     model.save_pretrained(tmp_path / "student")
     processor.save_pretrained(tmp_path / "student")
     (folder / "broken.jpg").write_text("no")
-    common = ["--model", str(tmp_path / "student"), "--images", str(folder), "--cache_dir", str(tmp_path / "cache")]
+    common = [
+        "--model_name_or_path",
+        str(tmp_path / "student"),
+        "--images",
+        str(folder),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    ]
     main([*common, "arrow left", "--k", "3", "--grid", str(tmp_path / "text.png")])
     text = capsys.readouterr()
     for result in index_folder(model, processor, folder, tmp_path / "cache").search_text("arrow left", 3):
