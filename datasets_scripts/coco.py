@@ -11,6 +11,8 @@ and COCO's own image ids. Nothing of COCO ships with this project.
 
 from __future__ import annotations
 
+from rows.command_line import run_program
+
 from .karpathy import Benchmark, run
 from .source_rows import Columns
 
@@ -33,4 +35,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

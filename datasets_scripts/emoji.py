@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 
 from .building import SPLITS, Row, build, parse_arguments
 from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
@@ -140,4 +140,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+from rows.command_line import run_program
+
 from .karpathy import Benchmark, run
 from .source_rows import Columns
 
@@ -24,7 +26,7 @@ FLICKR30K = Benchmark(
     # The number that Flickr gave the photo; Karpathy's imgid counts the entries of one file.
     image_id_of=lambda entry: PurePosixPath(entry["filename"]).stem,
     hub_id="AnyModal/flickr30k",
-    hub_columns=Columns(image="image", caption="alt_text", id="filename"),
+    hub_columns=Columns(image="image", captions=("alt_text",), id="filename"),
     image_id_of_hub=lambda filename: PurePosixPath(filename).stem,
 )
 
@@ -34,4 +36,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

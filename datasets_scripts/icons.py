@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_fr
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 from rows.files import write_beside
 
 from . import glyphs
@@ -278,4 +278,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -21,7 +21,7 @@ import torch
 from datasets_scripts.building import parse_arguments
 from datasets_scripts.opening import open_dataset
 from rows.checks import check_rows
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 from rows.files import write_beside
 from rows.teacher_columns import feature_columns, teacher_columns
 
@@ -130,4 +130,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

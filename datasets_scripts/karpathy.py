@@ -17,7 +17,7 @@ from rows.files import file_in, read_file
 
 from .building import SPLIT_OF, SPLITS, Row, build, parse_arguments
 from .source_rows import Columns, rows_by_split
-from .sources import tables_of_datasets
+from .sources import Source
 
 
 # Counts of training images that come of a well-known mistake.
@@ -93,7 +93,8 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
 
 def read_hub(hub_id: str, revision: str | None, columns: Columns, benchmark: Benchmark) -> dict[str, list[Row]]:
     """Rows of a copy on the Hub, in its order."""
-    parts = rows_by_split(tables_of_datasets(datasets.load_dataset(hub_id, revision=revision), columns))
+    source = Source(hub_id, columns, cache=Path(datasets.config.HF_DATASETS_CACHE))
+    parts = rows_by_split(source.tables_of_datasets(datasets.load_dataset(hub_id, revision=revision))).parts
     for rows in parts.values():
         for row in rows:
             row.image_id = benchmark.image_id_of_hub(row.image_id)
@@ -132,7 +133,7 @@ def run(benchmark: Benchmark, module: str, doc: str, arguments: list[str] | None
     parser.add_argument("--revision", help="Branch (refs/convert/parquet), tag or commit of the Hub's copy.")
     for name, default in (
         ("image_column", benchmark.hub_columns.image),
-        ("caption_column", benchmark.hub_columns.caption),
+        ("caption_column", (benchmark.hub_columns.captions or (None,))[0]),
         ("id_column", benchmark.hub_columns.id),
     ):
         parser.add_argument(f"--{name}", default=default, help="Column of the Hub's copy (default: %(default)s).")
@@ -145,7 +146,8 @@ def run(benchmark: Benchmark, module: str, doc: str, arguments: list[str] | None
     if bool(options.hub_id) == bool(options.karpathy or options.images):
         parser.error("expected either --karpathy and --images, or --hub_id")
     if options.hub_id:
-        columns = Columns(options.image_column, options.caption_column, options.id_column)
+        captions = None if options.caption_column is None else (options.caption_column,)
+        columns = Columns(options.image_column, captions, options.id_column)
         parts = read_hub(options.hub_id, options.revision, columns, benchmark)
         how_made = f"{benchmark.title} under Karpathy's split, from the Hub's {as_code(options.hub_id)}, in its order."
     elif options.karpathy and options.images:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 
 import datasets
 from huggingface_hub import DatasetCard
 
-from datasets_scripts.source_rows import ID_NAMES
+from datasets_scripts.samples import captions_of_sample, id_of_sample, image_names, place_of_tar
 from rows.columns import Splits
 from rows.images import check_image_paths
+
+
+Part = datasets.Dataset | datasets.IterableDataset
 
 
 def open_dataset(name: str, config_name: str | None = None, streaming: bool = False) -> Splits:
@@ -38,13 +42,14 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
         with readable(name):
             rows = datasets.load_dataset(name, config_name, streaming=streaming)
         if not streaming:
+            rows = datasets.DatasetDict({split: _webdataset_rows(part, name) for split, part in rows.items()})
             return _checked(rows, name)
         unknown = [split for split, part in rows.items() if part.column_names is None]
         if unknown:
             raise ValueError(
                 f"{name} does not say what columns its {', '.join(unknown)} split has: it cannot be streamed."
             )
-        return type(rows)({split: _webdataset_rows(part) for split, part in rows.items()})
+        return type(rows)({split: _webdataset_rows(part, name) for split, part in rows.items()})
     _checked(rows, name)
     if streaming:
         return datasets.IterableDatasetDict({split: part.to_iterable_dataset() for split, part in rows.items()})
@@ -75,30 +80,15 @@ def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     return rows
 
 
-def _webdataset_rows(part: datasets.IterableDataset) -> datasets.IterableDataset:
-    """Samples of a webdataset (KEY.jpg with KEY.txt, or KEY.json with captions) as rows; any other stream as it is."""
-
+def _webdataset_rows(part: Part, name: str) -> Part:
+    """Samples of a webdataset (KEY.jpg with KEY.txt or KEY.json) as rows; those without an image or a caption are left
+    out. Any other part stays as it is."""
     names = part.column_names
     if "__key__" not in names:
         return part
-    image = next((name for name in ("jpg", "jpeg", "png", "webp") if name in names), None)
-    if image is None:
-        raise ValueError(f"The webdataset has no jpg, jpeg, png or webp files (it has {', '.join(names)}).")
-
-    def to_row(sample: dict) -> dict:
-        described = sample.get("json") or {}
-        captions = next((described[name] for name in ("captions", "caption", "text") if described.get(name)), None)
-        captions = captions or sample.get("txt") or []
-        return {
-            "image": sample[image],
-            "captions": [captions] if isinstance(captions, str) else captions,
-            "image_id": next(
-                (str(described[name]) for name in ID_NAMES if described.get(name) is not None),
-                # Keys may start again in every tar, tars in every folder.
-                "/".join(PurePosixPath(sample["__url__"]).with_suffix("").parts[-2:]) + f"/{sample['__key__']}",
-            ),
-        }
-
+    images = list(image_names(names))
+    if not images:
+        raise ValueError(f"The webdataset has no images (its files end in {', '.join(names)}).")
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -106,8 +96,31 @@ def _webdataset_rows(part: datasets.IterableDataset) -> datasets.IterableDataset
             "image_id": datasets.Value("string"),
         }
     )
-    part = part.cast_column(image, datasets.Image(decode=False))
-    return part.map(to_row, remove_columns=names, features=features)
+    for image in images:
+        part = part.cast_column(image, datasets.Image(decode=False))
+    part = part.filter(partial(_is_whole, images))
+    return part.map(partial(_sample_to_row, images, name), remove_columns=names, features=features)
+
+
+# Top-level functions: a loader's worker that is not forked gets them pickled.
+
+
+def _described(sample: dict) -> dict | None:
+    return sample["json"] if isinstance(sample.get("json"), dict) else None
+
+
+def _is_whole(images: list[str], sample: dict) -> bool:
+    has_image = any(sample[image] is not None for image in images)
+    return has_image and bool(captions_of_sample(_described(sample), sample.get("txt")))
+
+
+def _sample_to_row(images: list[str], name: str, sample: dict) -> dict:
+    described = _described(sample)
+    return {
+        "image": next(sample[image] for image in images if sample[image] is not None),
+        "captions": captions_of_sample(described, sample.get("txt")),
+        "image_id": id_of_sample(described, sample["__key__"], place_of_tar(sample["__url__"], name)),
+    }
 
 
 def license_of(rows: Splits, name: str) -> str | None:

@@ -4,11 +4,12 @@
 
 SOURCE is one of
 
-- a folder with images and `metadata.jsonl` (or .csv, .parquet), here or in sub-folders: `file_name` and `captions`
-  (a list) or `caption` / `text`; images in train/, validation/, test/ keep that split;
-- a csv, tsv, jsonl or parquet file, or a glob of several: paths relative to the file (parquet: or the images) and
-  captions, one row an image or one row a caption;
-- webdataset tars: a folder, a file or a glob; each sample an image with .txt or .json (`captions`, `caption`, `text`);
+- a folder with images and, found in this order: `metadata.jsonl` (or .csv, .json, .parquet) here or in sub-folders;
+  webdataset tars; a .txt or .json beside each image; a table such as captions.csv; a folder for each class (with
+  --caption_template);
+- a csv, tsv, txt, json, jsonl or parquet file, or a glob of several: paths and captions, one row an image or one row a
+  caption; COCO's captions_*.json, Flickr's results.csv and .token files, with --images;
+- webdataset tars: a file or a glob; each sample an image with .txt (a caption a line) or .json;
 - a dataset: a folder of `save_to_disk`, a folder of parquet files in the Hub's layout, or a Hub id.
 
 Rows of one image become one, captions in order, each once. Without a validation or test split, images go to them by
@@ -25,9 +26,9 @@ import tempfile
 from pathlib import Path
 
 from datasets_scripts.source_rows import Columns, rows_by_split
-from datasets_scripts.sources import HUB_ID, license_of_source, read_source
+from datasets_scripts.sources import HUB_ID, Source, license_of_source
 from model_cards.tables import as_code
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 
 from .building import SPLITS, Row, build, fold, parse_arguments
 
@@ -77,24 +78,35 @@ def assign_splits(
     return result
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Command("datasets_scripts.own_data", __doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=argparse.SUPPRESS)  # the old way
     parser.add_argument("--dataset_name", metavar="SOURCE", help="Folder, file, glob or Hub id, as described above.")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="Folder that a table's paths or names lead to.")
     parser.add_argument("--image_column", help="Column of images or paths (default: found by its usual names).")
     parser.add_argument(
-        "--caption_column", help="Column of texts or lists of them (default: found by its usual names)."
+        "--caption_column",
+        action="append",
+        help="Column of texts or lists of them, or what lies in objects: sentences.raw. May be given several times "
+        "(default: found by its usual names).",
     )
     parser.add_argument("--id_column", help="Column of what identifies an image (default: its path, or its content).")
     parser.add_argument("--group_column", help="Column that is equal for images which count as the same thing.")
     parser.add_argument(
-        "--validation_share",
-        type=float,
-        default=0.1,
-        help="Share of images to validate on (default: %(default)s).",
+        "--caption_template", metavar="TEXT", help="Puts names of classes into a sentence: 'a photo of a {}'."
+    )
+    parser.add_argument("--encoding", help="Encoding of tables of text, such as latin-1 (default: found by looking).")
+    parser.add_argument("--delimiter", help="What separates a table's cells (default: found by looking).")
+    parser.add_flag("--ignore_splits", help="Take no notice of folders, files and columns that name a split.")
+    parser.add_argument("--dataset_config_name", help="Configuration of a Hub dataset.")
+    parser.add_argument("--revision", help="Branch, tag or commit of a Hub dataset.")
+    parser.add_argument("--split", help="Take this split of a Hub dataset alone.")
+    parser.add_argument("--rows", type=int, help="Take only the first so many rows of each split of a dataset.")
+    parser.add_argument(
+        "--validation_share", type=float, default=0.1, help="Share of images to validate on (default: %(default)s)."
     )
     parser.add_argument(
-        "--test_share", type=float, default=0.1, help="Share of the images to test on (default: %(default)s)."
+        "--test_share", type=float, default=0.1, help="Share of images to test on (default: %(default)s)."
     )
     parser.add_argument("--data_license", help="Licence of the data (default: what the source says, or 'unknown').")
     parser.add_argument("--skip_broken", action="store_true", help="Leave out missing and broken images.")
@@ -103,24 +115,58 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("name the source once: --dataset_name SOURCE")
     if options.source is not None:
         print("SOURCE is called --dataset_name now.", file=sys.stderr)
-    source = options.dataset_name or options.source
+        options.dataset_name = options.source
     shares = options.validation_share, options.test_share
     if min(shares) <= 0 or sum(shares) >= 1:
         parser.error(f"--validation_share and --test_share are {shares}, expected positive and a sum below 1")
-    columns = Columns(options.image_column, options.caption_column, options.id_column, options.group_column)
-    options.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{options.output_dir.name}-", dir=options.output_dir.parent) as cache:
-        parts = assign_splits(rows_by_split(read_source(source, columns, Path(cache))), *shares)
-        for rows in parts.values():
+    if options.images is not None and not options.images.is_dir():
+        parser.error(f"--images {options.images} is no folder")
+    if options.caption_template is not None and options.caption_template.count("{}") != 1:
+        parser.error(f"--caption_template {options.caption_template!r}: expected one {{}} where the name goes")
+    if options.delimiter is not None and len(options.delimiter) != 1:
+        parser.error(f"--delimiter {options.delimiter!r}: expected one character")
+    if options.rows is not None and options.rows < 1:
+        parser.error(f"--rows {options.rows}: expected 1 or more")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the source and writes the dataset.
+
+    Raises:
+        FileNotFoundError, ValueError: the source cannot be read, or what is read makes no dataset.
+    """
+    options = parse(arguments)
+    name, output = options.dataset_name, options.output_dir
+    captions = None if options.caption_column is None else tuple(options.caption_column)
+    columns = Columns(options.image_column, captions, options.id_column, options.group_column)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as cache:
+        source = Source(
+            name,
+            columns,
+            Path(cache),
+            images=options.images,
+            encoding=options.encoding,
+            delimiter=options.delimiter,
+            template=options.caption_template,
+            ignore_splits=options.ignore_splits,
+            config_name=options.dataset_config_name,
+            revision=options.revision,
+            split=options.split,
+            rows=options.rows,
+        )
+        found = rows_by_split(source.tables())
+        for rows in found.parts.values():
             for row in rows:
                 row.captions = list(dict.fromkeys(map(fold, row.captions)))
-        is_on_hub = re.fullmatch(HUB_ID, source) and not Path(source).exists()
+        is_on_hub = re.fullmatch(HUB_ID, name) and not Path(name).exists()
         # Of a path, only the last part is published.
-        how_made = f"Made from {as_code(source if is_on_hub else Path(source).resolve().name)}."
-        title = options.output_dir.name
-        license = options.data_license or license_of_source(source) or "unknown"
-        build(parts, options.output_dir, title, how_made, license, options.skip_broken, options.push_to_hub)
+        how_made = f"Made from {as_code(name if is_on_hub else Path(name).resolve().name)}."
+        license = options.data_license or license_of_source(name) or "unknown"
+        parts = assign_splits(found.parts, options.validation_share, options.test_share)
+        build(parts, output, output.name, how_made, license, options.skip_broken, options.push_to_hub)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -2,38 +2,103 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import json
+import math
+import os
 import re
 import reprlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+import unicodedata
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
-from datasets_scripts.building import SPLIT_OF, Row
+from datasets_scripts.building import Row
+from datasets_scripts.split_words import SPLIT_OF, split_of_path, split_of_word
 from rows.files import file_in, printable, read_file
 
 
 IMAGE_NAMES = (
     "image img file_name filename filepath file_path path image_path img_path image_file image_name jpg jpeg png webp"
 ).split()
-CAPTION_NAMES = "captions caption text texts txt alt_text sentences sentence".split()
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+CAPTION_NAMES = "captions caption text texts txt alt_text sentences sentence comment".split()
+NUMBERED_CAPTION = re.compile(r"(captions?|text|sentence|comment)_?\d+")
 # The first that is there. Not `id`: it may count captions.
 ID_NAMES = "image_id cocoid img_id imgid".split()
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif")
+TEXT_OF_OBJECT = ("raw", "caption", "text", "sentence")  # of a caption that is an object, such as Karpathy's
+LONGEST_LIST = 1 << 20  # characters of a cell that is read as a Python list
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what; None: look for the usual names (group: `group_id`, or none)."""
+    """Which columns hold what; None: look for the usual names (group: `group_id`, or none).
+
+    A caption's name may lead into objects: `sentences.raw`.
+    """
 
     image: str | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] | None = None
     id: str | None = None
     group: str | None = None
+
+
+@dataclass
+class ImageFolder:
+    """The folder that a table's paths are relative to, and that they must not leave.
+
+    Args:
+        root: may be a link itself; no link below it may leave it.
+        by_name: a name that leads nowhere is looked for in all folders below, as COCO's and Flickr's files name them.
+    """
+
+    root: Path
+    by_name: bool = False
+
+    def find(self, name: object, below: Path = Path()) -> Path:
+        """The file below the root that a cell names, whether or not it is there.
+
+        Args:
+            name: from a table, and may be anything.
+            below: the table's own folder, relative to the root, where paths are relative to the table.
+
+        Raises:
+            ValueError: it is a URL, or leads out of the folder.
+        """
+        if isinstance(name, str) and re.match(r"\w+://", name):
+            raise ValueError(f"{name!r} is a URL: download the images first, with img2dataset, and give its folder")
+        if isinstance(name, str) and os.path.isabs(name):
+            for root in (self.root, self.root.resolve()):
+                if Path(name).is_relative_to(root):
+                    return file_in(self.root, str(Path(name).relative_to(root)))
+        path = file_in(self.root / below, name)
+        if path.exists():
+            return path
+        variants = [name.replace("\\", "/")] if "\\" in name else []
+        variants += [unicodedata.normalize(form, text) for text in (name, *variants) for form in ("NFC", "NFD")]
+        for variant in variants:
+            if (found := file_in(self.root / below, variant)).exists():
+                return found
+        if self.by_name:
+            last = unicodedata.normalize("NFC", PurePosixPath(variants[0] if "\\" in name else name).name)
+            if last in self._by_name:
+                return file_in(self.root, str(self._by_name[last].relative_to(self.root)))
+        return path
+
+    @cached_property
+    def _by_name(self) -> dict[str, Path]:
+        """Files below by their name, those whose name is there once."""
+        found: dict[str, Path | None] = {}
+        for parent, _, names in os.walk(self.root):
+            for name in names:
+                key = unicodedata.normalize("NFC", name)
+                found[key] = None if key in found else Path(parent) / name
+        return {name: path for name, path in found.items() if path is not None}
 
 
 @dataclass
@@ -42,38 +107,58 @@ class Table:
 
     Args:
         name: for messages.
-        split: of all rows that have no `split` of their own; None where the source does not say.
         columns: where things are, complete but for id and group.
-        rows: dicts; the image is a path below `folder` or a function that returns its bytes.
-        folder: of the paths.
-        root: image ids are paths below it.
+        rows: dicts; the image is a path or a function that returns its bytes.
+        split: of all rows that have no `split` of their own; None where the source does not say.
+        images: where paths lead.
+        folder: the table's own, below the images' root: paths are relative to it.
         split_by_folder: an image in a folder named train, validation or test belongs to that split.
+        template: captions are names of classes, to be put into it.
     """
 
     name: str
-    split: str | None
     columns: Columns
     rows: Iterable[dict]
-    folder: Path | None = None
-    root: Path | None = None
+    split: str | None = None
+    images: ImageFolder | None = None
+    folder: Path = Path()
     split_by_folder: bool = False
+    template: str | None = None
 
 
-def rows_by_split(tables: list[Table]) -> dict[str | None, list[Row]]:
-    """Rows of tables, one an image, in order of appearance; None holds those whose split is not known.
+@dataclass
+class Found:
+    """What reading a source brought: rows by split (None: not known), and what was left out, a line each.
+
+    Args:
+        left_out: rows without an image, say.
+        failed: rows that the program which made the source had marked as failed.
+    """
+
+    parts: dict[str | None, list[Row]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def rows_by_split(tables: list[Table]) -> Found:
+    """Rows of tables, one an image, in order of appearance.
 
     Raises:
         ValueError: an id stands for two images, an image is in two groups or splits; a cell is of a wrong type.
     """
     first: dict[str, tuple[str | None, Row]] = {}
-    parts: dict[str | None, list[Row]] = {}
+    found = Found()
     for table in tables:
         for i, cells in enumerate(tqdm(table.rows, desc=table.name, leave=False, disable=None)):
             try:
+                if is_missing(cells.get(table.columns.image)):
+                    which = f" ({printable(str(cells['__id__']))})" if "__id__" in cells else ""
+                    found.left_out.append(f"{printable(table.name)}, row {i + 1}{which}: there is no image")
+                    continue
                 split, row = _row(cells, table)
                 earlier_split, earlier = first.setdefault(row.image_id, (split, row))
                 if earlier is row:
-                    parts.setdefault(split, []).append(row)
+                    found.parts.setdefault(split, []).append(row)
                     continue
                 if earlier_split != split:
                     raise ValueError(f"image {row.image_id!r} is in two splits, {earlier_split} and {split}")
@@ -84,31 +169,38 @@ def rows_by_split(tables: list[Table]) -> dict[str | None, list[Row]]:
                 earlier.captions += row.captions
             except (OSError, ValueError) as error:
                 raise ValueError(f"{printable(table.name)}, row {i + 1}: {error}") from None
-    return parts
+    return found
 
 
-def split_of_path(path: Path | PurePosixPath) -> str | None:
-    """Split that a folder's name (`val/x`) or a word in a table's or tar's (`coco-train-0001.tar`) says."""
-    words = [part.lower() for part in path.parent.parts]
-    if path.suffix in (*TABLE_SUFFIXES, ".tar"):
-        words += re.split(r"[^a-z]+", path.stem.lower())
-    return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
+def is_missing(cell: object) -> bool:
+    """An empty cell: null, no text, or NaN, which pandas makes of either. The word None is a word."""
+    return cell is None or cell in ("", "nan", "NaN") or (isinstance(cell, float) and math.isnan(cell))
 
 
 def find_columns(names: list[str], columns: Columns, where: str) -> Columns:
+    """The columns of a table, those that the user named and the usual ones.
+
+    Raises:
+        ValueError: one is missing, or may be one of several.
+    """
     for option, given in (("--id_column", columns.id), ("--group_column", columns.group)):
         if given is not None and given not in names:
             raise ValueError(f"{where} has no column {given} ({option}); it has {', '.join(names)}")
+    captions = columns.captions
+    if captions is None:
+        numbered = tuple(name for name in names if NUMBERED_CAPTION.fullmatch(name.lower()))
+        plain = any(name.lower() in CAPTION_NAMES for name in names)
+        captions = numbered if numbered and not plain else (None,)
     return Columns(
         _find_column(names, columns.image, IMAGE_NAMES, "images", "--image_column", where),
-        _find_column(names, columns.caption, CAPTION_NAMES, "captions", "--caption_column", where),
+        tuple(_find_column(names, name, CAPTION_NAMES, "captions", "--caption_column", where) for name in captions),
         columns.id or next((name for name in ID_NAMES if name in names), None),
         columns.group or ("group_id" if "group_id" in names else None),
     )
 
 
 def _find_column(names: list[str], given: str | None, usual: list[str], what: str, option: str, where: str) -> str:
-    if given in names:
+    if given is not None and (given in names or given.split(".")[0] in names):
         return given
     found = [name for name in names if name.lower() in usual] if given is None else []
     if len(found) == 1:
@@ -119,38 +211,90 @@ def _find_column(names: list[str], given: str | None, usual: list[str], what: st
 
 def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
     columns = table.columns
-    image = cells.get(columns.image)
-    split = table.split
-    image_id = None
+    image = cells[columns.image]
+    split, image_id = table.split, None
     if callable(image):
         read = image
-        if "__key__" in cells:
-            # Keys may start again in every tar, tars in every folder.
-            image_id = (PurePosixPath(cells["__url__"]).with_suffix("") / cells["__key__"]).as_posix()
+        image_id = cells.get("__id__")
     else:
-        file = file_in(table.folder, image)
+        file = table.images.find(image, table.folder)
         read = partial(read_file, file)
-        place = file.relative_to(table.root)
+        place = file.relative_to(table.images.root)
         image_id = place.as_posix()
         if table.split_by_folder:
-            split = split_of_path(place) or split
-    if "split" in cells:
-        if not isinstance(cells["split"], str) or cells["split"] not in SPLIT_OF:
+            split = split_of_path(place, is_table=False)[0] or split
+    if not is_missing(cells.get("split")):
+        split = split_of_word(str(cells["split"]))
+        if split is None:
             raise ValueError(
-                f"unknown split {reprlib.repr(cells['split'])}, expected {', '.join(SPLIT_OF)}; or rename the column"
+                f"unknown split {reprlib.repr(cells['split'])}, expected {', '.join(SPLIT_OF)}; rename the column, or "
+                "take no notice of it by --ignore_splits"
             )
-        split = SPLIT_OF[cells["split"]]
     if columns.id is not None:
         image_id = _name(cells.get(columns.id), columns.id)
     group_id = None if columns.group is None else _name(cells.get(columns.group), columns.group)
-    captions = cells.get(columns.caption)
-    captions = [captions] if isinstance(captions, str) else captions or []
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"column {columns.caption} holds {reprlib.repr(captions)}, expected text or a list of texts")
+    captions = [text for name in columns.captions for text in captions_of(_cell(cells, name), name)]
+    if table.template is not None:
+        captions = [table.template.format(readable_class(name)) for name in captions]
     if image_id is None:
         # Nothing names the image but the image.
         image_id = hashlib.blake2b(read(), digest_size=8).hexdigest()
-    return split, Row(image_id, list(captions), read, group_id)
+    return split, Row(image_id, captions, read, group_id)
+
+
+def _cell(cells: dict, name: str) -> object:
+    """A cell, or what lies in its objects: `sentences.raw`."""
+    if name in cells:
+        return cells[name]
+    first, *rest = name.split(".")
+    return _within(cells.get(first), rest)
+
+
+def _within(value: object, names: list[str]) -> object:
+    if not names:
+        return value
+    if isinstance(value, list):
+        return [_within(item, names) for item in value]
+    return _within(value.get(names[0]) if isinstance(value, dict) else None, names[1:])
+
+
+def captions_of(cell: object, column: str) -> list[str]:
+    """The captions of a cell: text, a list of texts however deep, objects with a text, or a list written as text.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if is_missing(cell):
+        return []
+    if isinstance(cell, str):
+        return _list_in(cell) or [cell]
+    if isinstance(cell, (list, tuple)):
+        return [caption for item in cell for caption in captions_of(item, column)]
+    if isinstance(cell, dict):
+        named = [name for name in TEXT_OF_OBJECT if name in cell]
+        if len(named) == 1:
+            return captions_of(cell[named[0]], column)
+    raise ValueError(
+        f"column {column} holds {reprlib.repr(cell)}, expected text or a list of texts (name what lies in an object: "
+        f"--caption_column {column}.raw)"
+    )
+
+
+def _list_in(cell: str) -> list[str] | None:
+    """A list that was written as text, by JSON or by pandas: `["a cat"]`, `['a cat']`; None for any other text."""
+    if not cell.startswith("[") or len(cell) > LONGEST_LIST:
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            captions = parse(cell)
+            if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
+                return [text for text in captions if not is_missing(text)]
+    return None
+
+
+def readable_class(name: str) -> str:
+    """The name of a class as words: `golden_retriever`, `golden-retriever` -> `golden retriever`."""
+    return " ".join(re.sub(r"[_\-]+", " ", name).split())
 
 
 def _name(cell, column: str) -> str:
@@ -162,7 +306,10 @@ def _name(cell, column: str) -> str:
 
 
 def _same_image(first: Row, second: Row) -> bool:
-    if first.read.args == second.read.args:
+    def content(read: Callable[[], bytes]) -> object:
+        return read.args if isinstance(read, partial) else read
+
+    if content(first.read) == content(second.read):
         return True
     try:
         return first.read() == second.read()

@@ -1,121 +1,260 @@
-"""A source of images and captions as people have it, opened as tables and read as rows."""
+"""A source of images and captions as people have it, opened as tables: which form it has is found by looking."""
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import datasets
 from huggingface_hub import constants
-from tqdm.auto import tqdm
 
-from datasets_scripts.building import SPLIT_OF
 from datasets_scripts.opening import license_on_card, readable
-from datasets_scripts.source_rows import IMAGE_SUFFIXES, TABLE_SUFFIXES, Columns, Table, find_columns, split_of_path
+from datasets_scripts.samples import captions_of_sample, id_of_sample, image_names, place_of_tar, table_of_tar
+from datasets_scripts.source_files import TEXT_SUFFIXES, read_text_table, suffix_of
+from datasets_scripts.source_folders import has_sidecars, list_images, table_of_classes, table_of_sidecars, tables_in
+from datasets_scripts.source_rows import Columns, ImageFolder, Table, find_columns
+from datasets_scripts.split_words import SPLIT_OF, split_of_path, split_of_word
 from rows.files import read_file
 
 
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
-LONGEST_TEXT = 1 << 20  # bytes, of a .txt or .json in a tar
-METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
 
 
-def read_source(source: str, columns: Columns, cache: Path) -> list[Table]:
-    """Finds out which form a source has (`datasets_scripts.own_data` lists them) and opens it.
+@dataclass
+class Source:
+    """What to read, and how far the user has said what it is.
 
     Args:
-        source: path, glob or Hub id.
+        name: path, glob or Hub id.
         columns: as far as the user named them.
         cache: a folder that lives as long as the tables.
+        images: the folder that paths lead to and do not leave; None: each table's own.
+        encoding, delimiter: of tables of text; None: found by looking.
+        template: puts names of classes into a sentence, with one `{}`.
+        ignore_splits: take no notice of folders, files and columns that name a split.
+        config_name, revision, split: of a dataset on the Hub.
+        rows: read only the first so many of each split of a dataset.
 
-    Raises:
-        FileNotFoundError, ValueError: nothing is there, or it is of no form known; a column is missing or ambiguous.
+    Attributes:
+        failed: lines about what the program that made the source had marked as failed.
+        decided: names of folders and files that decided a split.
     """
-    path = Path(source)
-    if path.is_dir():
+
+    name: str
+    columns: Columns
+    cache: Path
+    images: Path | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    template: str | None = None
+    ignore_splits: bool = False
+    config_name: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    rows: int | None = None
+    failed: list[str] = field(default_factory=list)
+    decided: dict[str, str] = field(default_factory=dict)
+
+    def tables(self) -> list[Table]:
+        """Finds out which form the source has (`datasets_scripts.own_data` lists them) and opens it.
+
+        Raises:
+            FileNotFoundError, ValueError: nothing is there, or it is of no form known; a column is missing or
+                ambiguous.
+        """
+        path = Path(self.name)
+        if path.is_dir():
+            tables = self._tables_of_folder(path)
+        else:
+            files = [path] if path.is_file() else sorted(map(Path, glob.glob(self.name, recursive=True)))
+            if files:
+                root = Path(os.path.commonpath([file.parent for file in files]))
+                tables = [self._table_of_file(file, root) for file in files]
+            else:
+                tables = self._tables_of_hub()
+        if self.ignore_splits:
+            for table in tables:
+                table.split, table.split_by_folder, table.rows = None, False, _without_split(table.rows)
+        elif self.decided:
+            said = ", ".join(f"{name} -> {split}" for name, split in sorted(self.decided.items()))
+            print(f"the splits follow from names: {said} (--ignore_splits takes no notice of them)")
+        return tables
+
+    def _tables_of_folder(self, path: Path) -> list[Table]:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            with readable(source):
-                return tables_of_datasets(datasets.load_from_disk(path), columns)
+            with readable(self.name):
+                return self.tables_of_datasets(datasets.load_from_disk(path))
         if files := sorted(file for file in path.rglob("metadata.*") if file.name in METADATA):
-            return [_table_of_file(file, path, columns, cache) for file in files]
+            tables = [self._table_of_file(file, path) for file in files]
+            self._say_images_without_rows(path, tables)
+            return tables
         if files := sorted(path.rglob("*.tar")):
-            return [_table_of_tar(file, path, columns) for file in files]
-        with readable(source):
-            return tables_of_datasets(datasets.load_dataset(source, cache_dir=str(cache)), columns)
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
-    for file in files:
-        if file.suffix.lower() not in (*TABLE_SUFFIXES, ".tar"):
-            raise ValueError(f"{file}: expected a file ending in {', '.join(TABLE_SUFFIXES)} or .tar (unpacked)")
-    if files:
-        root = Path(os.path.commonpath([file.parent for file in files]))
-        return [
-            _table_of_tar(file, root, columns)
-            if file.suffix.lower() == ".tar"
-            else _table_of_file(file, root, columns, cache)
-            for file in files
-        ]
-    if not re.fullmatch(HUB_ID, source):
-        raise FileNotFoundError(f"nothing at {source}: expected a folder, file, glob or Hub id such as name/data")
-    print(f"{source} is no file or folder here: taken for a dataset on the Hub")
-    with readable(source):
-        return tables_of_datasets(datasets.load_dataset(source), columns)
+            return [self._table_of_file(file, path) for file in files]
+        images = list_images(path)
+        if images and has_sidecars(path, images):
+            self._note_folders(images)
+            return [replace(table_of_sidecars(path, images, self.failed), template=self.template)]
+        found = tables_in(path, images)
+        if images and found:
+            of_splits = [file for file in found if split_of_path(Path(file.name), is_table=True)[0]]
+            if len(found) > 1 and len(of_splits) < len(found):
+                names = ", ".join(str(file.relative_to(path)) for file in found[:5])
+                raise ValueError(f"{path} has images and several tables ({names}): name the one that has the captions")
+            print(f"the captions are taken from {', '.join(str(file.relative_to(path)) for file in found)}")
+            tables = [self._table_of_file(file, path) for file in found]
+            self._say_images_without_rows(path, tables)
+            return tables
+        if images:
+            self._note_folders(images)
+            return [table_of_classes(path, images, self.template)]
+        with readable(self.name):
+            loaded = datasets.load_dataset(self.name, self.config_name, cache_dir=str(self.cache))
+        return self.tables_of_datasets(loaded)
+
+    def _tables_of_hub(self) -> list[Table]:
+        if not re.fullmatch(HUB_ID, self.name):
+            raise FileNotFoundError(
+                f"nothing at {self.name}: expected a folder, file, glob or Hub id such as name/data"
+            )
+        print(f"{self.name} is no file or folder here: taken for a dataset on the Hub")
+        settings = {"name": self.config_name, "revision": self.revision, "split": self.split}
+        with readable(self.name):
+            loaded = datasets.load_dataset(self.name, **{name: of for name, of in settings.items() if of is not None})
+        return self.tables_of_datasets(loaded)
+
+    def tables_of_datasets(self, loaded: datasets.Dataset | datasets.DatasetDict) -> list[Table]:
+        """Tables of a dataset whose images are in it (a column of Image or of bytes), one a split."""
+        if isinstance(loaded, datasets.Dataset):
+            return [self._table_of_dataset(loaded, "the dataset")]
+        splits = {name: None if self.ignore_splits else split_of_word(name) for name in loaded}
+        if len(loaded) > 1 and not self.ignore_splits and None in splits.values():
+            raise ValueError(
+                f"the dataset has the splits {', '.join(loaded)}; expected one, or some of {', '.join(SPLIT_OF)}. "
+                "Take one by --split, or all without their splits by --ignore_splits"
+            )
+        self.decided |= {name: split for name, split in splits.items() if split not in (None, name)}
+        return [replace(self._table_of_dataset(part, name), split=splits[name]) for name, part in loaded.items()]
+
+    def _table_of_dataset(self, dataset: datasets.Dataset, name: str, file: Path | None = None) -> Table:
+        """`file`: the parquet file that the dataset was read from, whose column of paths is relative to its folder."""
+        dataset = dataset if self.rows is None else dataset.select(range(min(self.rows, len(dataset))))
+        columns, names = self.columns, list(dataset.column_names)
+        if "__key__" in names:
+            return self._table_of_samples(dataset, name)
+        with_images = [column for column, feature in dataset.features.items() if _holds_images(feature)]
+        if columns.image is None and len(with_images) == 1:
+            columns = replace(columns, image=with_images[0])
+        columns = find_columns(names, columns, name)
+        wanted = {*(caption.split(".")[0] for caption in columns.captions), columns.id, columns.group, "split"}
+        images = None
+        if columns.image in with_images:
+            images = _undecoded(dataset.select_columns([columns.image]), columns.image)
+        elif file is not None:
+            wanted.add(columns.image)
+        else:
+            kind = dataset.features[columns.image]
+            hint = "give tables of paths as a file or a glob such as 'data/*.csv'"
+            raise ValueError(f"{name}: column {columns.image} holds {kind}, expected images; {hint}")
+        texts = dataset.select_columns([column for column in names if column in wanted])
+        labels = {c: f for c, f in dataset.features.items() if isinstance(f, datasets.ClassLabel) and c in wanted}
+
+        def rows() -> Iterator[dict]:
+            for i, cells in enumerate(_plain_rows(texts)):
+                for column, feature in labels.items():
+                    cells[column] = None if cells[column] is None else feature.int2str(cells[column])
+                if images is not None:
+                    cells[columns.image] = partial(_read_cell, images, i, columns.image)
+                yield cells
+
+        return Table(name, columns, rows(), template=self.template)
+
+    def _table_of_samples(self, dataset: datasets.Dataset, name: str) -> Table:
+        """A webdataset that `datasets` has read."""
+        found = list(image_names(dataset.column_names))
+        if len(found) != 1:
+            raise ValueError(
+                f"{name}: expected one image in each sample of the webdataset; its files end in "
+                f"{', '.join(column for column in dataset.column_names if not column.startswith('__'))}"
+            )
+        images = _undecoded(dataset.select_columns(found), found[0])
+        texts = dataset.select_columns([c for c in dataset.column_names if c in ("json", "txt", "__key__", "__url__")])
+        captions = self.columns.captions
+
+        def rows() -> Iterator[dict]:
+            for i, cells in enumerate(_plain_rows(texts)):
+                described = cells.get("json") if isinstance(cells.get("json"), dict) else None
+                tar = place_of_tar(cells["__url__"], self.name)
+                yield {
+                    **(described or {}),
+                    "__image__": partial(_read_cell, images, i, found[0]),
+                    "__captions__": captions_of_sample(described, cells.get("txt")),
+                    "__id__": id_of_sample(described, cells["__key__"], tar),
+                }
+
+        columns = Columns("__image__", captions or ("__captions__",), self.columns.id, self.columns.group)
+        return Table(name, columns, rows(), template=self.template)
+
+    def _table_of_file(self, file: Path, root: Path) -> Table:
+        place, suffix = file.relative_to(root), suffix_of(file)
+        if suffix not in (*TEXT_SUFFIXES, ".parquet", ".tar"):
+            raise ValueError(
+                f"{file}: expected a file ending in {', '.join(TEXT_SUFFIXES)} (or with .gz), .parquet, or .tar"
+            )
+        split, decided_by = split_of_path(place, is_table=True)
+        if split is not None:
+            self.decided[decided_by] = split
+        if suffix == ".tar":
+            table = table_of_tar(file, root, self.columns, self.failed)
+        elif suffix == ".parquet":
+            with readable(str(file)):
+                dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(self.cache))
+            table = self._table_of_dataset(dataset, str(place), file)
+        else:
+            rows = read_text_table(file, self.encoding, self.delimiter)
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            table = Table(str(place), find_columns(names, self.columns, str(place)), rows)
+        table.split, table.template = split, self.template
+        if self.images is None:
+            table.images, table.folder = ImageFolder(root, by_name=False), place.parent
+        else:
+            table.images = ImageFolder(self.images, by_name=True)
+        table.split_by_folder = file.name in METADATA
+        return table
+
+    def _note_folders(self, images: list[Path]) -> None:
+        for folder in {image.parent for image in images}:
+            split, decided_by = split_of_path(folder / "x", is_table=False)
+            if split is not None:
+                self.decided[decided_by] = split
+
+    def _say_images_without_rows(self, path: Path, tables: list[Table]) -> None:
+        named = set()
+        for table in tables:
+            if not isinstance(table.rows, list) or self.images is not None:
+                return
+            named |= {str(row.get(table.columns.image)).replace("\\", "/").rpartition("/")[2] for row in table.rows}
+        lost = [image for image in list_images(path) if image.name not in named]
+        if lost:
+            what = "1 image of the folder has" if len(lost) == 1 else f"{len(lost):,} images of the folder have"
+            print(f"{what} no row and stay out; the first: {lost[0]}")
 
 
-def tables_of_datasets(loaded: datasets.Dataset | datasets.DatasetDict, columns: Columns) -> list[Table]:
-    """Tables of a dataset whose images are in it (a column of Image or of bytes), one a split."""
-    if isinstance(loaded, datasets.Dataset):
-        return [_table_of_dataset(loaded, "the dataset", None, columns)]
-    if len(loaded) > 1 and not set(loaded) <= set(SPLIT_OF):
-        raise ValueError(
-            f"the dataset has the splits {', '.join(loaded)}; expected one, or some of {', '.join(SPLIT_OF)}. "
-            "Save one with those only (`save_to_disk`)"
-        )
-    return [_table_of_dataset(part, split, SPLIT_OF.get(split), columns) for split, part in loaded.items()]
+def _without_split(rows) -> Iterator[dict]:
+    for cells in rows:
+        yield {name: cell for name, cell in cells.items() if name != "split"}
 
 
-def _table_of_dataset(
-    dataset: datasets.Dataset, name: str, split: str | None, columns: Columns, file: Path | None = None
-) -> Table:
-    """`file`: the parquet file that the dataset was read from; a column of paths is relative to its folder."""
-    with_images = [column for column, feature in dataset.features.items() if _holds_images(feature)]
-    names = list(dataset.column_names)
-    if isinstance(described := dataset.features.get("json"), dict):  # a webdataset's
-        names += described
-    if columns.image is None and len(with_images) == 1:
-        columns = replace(columns, image=with_images[0])
-    columns = find_columns(names, columns, name)
-    wanted = {columns.caption, columns.id, columns.group, "split", "__key__", "__url__"}
-    wanted |= {"json"} if isinstance(described, dict) else set()
-    if columns.image in with_images:
-        images = dataset.select_columns([columns.image]).cast_column(columns.image, datasets.Image(decode=False))
-    elif file is not None:
-        wanted.add(columns.image)
-    else:
-        hint = "give tables of paths as a file or a glob such as 'data/*.csv'"
-        kind = dataset.features[columns.image]
-        raise ValueError(f"{name}: column {columns.image} holds {kind}, expected images; {hint}")
-    texts = dataset.select_columns([column for column in dataset.column_names if column in wanted])
-
-    def rows() -> Iterator[dict]:
-        for i, cells in enumerate(_plain_rows(texts)):
-            if isinstance(described, dict):
-                cells |= cells["json"] or {}
-            if "__url__" in cells:  # where it lies on this machine, or on the Hub
-                cells["__url__"] = "/".join(PurePosixPath(cells["__url__"]).parts[-2:])
-            if columns.image in with_images:
-                cells[columns.image] = partial(_read_cell, images, i, columns.image)
-            yield cells
-
-    return Table(name, split, columns, rows(), folder=file and file.parent)
+def _undecoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    feature = dataset.features[column]
+    inner = getattr(feature, "feature", None)
+    undecoded = datasets.Image(decode=False)
+    return dataset.cast_column(column, datasets.List(undecoded) if _holds_images(inner) else undecoded)
 
 
 def _plain_rows(dataset: datasets.Dataset) -> Iterator[dict]:
@@ -124,13 +263,17 @@ def _plain_rows(dataset: datasets.Dataset) -> Iterator[dict]:
 
 
 def _holds_images(feature) -> bool:
+    """A column of images, of their bytes, or of lists of images."""
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}
+    if isinstance(feature, datasets.List):
+        return isinstance(feature.feature, datasets.Image)
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _read_cell(images: datasets.Dataset, i: int, column: str) -> bytes:
     cell = images[i][column]
+    cell = (cell[0] if cell else None) if isinstance(cell, list) else cell  # of several images the first
     if cell is None:
         raise FileNotFoundError("the cell is empty")
     if cell["bytes"] is not None:
@@ -141,129 +284,6 @@ def _read_cell(images: datasets.Dataset, i: int, column: str) -> bytes:
     if not any(path.is_relative_to(Path(cache).resolve()) for cache in caches):
         raise ValueError(f"the dataset holds no image but the path {path}, outside the datasets cache")
     return read_file(path)
-
-
-def _table_of_file(file: Path, root: Path, columns: Columns, cache: Path) -> Table:
-    is_metadata = file.name in METADATA
-    place = file.relative_to(root)
-    split = split_of_path(place)
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        with readable(str(file)):
-            dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(cache))
-        table = _table_of_dataset(dataset, str(place), split, columns, file)
-    else:
-        rows = _read_jsonl(file) if suffix == ".jsonl" else _read_csv(file, "\t" if suffix == ".tsv" else ",")
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        found = find_columns(names, columns, str(place))
-        if suffix != ".jsonl":
-            for cells in rows:
-                cells[found.caption] = _caption_list(cells[found.caption])
-        table = Table(str(place), split, found, rows, file.parent)
-    table.root = root
-    table.split_by_folder = is_metadata
-    return table
-
-
-@contextmanager
-def _utf8(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}): save it as that") from None
-
-
-def _caption_list(cell: str) -> str | list[str]:
-    """A cell of a table of text that holds several captions as JSON, `["a cat", "a pet"]`; any other is a caption."""
-    if cell.startswith("["):
-        with suppress(ValueError):
-            captions = json.loads(cell)
-            if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
-                return captions
-    return cell
-
-
-def _read_jsonl(file: Path) -> list[dict]:
-    rows = []
-    with _utf8(file), file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: expected an object, got {line[:80]!r}")
-            rows.append(row)
-    return rows
-
-
-def _read_csv(file: Path, delimiter: str) -> list[dict]:
-    # Without `strict`, a quote that is not closed would swallow the rest of the file as one caption.
-    with _utf8(file), file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            rows = []
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise ValueError(f"{len(cells)} cells under the {len(header)} columns {', '.join(header)}")
-                if cells:
-                    rows.append(dict(zip(header, cells)))
-        except UnicodeDecodeError:
-            raise
-        except (csv.Error, ValueError) as error:
-            hint = "cells with a separator, a quote or a newline must be quoted"
-            raise ValueError(f"{file}, line {reader.line_num}: {error}; {hint}") from None
-    return rows
-
-
-def _table_of_tar(file: Path, root: Path, columns: Columns) -> Table:
-    place = file.relative_to(root)
-    samples: dict[str, dict] = {}
-    where = str(file)
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tqdm(tar, desc=str(place), leave=False, disable=None):
-                where = f"{file}: {member.name}"
-                path = PurePosixPath(member.name)
-                stem, _, extension = path.name.partition(".")
-                suffix = PurePosixPath(path.name.lower()).suffix
-                if not member.isreg() or not stem or suffix not in (*IMAGE_SUFFIXES, ".txt", ".json"):
-                    continue
-                if member.issparse() or (suffix not in IMAGE_SUFFIXES and member.size > LONGEST_TEXT):
-                    raise ValueError(f"a sparse file or a text of {member.size:,} bytes, expected a plain one of less")
-                key = (path.parent / stem).as_posix()
-                cells = samples.setdefault(key, {"__key__": key, "__url__": place.as_posix()})
-                if suffix in IMAGE_SUFFIXES:
-                    if "__image__" in cells:
-                        raise ValueError("a second image of this sample, expected one")
-                    cells["__image__"] = partial(_read_slice, file, member.offset_data, member.size)
-                elif extension == "txt":
-                    cells["txt"] = tar.extractfile(member).read().decode()
-                elif extension == "json":
-                    described = json.loads(tar.extractfile(member).read())
-                    if not isinstance(described, dict):
-                        raise ValueError("expected an object")
-                    cells |= {name: cell for name, cell in described.items() if name not in cells}
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    for cells in samples.values():
-        cells.setdefault("__image__", partial(_no_image, cells["__key__"]))
-    names = list(dict.fromkeys(name for cells in samples.values() for name in cells))
-    columns = find_columns(names, replace(columns, image="__image__"), str(place))
-    return Table(str(place), split_of_path(place), columns, list(samples.values()))
-
-
-def _read_slice(file: Path, offset: int, size: int) -> bytes:
-    with file.open("rb") as tar:
-        tar.seek(offset)
-        return tar.read(size)
-
-
-def _no_image(key: str) -> bytes:
-    raise FileNotFoundError(f"sample {key} has no image ({', '.join(IMAGE_SUFFIXES)})")
 
 
 def license_of_source(source: str) -> str | None:

