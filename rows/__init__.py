@@ -1,2 +1,2 @@
-"""The row contract: what a row of image-text data holds, how it is read, checked and written. It imports no room of
-the project, and no transformers."""
+"""The row contract: what a row of image-text data holds, how it is read, checked and written. It imports no other
+package of this project, and not transformers."""

@@ -1,4 +1,4 @@
-"""What must be true of a dataset before training starts."""
+"""The check that a dataset follows the row contract, made before training starts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ ROWS_AT_ONCE = 5000
 
 
 def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None) -> None:
-    """Refuses rows that break the contract, naming the row, what was expected and what to do.
+    """Raises an error where rows break the contract.
 
-    Checked over all rows: columns, captions, ids, teacher features (widths, numbers, NaN). Decoded: a seeded sample of
-    1,000 images; one that turns out unreadable later is skipped in training, counted and listed.
+    Columns, captions, ids and teacher features (their widths, numbers, and that they are finite) are checked in all
+    rows. Images are decoded only in a seeded sample of 1,000 rows; training skips, counts and lists the unreadable
+    ones that it meets later.
 
     Args:
         dataset: map-style rows.
-        split: its name, for the message.
-        teacher_dim: the width D that teacher features must have; None where they are not needed.
+        split: name of the split, for the error message.
+        teacher_dim: width D that teacher features must have; None if the rows need no teacher features.
 
     Raises:
-        ValueError: at the first thing that is wrong.
+        ValueError: at the first fault, naming the row, what was expected and what to do.
     """
     needed = ("image", "captions", "image_id", *(TEACHER_COLUMNS if teacher_dim is not None else ()))
     missing = [column for column in needed if column not in dataset.column_names]
@@ -49,7 +50,7 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
     plain = dataset.select_columns([*needed, *(name for name in optional if name in dataset.column_names)])
     plain = plain.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
     without_images = plain.remove_columns("image")
-    hashes = np.empty(len(dataset), np.int64)  # 8 bytes a row; a dict of the strings takes over 100
+    hashes = np.empty(len(dataset), np.int64)  # 8 bytes a row; a dict of strings takes over 100
     for start in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc=f"check {split}", leave=False, disable=None):
         table = without_images[start : start + ROWS_AT_ONCE]
         check_rows(table, split, teacher_dim, start)
@@ -60,7 +61,7 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
         if first != i and plain[first].to_pylist() != plain[i].to_pylist():
             raise ValueError(
                 f"Row {i} of the {split} split (image_id {plain[i]['image_id'][0].as_py()!r}): row {first} has this "
-                "image_id and other content. Make image_id unique."
+                "image_id and other content. Give each row an image_id of its own."
             )
     sample = random.Random(0).sample(range(len(dataset)), min(IMAGES_DECODED, len(dataset)))
     for i in tqdm(sorted(sample), desc=f"decode {split}", leave=False, disable=None):
@@ -74,7 +75,7 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
 
 
 def _rows_alike(hashes: np.ndarray) -> list[int]:
-    """Rows whose hash another row has too, in their order."""
+    """Indices, ascending, of the rows whose hash occurs more than once."""
     in_order = np.sort(hashes)
     repeated = in_order[1:][in_order[1:] == in_order[:-1]]
     return np.flatnonzero(np.isin(hashes, repeated)).tolist()
@@ -84,12 +85,13 @@ def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int 
     """Refuses rows whose captions, image_id or teacher features break the contract.
 
     Args:
-        table: the rows' columns but the image, which is not looked at.
+        table: the rows without their column `image`, which is not checked here.
         split, teacher_dim: as in [`check_dataset`].
-        start: number of the first row, for the message; None where rows have no number.
+        start: index in the split of the table's first row, for the error message; None for rows of a stream, which
+            have no index.
 
     Raises:
-        ValueError: at the first thing that is wrong, with the image_id.
+        ValueError: at the first fault, naming the image_id.
     """
     captions, ids = table["captions"].to_pylist(), table["image_id"].to_pylist()
 
@@ -121,10 +123,10 @@ def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]],
     for row in np.flatnonzero(image_widths != teacher_dim)[:1]:
         fail(row, f"teacher_image_embeds has width {image_widths[row]}, expected {teacher_dim} (projection_dim).")
     for row in np.flatnonzero(text_counts != expected_counts)[:1]:
-        fail(row, f"{text_counts[row]} teacher_text_embeds for {expected_counts[row]} captions.")
+        fail(row, f"{text_counts[row]} teacher_text_embeds for {expected_counts[row]} captions, expected one each.")
     if "teacher_text_scale" in table.column_names:
         for row in np.flatnonzero(_list_lengths(table["teacher_text_scale"]) != expected_counts)[:1]:
-            fail(row, f"teacher_text_scale has another length than its {expected_counts[row]} captions.")
+            fail(row, f"teacher_text_scale must have one value for each of its {expected_counts[row]} captions.")
     row_of_caption = np.repeat(np.arange(len(captions)), expected_counts)
     for caption in np.flatnonzero(text_widths != teacher_dim)[:1]:
         fail(
@@ -137,7 +139,7 @@ def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]],
     ):
         norms = np.linalg.norm(teacher_features(table, column).astype(np.float32), axis=1)
         for i in np.flatnonzero(~np.isfinite(norms) | (norms == 0))[:1]:
-            fail(row_of[i], f"{column} is NaN, infinite or zero: make the teacher's features again.")
+            fail(row_of[i], f"{column} is NaN, infinite or zero: compute the teacher's features again.")
 
 
 def _list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The columns of a row besides the teacher's: captions, and ids as numbers."""
+"""Reading the columns that do not come from the teacher: captions, and ids as int64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import datasets
 import torch
 
 
-# Characters that are read of a caption: tokenizers take seconds for a million, and minutes to be trained on them.
+# Captions are cut to this many characters: of a million, a tokenizer takes seconds, and minutes to be trained on them.
 LONGEST_CAPTION = 8192
 Splits = datasets.DatasetDict | datasets.IterableDatasetDict
 
@@ -20,7 +20,7 @@ def id_hash(text: str) -> int:
 
 
 def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups `[N]` of the images, and the row `[M]` of each caption's image."""
+    """The group of each image `[N]`, as a hash, and for each caption the row of its image `[M]`, both int64."""
     column = "group_id" if "group_id" in dataset.column_names else "image_id"
     groups = torch.tensor([id_hash(group) for group in dataset[column]])
     counts = torch.tensor([len(captions) for captions in dataset["captions"]])
@@ -28,7 +28,7 @@ def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Te
 
 
 def first_row(rows: Splits, columns: list[str]) -> dict | None:
-    """Some columns of the first training row; None where there is none, or a column is missing."""
+    """The given columns of the first training row; None if there is no row, or if a column is missing."""
     part = rows["train"]
     if not set(columns) <= set(part.column_names):
         return None

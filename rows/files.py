@@ -1,4 +1,4 @@
-"""Files: read only where they should be, written whole or not at all."""
+"""Files are read only from where they should be, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-LARGEST_FILE = 1 << 30  # bytes, of an image
+LARGEST_FILE = 1 << 30  # bytes; images are smaller, and larger files would fill the memory
 
 
 def printable(name: str) -> str:
-    """A name, which may be anything, without what a terminal would obey."""
+    """A name from an untrusted file, quoted and escaped where it holds characters that a terminal would obey."""
     return name if name.isprintable() else repr(name)
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """`folder / name` for a name that comes from a file and may be anything.
+    """`folder / name`, for a name that was read from a file and cannot be trusted to stay in the folder.
 
     Raises:
         ValueError: where the name is absolute, holds `..`, or leads out of the folder through a link.
@@ -44,6 +44,12 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def read_file(path: Path) -> bytes:
+    """The content of an ordinary file.
+
+    Raises:
+        FileNotFoundError: there is no ordinary file of this name.
+        ValueError: it has more than `LARGEST_FILE` bytes.
+    """
     # A pipe or a device would block or never end.
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {str(path)!r}")
@@ -54,9 +60,10 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def write_beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, renamed to it at the end; gone after an exception.
+    """Yields a new folder beside `folder`, and renames it to `folder` at the end; an exception deletes it.
 
-    Fails where `folder` is there by then and not empty.
+    Raises:
+        OSError: by the end `folder` exists and is not empty.
     """
     beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
@@ -69,9 +76,10 @@ def write_beside(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A new file beside `path`, renamed to it at the end: `path` is whole, or as it was before an exception or a kill.
+    """Yields a path to write to, beside `path`, and renames that file to `path` at the end.
 
-    Its name ends in `.part`, whatever the name of `path`: writers that go by the ending must be told the format.
+    So an exception or a kill leaves `path` as it was. The yielded name ends in `.part`: a writer that takes the format
+    from the ending of the name must be told the format.
     """
     beside = Path(f"{path}.part")
     try:

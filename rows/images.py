@@ -1,4 +1,4 @@
-"""Images as teacher and student see them: decoded, in RGB, augmented."""
+"""Images as teacher and student see them, decoded and in RGB; files and paths that could do harm are refused."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from huggingface_hub import constants
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-# Not those for which Pillow starts other programs (EPS).
+# The formats that are read; without those for which Pillow starts other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-LONGEST_SIDES = 200  # times the other: a strip would grow without end where its short side is brought to a size
-SCANS = 20  # of a JPEG of most pixels; the usual has 10, and each costs as much as the whole image
+# The most that an image's longer side may be times its shorter one: a processor that resizes the shorter side of a
+# strip to a fixed size would make the longer one too large for the memory.
+LONGEST_SIDES = 200
+# The most scans of a progressive JPEG with the most pixels allowed; a smaller one may have more. Ten are usual, and
+# each takes as long to decode as a whole image.
+SCANS = 20
 JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image, of any mode, in RGB as a person sees it: turned upright by its EXIF tag, 16 bits scaled to 8, what is
-    transparent on white. Colour profiles are not applied; numbers with a point are taken for 0 to 255.
+    transparent on white. Colour profiles are not applied; floating-point pixels are taken to be in [0, 255].
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits (PGM files open as 32); PIL would clip at 255, nearly all to white
+    if image.mode.startswith("I"):  # 16 bits (32 for PGM files); PIL would turn all above 255 to white
         sixteen = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
         image = Image.fromarray(((sixteen + 128) // 257).astype(np.uint8))
     elif image.has_transparency_data:
@@ -39,12 +43,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """An image file, decoded, in its own mode; the first frame of an animated one.
+    """Decodes an image file in its own mode; of an animated one, the first frame.
 
     Raises:
-        Exception: of many types (OSError, SyntaxError, ValueError, others of Pillow's decoders), where it is broken,
-            of a format that others than Pillow would have to read, of more pixels than `Image.MAX_IMAGE_PIXELS`, of a
-            strip's shape, or made to take very long.
+        Exception: the file is broken, is in none of `FORMATS`, has more than `Image.MAX_IMAGE_PIXELS` pixels, is a
+            narrow strip, or would take very long to decode. The types are many: OSError, SyntaxError, ValueError and
+            others of Pillow's decoders.
     """
     image = Image.open(file, formats=FORMATS)
     size, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
@@ -56,16 +60,16 @@ def open_image(file: BinaryIO) -> Image.Image:
         file.seek(0)
         scans = sum(1 for _ in JPEG_SCAN.finditer(file.read()))
         if scans * size > SCANS * most:
-            raise ValueError(f"a JPEG of {image.width} x {image.height} pixels in {scans} scans: decoding has no end")
+            raise ValueError(f"{image.width} x {image.height} pixels in {scans} JPEG scans take too long to decode")
     image.load()
     return image
 
 
 def load_rgb(image: dict) -> Image.Image:
-    """Decodes the undecoded value of an `Image` column (`{"bytes", "path"}`) to RGB, see [`to_rgb`].
+    """Decodes a value of an `Image(decode=False)` column (`{"bytes", "path"}`) to RGB, see [`to_rgb`].
 
     Raises:
-        ValueError: where the image cannot be read or is a decompression bomb.
+        ValueError: the image cannot be read, or is a decompression bomb.
     """
     try:
         data = image["bytes"]
@@ -73,19 +77,21 @@ def load_rgb(image: dict) -> Image.Image:
             with fsspec.open(image["path"], "rb") as file:  # a path may lead into an archive or to the Hub
                 data = file.read()
         return to_rgb(open_image(io.BytesIO(data)))
-    except UnidentifiedImageError as error:  # its own message names an address in memory, another each time
+    except UnidentifiedImageError as error:  # its own message holds a memory address, never the same
         raise ValueError("unreadable image: of no format that Pillow knows") from error
     except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
         raise ValueError(f"unreadable image: {error}") from error
 
 
 def check_image_paths(images: pa.ChunkedArray | pa.Array, folder: Path | None) -> None:
-    """Refuses images that a dataset does not hold but names by a path elsewhere: its author would choose which of this
-    machine's pictures are read, shown on cards and published.
+    """Refuses images whose bytes the dataset does not hold, unless their path lies in its folder or the Hub's caches.
+
+    Through any other path the author of a dataset could choose which of this machine's pictures are read, shown on
+    cards and published.
 
     Args:
-        images: undecoded values of an `Image` column.
-        folder: of the dataset, where it is one.
+        images: values of an `Image(decode=False)` column.
+        folder: the dataset's; None if it is not a local folder.
 
     Raises:
         ValueError: a path leads out of the folder and of the Hub's caches, or to another host than the Hub.
@@ -101,12 +107,12 @@ def check_image_paths(images: pa.ChunkedArray | pa.Array, folder: Path | None) -
         for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
             if path is None:
                 continue
-            place = path.rpartition("::")[2]  # of the archive, where it lies in one
+            place = path.rpartition("::")[2]  # for a path inside an archive: the archive
             if place.startswith("hf://"):
                 continue
             parent, name = os.path.split(place)
             if "://" in place or not name or not is_inside(place if os.path.islink(place) else parent):
                 raise ValueError(
-                    f"The dataset holds no image but the path {path!r}, which is not in its folder. Bring it into one "
-                    "with its images: python -m datasets_scripts.own_data"
+                    f"The dataset holds no image but the path {path!r}, which is not in its folder. Make a dataset "
+                    "that holds its images: python -m datasets_scripts.own_data"
                 )

@@ -1,4 +1,4 @@
-"""The columns that hold a teacher's features: read from a table, and made of tensors."""
+"""Reading the columns that hold a teacher's features, and making them from tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .columns import Splits, first_row
 
 
 TEACHER_COLUMNS = ("teacher_image_embeds", "teacher_text_embeds")
-TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # beside int8 features, one for each of their rows
+TEACHER_SCALES = ("teacher_image_scale", "teacher_text_scale")  # only with int8 features: a factor each
 
 
 def teacher_columns(names: list[str]) -> list[str]:
-    """Those of a dataset's columns that hold a teacher's features."""
+    """The names of a dataset's columns that hold a teacher's features."""
     return [name for name in (*TEACHER_COLUMNS, *TEACHER_SCALES) if name in names]
 
 
@@ -29,7 +29,7 @@ def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
-    """All values of a (nested) list column in a row, and how many innermost lists they stand in."""
+    """The values of a (nested) list column as one flat array, and the number of its innermost lists."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     rows = len(array)
     while (
@@ -41,7 +41,11 @@ def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
 
 
 def teacher_features(table: pa.Table, name: str) -> np.ndarray:
-    """Raw teacher features `[rows, D]` of a column of TEACHER_COLUMNS: float16 as stored, float32 where it is int8."""
+    """Raw teacher features `[rows, D]` of one of TEACHER_COLUMNS, float16 or, if stored as int8, float32.
+
+    Raises:
+        ValueError: int8 features without the column of their scales.
+    """
     features = rows_to_numpy(table[name])
     if features.dtype != np.int8:
         return features
@@ -64,12 +68,12 @@ def feature_columns(
     Args:
         image: `[N, D]`.
         text: `[C, D]`, the captions of the N rows one after another.
-        counts: `[N]`, captions of each row.
-        image_ids: `[N]`, for the message.
-        int8: as int8 with a float16 scale beside each row; float16 otherwise.
+        counts: `[N]`, the number of captions of each row.
+        image_ids: `[N]`, for the error message.
+        int8: store int8, with one float16 scale for each feature, instead of float16.
 
     Raises:
-        ValueError: features that are NaN, infinite or zero as they are stored.
+        ValueError: a feature is NaN, infinite or zero in the type in which it is stored.
     """
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     columns: dict[str, tuple[pa.Array, object]] = {}
@@ -95,31 +99,31 @@ def feature_columns(
 
 
 def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str) -> tuple[pa.Array, object]:
-    """A value an image as it is; a value a caption as one list a row."""
+    """The values of images as they are; those of captions as lists, one for each row of the dataset."""
     if kind == "image":
         return array, feature
     return pa.ListArray.from_arrays(offsets, array), datasets.List(feature)
 
 
 def quantize(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 rows `[N, D]` and their float16 scales `[N]`: embeds are about int8 times scale."""
+    """int8 rows `[N, D]` and their float16 scales `[N]`; their product is about the embeds."""
     scale = (embeds.abs().amax(dim=1) / 127).clamp(min=1e-6).half()
     return (embeds / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def teacher_rows(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's features of a split's images `[N, D]` and captions `[C, D]`, as stored, in float32."""
+    """The teacher's raw features of a split's images `[N, D]` and captions `[C, D]`, float32."""
     return teacher_tensors(dataset.select_columns(teacher_columns(dataset.column_names)).with_format("arrow")[:])
 
 
 def teacher_batches(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The teacher's features of a split's images `[n, D]` and captions `[m, D]`, 5,000 rows at a time."""
+    """The teacher's raw features of a split's images `[n, D]` and captions `[m, D]`, float32, 5,000 rows at a time."""
     for table in part.select_columns(teacher_columns(part.column_names)).with_format("arrow").iter(5000):
         yield teacher_tensors(table)
 
 
 def teacher_width(rows: Splits) -> int | None:
-    """Width D of the stored teacher features; None where there are none."""
+    """Width D of the stored teacher features; None if there are none."""
     row = first_row(rows, ["teacher_image_embeds"])
     return None if row is None else len(row["teacher_image_embeds"])
 
