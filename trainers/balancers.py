@@ -1,4 +1,4 @@
-"""Weights of several losses that set themselves.
+"""Balancers: they set the weights of several losses during training.
 
 A training loop calls `initialise` once with the first step's losses, reads `weights` during a step, and calls `update`
 with the step's raw losses after it. Weights carry no gradient and are finite for any finite losses; everything that
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-# Losses are held between these where it matters: ratios, inverses and sums of them are still float32 numbers.
+# Losses are clamped to this range before they are divided or added up, so that the results are finite in float32.
 SMALLEST, LARGEST = 1e-30, 1e30
 
 
@@ -39,7 +39,7 @@ class LossBalancer(nn.Module):
         raise NotImplementedError
 
     def _read(self, losses: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses `[n]` as float32 in [0, LARGEST], 0 where not finite, and where they were finite."""
+        """The losses `[n]` as float32 in [0, LARGEST], 0 where not finite, and a mask `[n]` of the finite ones."""
         if losses.shape != (len(self.names),):
             expected = f"[{len(self.names)}], one each for {', '.join(self.names)}"
             raise ValueError(f"losses has shape {list(losses.shape)}; expected {expected}")
@@ -49,7 +49,7 @@ class LossBalancer(nn.Module):
 
 
 class FixedBalancer(LossBalancer):
-    """Given weights.
+    """Weights that are given and stay as they are.
 
     Args:
         names: the losses.
@@ -64,7 +64,7 @@ class FixedBalancer(LossBalancer):
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"the weight of {name} is {weight}; expected a finite number, 0 or more")
-        # A setting and no state: a resumed run follows its configuration.
+        # Not in the checkpoint: a resumed run takes the weights from its settings.
         self.register_buffer("given", torch.tensor([float(weights[n]) for n in self.names]), persistent=False)
 
     def weights(self) -> Tensor:
@@ -100,7 +100,7 @@ class PublishedBalancer(LossBalancer):
         _check_positive("temperature", temperature)
         self.scale = scale
         self.temperature = temperature
-        self.register_buffer("previous", torch.zeros(len(self.names)))  # A_i(t-1); 0 before there is any
+        self.register_buffer("previous", torch.zeros(len(self.names)))  # A_i(t-1); 0 before the first step
         self.register_buffer("current", torch.ones(len(self.names)))
 
     def weights(self) -> Tensor:
@@ -119,7 +119,8 @@ class PublishedBalancer(LossBalancer):
         losses = losses.maximum(1e-6 * largest)
         magnification = largest / losses
         magnified = magnification * losses
-        # The bound keeps an overflowing ratio, and rounding blown up by a large one, out of the softmax.
+        # The rates differ only by rounding, which grows with their size: clamped, they neither overflow nor let the
+        # rounding show in the softmax.
         rates = torch.where(self.previous > 0, magnified / self.previous.clamp(min=SMALLEST), 1.0).clamp(max=10.0)
         weights = magnification * self.scale * torch.softmax(rates / self.temperature, dim=0)
         self.previous.copy_(torch.where(finite, magnified, self.previous))
@@ -129,21 +130,22 @@ class PublishedBalancer(LossBalancer):
 class DynamicBalancer(LossBalancer):
     """Weights from each raw loss's magnitude and from how fast it falls; the default.
 
-    Two running means of each loss, a fast and a slow one. `rate_i = fast_i / slow_i`: 1 where the loss stands still,
-    below 1 where it falls. Then `weight_i = n softmax(rate / temperature)_i / fast_i`: every weighted loss is its
-    share of n, and the share is larger for a loss that falls more slowly than the others (as in DWA, Liu et al. 2019,
-    per epoch). A loss times c has its weight divided by c and leaves the other weights alone.
+    Each loss has two running means, a fast and a slow one. `rate_i = fast_i / slow_i` is 1 where the loss stands still
+    and below 1 where it falls. Then `weight_i = n softmax(rate / temperature)_i / fast_i`: the weighted losses are
+    shares of n, and a loss that falls more slowly than the others has a larger share (as in DWA, Liu et al. 2019, per
+    epoch). Multiplying a loss by c divides its weight by c and leaves the other weights alone.
 
-    Rates stay within [0.5, 2]. Means count as no less than a thousandth of the largest value the fast one has had, so
-    a loss that touches 0 has a bounded weight. A loss that was never positive has magnitude 1 and rate 1.
+    Rates are clamped to [0.5, 2]. Both means count as at least a thousandth of the largest value that the fast one has
+    had, so that a loss that touches 0 keeps a bounded weight. Mean and rate of a loss that was never positive
+    count as 1.
 
     Args:
         names: the losses.
         temperature: above 0; the lower, the more the rates matter: between rates of 1 and 0.8 the shares differ by a
             factor of 1.2 at 1, of 7.4 at 0.1.
         smoothing: decay per update of the fast mean, in [0, 1); the slow one forgets ten times as slowly (0.9 and
-            0.99). A young mean is the plain mean of what it has seen, so that the first loss does not linger; hence
-            all rates are 1 during the first 1 / (1 - smoothing) updates.
+            0.99). Each begins as the plain mean of the losses so far, until a plain mean would forget more slowly: so
+            the first loss has no lasting weight, and all rates are 1 during the first 1 / (1 - smoothing) updates.
     """
 
     def __init__(self, names: Sequence[str], temperature: float = 1.0, smoothing: float = 0.9):
@@ -153,7 +155,8 @@ class DynamicBalancer(LossBalancer):
             raise ValueError(f"smoothing is {smoothing}; expected a number in [0, 1)")
         self.temperature = temperature
         self.smoothing = smoothing
-        self.register_buffer("seen", torch.zeros(len(self.names), dtype=torch.int64))  # since the first positive loss
+        # How many losses the means have taken in, from the first positive one on.
+        self.register_buffer("seen", torch.zeros(len(self.names), dtype=torch.int64))
         self.register_buffer("fast", torch.zeros(len(self.names)))
         self.register_buffer("slow", torch.zeros(len(self.names)))
         self.register_buffer("largest", torch.zeros(len(self.names)))
@@ -184,7 +187,7 @@ class DynamicBalancer(LossBalancer):
 
 class GeometricMeanBalancer(LossBalancer):
     """`1 / L_i`: the direction of `grad sum_i log L_i`, and so of the losses' geometric mean (GLS, Chennupati et al.
-    2019), with the losses of the step before. A loss below a millionth of the largest counts as that.
+    2019), with the losses of the step before. Each loss counts as at least a millionth of the largest.
 
     Args:
         names: the losses.
@@ -210,10 +213,10 @@ class GeometricMeanBalancer(LossBalancer):
 
 
 class DWABalancer(LossBalancer):
-    """Dynamic weight average (Liu et al. 2019): `n softmax(r / T)_i`, `r_i` the mean of a loss over the last whole
-    epoch by its mean over the one before; 1 each until there are two. It knows rates, not magnitudes.
+    """Dynamic weight average (Liu et al. 2019): `n softmax(r / T)_i`, where `r_i` is the mean of a loss over the last
+    whole epoch divided by its mean over the epoch before. It follows how fast losses fall, not how large they are.
 
-    Rates stay within [0.1, 10]; a loss whose mean was 0 has rate 1.
+    Rates are clamped to [0.1, 10]. They are 1 until two epochs are whole, and for a loss whose mean was 0.
 
     Args:
         names: the losses.
@@ -230,9 +233,9 @@ class DWABalancer(LossBalancer):
         self.temperature = temperature
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seen", torch.zeros(len(self.names)))  # finite losses of this epoch
-        self.register_buffer("mean", torch.zeros(len(self.names)))  # of them
-        self.register_buffer("last", torch.zeros(len(self.names)))  # mean of the last whole epoch, 0 where none
-        self.register_buffer("before", torch.zeros(len(self.names)))  # of the one before it
+        self.register_buffer("mean", torch.zeros(len(self.names)))  # the mean of these
+        self.register_buffer("last", torch.zeros(len(self.names)))  # mean of the last whole epoch; 0: none yet
+        self.register_buffer("before", torch.zeros(len(self.names)))  # mean of the epoch before it
 
     @torch.no_grad()
     def weights(self) -> Tensor:
@@ -263,8 +266,8 @@ class UncertaintyBalancer(LossBalancer):
     """Learned uncertainties (Kendall et al. 2018): `e^{-s_i} / 2`, where `s_i` starts at 0 and descends the gradient
     of `sum_i e^{-s_i} L_i / 2 + s_i / 2`.
 
-    The gradient, `(1 - e^{-s_i} L_i) / 2`, is written down, so that s needs no optimiser. At rest `s_i = log L_i`, and
-    the direction is that of the geometric mean; what is its own is how slowly it gets there.
+    The gradient has a closed form, `(1 - e^{-s_i} L_i) / 2`, so s needs no optimiser. It is 0 at `s_i = log L_i`,
+    where the weights are `1 / (2 L_i)`, the direction of the geometric mean; what differs is how slowly it gets there.
 
     Args:
         names: the losses.
@@ -290,23 +293,23 @@ class UncertaintyBalancer(LossBalancer):
     def update(self, losses: Tensor) -> None:
         losses, finite = self._read(losses, self.log_variance)
         steps = (self.rate * (1 - torch.exp(-self.log_variance) * losses) / 2).clamp(-1.0, 1.0)
-        # Between the logarithms of SMALLEST and LARGEST, which no loss leaves.
+        # Clamped to log SMALLEST and log LARGEST, so that the weights stay finite.
         self.log_variance.sub_(torch.where(finite, steps, 0.0)).clamp_(math.log(SMALLEST), math.log(LARGEST))
 
 
 class RandomBalancer(LossBalancer):
-    """Random weights (RLW, Lin et al. 2022): `n softmax(z)`, z standard normal and new in each step. What a balancer
-    is worth is what it has over this one.
+    """Random weights (RLW, Lin et al. 2022): `n softmax(z)`, z standard normal and new in each step. A baseline: a
+    balancer is worth what it gains over this one.
 
     Args:
         names: the losses.
-        seed: of the numbers, which come again after 16,384 steps.
+        seed: of the random numbers, which repeat after 16,384 steps.
     """
 
     def __init__(self, names: Sequence[str], seed: int = 0):
         super().__init__(names)
         numbers = torch.randn(16384, len(self.names), generator=torch.Generator().manual_seed(seed))
-        # Drawn ahead: the same on every rank and in a resumed run, and on the device.
+        # Drawn ahead: so they are the same on every rank and in a resumed run, and lie on the device.
         self.register_buffer("numbers", numbers, persistent=False)
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
 
@@ -338,9 +341,14 @@ BALANCERS = {
 
 
 def make_balancer(kind: str, names: Sequence[str], **settings) -> LossBalancer:
-    """The balancer of a kind, one of `BALANCERS`, with the settings of its class.
+    """A new balancer.
 
-    Raises: ValueError for an unknown kind or setting, naming the choices, and for one that is missing.
+    Args:
+        kind: one of `BALANCERS`.
+        names: the losses, in the order of every `[n]` tensor.
+        **settings: those of the kind's class.
+
+    Raises: ValueError for an unknown kind or setting, naming the choices, and for a setting that is missing.
     """
     if kind not in BALANCERS:
         raise ValueError(f"balancer kind is {kind!r}; expected one of {', '.join(BALANCERS)}")

@@ -37,11 +37,16 @@ def make_examples(
     random_zoom: float = 0.0,
     seed: int = 42,
 ) -> Iterator[dict]:
-    """Training examples of some rows, in their order, each decoded when it is asked for.
+    """Yields the training examples of some rows in their order; an image is decoded when its example is asked for.
 
     Args:
-        table: of [`undecoded_rows`].
-        epoch: of the draws; the other settings are those of [`RetrievalDataset`].
+        table: rows of [`undecoded_rows`].
+        epoch: with seed and image_id it determines all random choices.
+        The others are those of [`RetrievalDataset`].
+
+    Yields:
+        `image_id`, `group` (int64), `captions`, and `image` (RGB) or, where it cannot be read, `unreadable` (the
+        reason); with the teacher also `teacher_image` `[D]` and `teacher_text` `[len(captions), D]`.
     """
     captions = table["captions"].to_pylist()
     groups = table["group_id" if "group_id" in table.column_names else "image_id"].to_pylist()
@@ -81,7 +86,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
         with_teacher: also read the teacher's features.
         captions_per_image: how many captions to draw for each image; None for all.
         random_shift, random_zoom: see [`random_view`].
-        seed: of the draws.
+        seed: of all random choices.
     """
 
     def __init__(
@@ -118,24 +123,28 @@ class RetrievalDataset(torch.utils.data.Dataset):
 
 
 def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Captions of like length together: (rows, tokens of the longest) of each bucket, so cut that padding is least.
+    """Cuts a batch of captions into buckets of similar length, so that the least of the tokens is padding.
 
-    One bucket, or 4, 8, 16, ...: the first number with which at most a tenth of the tokens is padding. A number that
-    seldom changes, and buckets of two rows or more, spare `torch.compile` new graphs.
+    There are 1, 4, 8, 16 or 32 buckets: the first number with which at most a tenth of the tokens is padding, or else
+    as many as there can be. For other numbers of buckets, and for a bucket of one row, `torch.compile` would have to
+    build new graphs.
 
     Args:
-        lengths: `[C]`, tokens of each caption, in falling order.
+        lengths: `[C]`, tokens of each caption, in descending order.
+
+    Returns: (rows, tokens of its longest caption) of each bucket; the rows add up to C.
     """
     negative, counts = np.unique(-lengths, return_counts=True)
     longest, ends = -negative, np.concatenate([[0], np.cumsum(counts)])  # [m], [m + 1]: m different lengths
-    rows = ends[None, :] - ends[:, None][:-1]  # [m, m + 1], of a bucket from the i-th length to before the j-th
+    # Dynamic programming over where the last bucket starts. A bucket holds the i-th to the (j - 1)-th length.
+    rows = ends[None, :] - ends[:, None][:-1]  # [m, m + 1]: captions in that bucket
     tokens = np.where(rows >= min(2, len(lengths)), rows * longest[:, None], np.inf)
-    fewest = tokens[0]  # [m + 1], of the lengths before the j-th in so many buckets
-    starts = []  # of the last bucket, for each number of buckets from two on
+    fewest = tokens[0]  # [m + 1]: least tokens that the lengths before the j-th take in `number` buckets
+    starts = []  # [m + 1] for each number of buckets from two on: the length with which the last bucket starts
     for number in range(1, len(longest) + 1):
         if number > 1:
             totals = fewest[:-1, None] + tokens
-            if not np.isfinite(totals[:, -1].min()):  # there are too few captions
+            if not np.isfinite(totals[:, -1].min()):  # too few captions for so many buckets
                 break
             starts.append(totals.argmin(axis=0))
             fewest = totals.min(axis=0)
@@ -160,7 +169,7 @@ class RetrievalCollator:
     | input_ids, attention_mask | [C, L] | the longest caption first |
     | text_buckets | list of (rows, tokens) | see [`DSMDModel.forward`] |
     | caption_to_image | [C] | row of each caption's image |
-    | image_groups | [N] int64 | what counts as the same thing |
+    | image_groups | [N] int64 | equal where two images count as the same thing |
     | image_ids | list of N strings | |
     | teacher_image | [N, D] | as stored, where the examples have it |
     | teacher_text | [C, D] | |
@@ -176,7 +185,7 @@ class RetrievalCollator:
         self.max_length = max_length
 
     def __call__(self, examples: list[dict | None]) -> dict:
-        if examples[0] is None:  # of a stream's batch that a resumed run skips
+        if examples[0] is None:  # a batch of a stream, trained on before the run was resumed
             return {}
         unreadable = [
             f"{printable(example['image_id'])}: {example['unreadable']}"
@@ -220,7 +229,7 @@ def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: floa
 
     Args:
         image: RGB.
-        rng: where the randomness comes from.
+        rng: the generator that shift and zoom are drawn from.
         shift: largest shift in each direction, as a fraction of the side, in [0, 1).
         zoom: the side of the view is the image's times a factor in [1 - zoom, 1 + zoom], zoom in [0, 1).
     """
@@ -236,7 +245,7 @@ def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: floa
         center_x + width * factor / 2,
         center_y + height * factor / 2,
     ]
-    # A strip padded by its length on all sides would not fit in memory.
+    # Padded only as far as the view reaches: a strip padded by its length on all sides would not fit in memory.
     across = max(0, int(np.ceil(max(-box[0], box[2] - width))))
     down = max(0, int(np.ceil(max(-box[1], box[3] - height))))
     padded = Image.fromarray(np.pad(np.asarray(image), ((down, down), (across, across), (0, 0)), mode="edge"))

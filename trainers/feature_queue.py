@@ -7,14 +7,16 @@ from torch import Tensor
 class FeatureQueue:
     """The last `size` teacher rows and their groups, on one device.
 
-    Starts empty and counts only rows that were pushed. Fill and position are Python ints, so no call waits for the
-    device. The default is float32: normalised rows are not float16 numbers even where the raw features are, and a
-    narrower queue would be widened again at every step for the product.
+    It starts empty, and its length counts only rows that were pushed. Length and position are Python ints, so no call
+    waits for the device. The default dtype is float32: normalising float16 features gives numbers that float16 would
+    round, and every step would widen a narrower queue again for its matrix products.
 
     Args:
-        size: rows kept, 0 or more; 0 stays empty.
+        size: the most rows that are kept, 0 or more; a queue of 0 stays empty.
         dim: width D of a row.
         device, dtype: of the stored features.
+
+    Raises: ValueError where size is below 0 or dim below 1.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class FeatureQueue:
 
     @property
     def groups(self) -> Tensor:
-        """`[len]` int64, row for row those of `features`."""
+        """`[len]` int64, the group of each row of `features`."""
         return self._groups[: self._fill]
 
     @torch.no_grad()
@@ -70,7 +72,10 @@ class FeatureQueue:
         self._fill = min(self.size, self._fill + count)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the rows as they lie, and the position: a queue of the same size goes on exactly as this one."""
+        """Copies of the rows in the order of their storage, and the position where the next row goes.
+
+        A queue of the same size that loads them goes on exactly as this one.
+        """
         position = torch.tensor(self._position, dtype=torch.int64)
         return {"features": self.features.clone(), "groups": self.groups.clone(), "position": position}
 

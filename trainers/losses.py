@@ -7,8 +7,8 @@ says what counts as the same thing: a row of the query's own group is never a ne
 A pair names the query's side, then the target's: "II" and "TT" compare a student row with its teacher row in one
 modality, "IT" and "TI" across modalities, with one query per (image, caption). Every returned scalar is the sum over
 the local queries divided by a count of queries: `num_images` for II, `num_captions` for TT, IT and TI. The counts
-default to the local ones; give those of the whole optimiser step (all ranks, all micro-batches) and the scalars of its
-parts add up to the mean over the whole.
+default to the local ones; given those of the whole optimiser step (all ranks, all micro-batches), the scalars of its
+micro-batches add up to the mean over the step.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class TeacherRows:
 class OtherStudents(NamedTuple):
     """The micro-batch of all ranks, for the second direction of `hard_negative_distillation`.
 
-    The student rows of the other ranks are detached; in the place of this rank's rows stand the live ones. N and C
+    The student rows of the other ranks are detached; this rank's, in their place among them, carry gradients. N and C
     count the rows of all ranks, and `caption_to_image` points into them.
     """
 
@@ -114,8 +114,8 @@ def contrastive_distillation(
     """Cross-entropy of a student row's own teacher row against a dictionary of teacher rows.
 
     Per query `-log(e^{p/tau} / (e^{p/tau} + sum_j e^{n_j/tau}))`, p its positive, n_j the dictionary rows of other
-    groups; 0 without negatives. The dictionaries are `FeatureQueue`s, or the teacher rows of the step. The formula is
-    that of DSMD's published code, which took rows of the query's own image for negatives.
+    groups; 0 without negatives. The dictionary is the content of the `FeatureQueue`s, or the teacher rows of the step.
+    The formula is that of DSMD's published code, except that there rows of the query's own image were negatives too.
 
     Args:
         student_image, teacher_image: `[N, D]`.
@@ -191,15 +191,15 @@ def hard_negative_distillation(
         student_text, teacher_text: `[C, D]`.
         image_groups: `[N]` int64, the group of each image.
         caption_to_image: `[C]` int64, the image of each caption.
-        step: the teacher's rows of the optimiser step, all ranks; at least one of each. Left out where the step is
-            this micro-batch: then one product serves both directions.
-        others: the micro-batch of all ranks; None on one process, where the other students are the local ones.
+        step: the teacher's rows of the whole optimiser step, all ranks; at least one image and one caption. None if
+            the step is this micro-batch alone: then one matrix product serves both directions.
+        others: the micro-batch of all ranks; None on one process, where the local rows are all there are.
         pairs: which of "II", "TT", "IT", "TI".
         margin: m, a difference of cosines; not used where the margin follows the teacher.
         margin_kind: "fixed", or "teacher": `[(S_ij - S_ii) - (T_ij - T_ii)]+` with the teacher's own similarities T,
             which asks for no gap that the teacher does not have and is 0 for a perfect student.
-        hardest: the largest violation of a query; False: the sum of all its violations (the published default), still
-            averaged over queries.
+        hardest: True counts only the largest violation of each query; False the sum of all its violations (the
+            published default). Either is averaged over queries.
         num_images, num_captions: what the sums over queries are divided by (default: N, C; with `others`, those of all
             ranks).
 
@@ -250,9 +250,9 @@ def hard_negative_distillation(
                 similarities = _similarities(rows, columns, all_groups[target], all_groups[query], hardest)
             negatives = _negatives(similarities, rows, columns, hardest)
             second = _hinge(negatives, positives, pair, target, everyone.caption_to_image, margin)
-            # Every rank computes this term over all ranks' rows, and only its own rows are live. Their gradient must
-            # be that of the full term, so that the ranks' gradients add up to it; the value is cut to 1 / world_size,
-            # so that the values do.
+            # Every rank computes this term over the rows of all ranks, but only its own rows carry gradients. These
+            # are kept as they are, so that the ranks' gradients add up to that of the term; the value, which is the
+            # same on every rank, is divided by world_size, so that the ranks' values add up to the term.
             second = second - second.detach() * (1 - 1 / everyone.world_size)
             losses[pair] = (first + second) / counts["I" if pair == "II" else "T"]
         return losses
@@ -269,7 +269,7 @@ def _sides(batch: OtherStudents, follow_teacher: bool) -> tuple[dict, dict, dict
 
 
 def _per_query(rows: Tensor, pair: str, side: str, caption_to_image: Tensor) -> Tensor:
-    """Rows of one side, one per query: across modalities an image's row stands once for each of its captions."""
+    """Rows of one side, one per query: in IT and TI an image's row is repeated for each of its captions."""
     return rows.index_select(0, caption_to_image) if side == "I" and pair != "II" else rows
 
 
@@ -282,16 +282,16 @@ def _positives(student: dict, teacher: dict, pair: str, caption_to_image: Tensor
 
 @torch.no_grad()
 def _mask(similarities: Tensor, row_groups: Tensor, column_groups: Tensor) -> None:
-    """Strike out, in place, the columns of a row's own group.
+    """Set, in place, the entries of a row's own group to MASKED, which no maximum, hinge or sum counts.
 
-    Not recorded by autograd: max, hinge and logsumexp give a struck entry no gradient, so another pass over it would
-    be for nothing.
+    Autograd need not know: a masked entry gets no gradient anyway, and recording it would cost another pass over the
+    matrix.
     """
     similarities.masked_fill_(row_groups[:, None] == column_groups[None, :], MASKED)
 
 
 def _similarities(rows: Tensor, columns: Tensor, row_groups: Tensor, column_groups: Tensor, hardest: bool) -> Tensor:
-    """`[R, K]`, own groups struck out. To find the hardest, no gradient is needed: see `_negatives`."""
+    """Dot products `[R, K]`, own groups masked; without gradient if only to find the hardest, see `_negatives`."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not hardest):
         similarities = rows @ columns.T
         _mask(similarities, row_groups, column_groups)
@@ -299,9 +299,9 @@ def _similarities(rows: Tensor, columns: Tensor, row_groups: Tensor, column_grou
 
 
 def _negatives(similarities: Tensor, rows: Tensor, columns: Tensor, hardest: bool) -> Tensor:
-    """Of each row its similarity with the hardest column `[R, 1]`, or with all of them `[R, K]`.
+    """The similarity of each row with its hardest column `[R, 1]`, or with all columns `[R, K]`.
 
-    One dot product a row, made again with gradient, spares the whole product its way back.
+    The hardest is computed again, with gradient: one dot product per row, instead of a backward through `[R, K]`.
     """
     if not hardest:
         return similarities
@@ -313,13 +313,13 @@ def _negatives(similarities: Tensor, rows: Tensor, columns: Tensor, hardest: boo
 def _hinge(
     negatives: Tensor, positives: Tensor, pair: str, side: str, caption_to_image: Tensor, margin: float
 ) -> Tensor:
-    """Sum over queries of the violations by the negatives, whose rows are those of `side`."""
+    """Sum over queries of the violations `[margin + n - p]+`; the rows of `negatives` are those of `side`."""
     negatives = _per_query(negatives, pair, side, caption_to_image)
     return F.relu(margin + negatives - positives[:, None]).sum()
 
 
 def _means(images: Tensor, captions: Tensor, num_images, num_captions) -> dict[str, Tensor]:
-    """Of a loss for each image `[N]` and caption `[C]` the sums by their counts."""
+    """The losses of images `[N]` and of captions `[C]`, each summed and divided by its count of queries."""
     return {
         "II": images.sum() / _count(num_images, images),
         "TT": captions.sum() / _count(num_captions, captions),

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 # where all rounding goes one way.
 TIE_TOLERANCE_PER_COLUMN = 1e-8
 MIN_TIE_TOLERANCE = 1e-6
-PAIRS_OF_A_BAR = 10**9  # some ten seconds on two CPU cores
+PAIRS_OF_A_BAR = 10**9  # pairs from which on a progress bar is shown; these take some ten seconds on two CPU cores
 
 Groups = torch.Tensor | np.ndarray | Sequence[str] | Sequence[int]
 
@@ -84,8 +84,8 @@ def ranks(
         raise ValueError(f"image_embeds are on {images.device} and text_embeds on {texts.device}: move one of them.")
     image_ids, text_ids = _dense_groups(image_groups, text_groups, len(images), len(texts))
 
-    # Sorted by group, the right texts of consecutive images are one range of columns: everything that must know right
-    # from wrong is confined to a narrow band of the score matrix.
+    # Once both sides are sorted by group, the right texts of consecutive images are one range of columns: only in a
+    # narrow band of the score matrix must right pairs be told from wrong ones.
     image_order, text_order = np.argsort(image_ids, kind="stable"), np.argsort(text_ids, kind="stable")
     image_ids, text_ids = image_ids[image_order], text_ids[text_order]
     first_text = np.searchsorted(text_ids, image_ids, side="left")
@@ -136,7 +136,7 @@ def ranks(
 
 def metrics_from_ranks(image_to_text_ranks: torch.Tensor, text_to_image_ranks: torch.Tensor) -> dict[str, float]:
     """
-    The figures of [`retrieval_metrics`] from ranks `[N]` and `[M]` (integers, 1 at best), such as those of a resample.
+    The figures of [`retrieval_metrics`] from ranks `[N]` and `[M]` (integers, 1 at best), or from a resample of them.
 
     The median of an even number of ranks is the mean of the middle two.
 
@@ -175,10 +175,10 @@ def fold_metrics(
     Args:
         image_embeds, text_embeds, image_groups: as in [`retrieval_metrics`].
         caption_to_image: `[M]`, row of each text's image.
-        fold_size: divides N.
+        fold_size: images in a fold; it must divide N.
 
     Raises:
-        ValueError: N is no multiple of `fold_size`.
+        ValueError: N is not a multiple of `fold_size`, or as in [`retrieval_metrics`].
     """
     if len(image_embeds) % fold_size:
         raise ValueError(
@@ -206,7 +206,7 @@ def _normalised(embeds: torch.Tensor, name: str) -> torch.Tensor:
         raise ValueError(f"{name} are empty, of shape {tuple(embeds.shape)}: expected one row or more.")
     if embeds.dtype != torch.float64:
         embeds = embeds.float()
-    # Divided by the largest entry first, no row's square over- or underflows.
+    # Divided by the largest entry first, so that the squares of the norm neither over- nor underflow.
     largest = embeds.abs().amax(1, keepdim=True)
     bad = ~torch.isfinite(largest[:, 0])
     if bad.any():
@@ -226,7 +226,7 @@ def _normalised(embeds: torch.Tensor, name: str) -> torch.Tensor:
 def _dense_groups(
     image_groups: Groups, text_groups: Groups, num_images: int, num_texts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of both sides as int64 arrays `[N]`, `[M]` of ids from 0, equal where the groups are."""
+    """The groups of both sides as int64 ids from 0 on, `[N]` and `[M]`: two ids are equal where the groups are."""
     ids: dict[str | int, int] = {}
     rows, kinds = [], {}
     for name, groups, count in (("image", image_groups, num_images), ("text", text_groups, num_texts)):
@@ -264,7 +264,7 @@ def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _rank() -> int:
-    """This process's; the file stands alone, as a metric of `evaluate` it travels without the package."""
+    """Rank of this process. Written here and not imported, since `evaluate` copies this file without the package."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -1,4 +1,4 @@
-"""Training examples of a streamed dataset: passes without end, other rows for each process and loader worker."""
+"""Training examples of a streamed dataset: pass after pass without end, shared out among processes and workers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
 
     In a pass every row is read once, by one loader worker of one process; rows are drawn from a shuffle buffer, in
     another order in each pass, and decoded after it. The order derives from the seed, the pass, the numbers of
-    processes and workers and the size of the buffer; captions and augmentation from (seed, pass, image_id) alone.
-    Processes and workers begin their next pass each when its own share of this one ends.
+    processes and workers and the size of the buffer; captions and augmentation from (seed, pass, image_id) alone. A
+    worker begins its next pass when its own share of this one ends, without waiting for the others.
 
     Args:
         stream: as `load_dataset(..., streaming=True)` gives it; see [`RetrievalDataset`] for its columns.
         shuffle_buffer_size: rows that each worker of each process holds, undecoded, to draw from.
-        teacher_dim: width D that teacher features must have; None where they are not needed.
-        rank, world_size: which of how many processes this is.
+        teacher_dim: width D that teacher features must have; None if they are not read.
+        rank, world_size: number of this process, from 0, and of all processes.
         **settings: `captions_per_image`, `random_shift`, `random_zoom` and `seed`; see [`RetrievalDataset`].
     """
 
@@ -72,7 +72,7 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
         self.batch_size = 1
 
     def skip(self, batches: int, batch_size: int) -> None:
-        """Lets the loader's first batches be of `None`: their rows are read, but not decoded."""
+        """Makes the examples of the loader's first batches `None`: their rows are read but not decoded."""
         self.batches_to_skip = batches
         self.batch_size = batch_size
 
@@ -80,17 +80,18 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         part, parts = self.rank * workers + worker, self.world_size * workers
-        # As many groups of parts as there are shards for: a group reads its own shards, its parts take rows in turn.
+        # A part is one worker of one process. Parts form equal groups, as many as there are shards for: a group reads
+        # shards of its own, and its parts take the rows of these in turn.
         groups = max(n for n in range(1, min(parts, self.stream.num_shards) + 1) if parts % n == 0)
         stream = split_dataset_by_node(self.stream, part % groups, groups, strategy="shards")
         members, member = parts // groups, part // groups
-        # The loader takes batches from its workers in turn.
+        # The loader takes batches from its workers in turn; this is what it takes from this worker.
         skipped = len(range(worker, self.batches_to_skip, workers)) * self.batch_size
         empty_passes = 0
         for epoch in itertools.count():
             stream.set_epoch(epoch)
             read = own_rows = 0
-            # Unlike `__iter__`, `iter` does not share out shards among workers once more.
+            # `iter`, since `__iter__` would share out the shards among the loader's workers once more.
             for table in stream.iter(ROWS_AT_ONCE):
                 own = table.take(pa.array(range((member - read) % members, len(table), members), pa.int64()))
                 read += len(table)
@@ -107,12 +108,15 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
             if empty_passes == EMPTY_PASSES:
                 raise ValueError(
                     f"The stream has had no row for worker {worker} of process {self.rank} in {EMPTY_PASSES} passes: "
-                    "it has too few rows, or shards without any."
+                    "it has too few rows, or shards without any. Use fewer workers or processes."
                 )
 
 
 class SkipTrainedBatches(TrainerCallback):
-    """Lets a stream pass over what a resumed run trained on: Trainer skips the same batches, but would decode them."""
+    """Tells the stream of a resumed run which batches were trained on before, so that it does not decode them.
+
+    Trainer skips the same batches by itself, but only after they were decoded.
+    """
 
     def __init__(self, dataset: StreamedRetrievalDataset):
         self.dataset = dataset

@@ -17,7 +17,7 @@ PCA_FILE = "teacher_pca.safetensors"
 
 
 def fit_pca(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Principal components of the teacher's normalised features, images and captions counting the same.
+    """Principal components of the teacher's normalised features; all images together weigh as much as all captions.
 
     Not centred: a retrieval score is a dot product, and the projection on the leading eigenvectors of the second
     moment keeps dot products best among linear maps of that width. One matrix serves both modalities.
@@ -26,10 +26,11 @@ def fit_pca(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tenso
         batches: raw features of images `[n, D]` and of captions `[m, D]`, n and m of any size.
 
     Returns:
-        `[D, D]` float32, orthonormal columns, the most important first: `features @ components[:, :k]`.
+        `[D, D]` float32, orthonormal columns, the most important first: `features @ components[:, :k]` are features
+        of width k.
 
     Raises:
-        ValueError: there is no feature of either kind.
+        ValueError: there are no features of images, or none of captions.
     """
     moments: list[torch.Tensor | int] = [0, 0]
     counts = [0, 0]
@@ -42,7 +43,7 @@ def fit_pca(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tenso
         raise ValueError(f"PCA needs features of images and of captions, got {counts[0]} and {counts[1]}.")
     _, vectors = torch.linalg.eigh(moments[0] / counts[0] + moments[1] / counts[1])
     vectors = vectors.flip(1)
-    # Eigenvectors have no sign: fix it, so that the same features give the same projection.
+    # An eigenvector's sign is arbitrary: fix it, so that the same features give the same projection.
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return (vectors * signs).float().contiguous()
 

@@ -1,7 +1,7 @@
 """Two-way recall as a metric of the package `evaluate`: `evaluate.load("trainers/two_way_recall.py")`.
 
-It stands beside `retrieval.py`, which does the work: `evaluate` copies the two together, so the metric also loads
-where this package is not installed.
+It stands beside `metrics.py`, which does the work: `evaluate` copies the two together, so the metric also loads where
+this package is not installed.
 """
 
 import datasets
@@ -20,10 +20,10 @@ maps everything to one point gets 0.
 
 INPUTS = """
 Args:
-    predictions: embeddings of N images, `[N, D]`; of any length, they are normalised here.
+    predictions: embeddings of N images, `[N, D]`; they need not be normalised.
     references: for each image the embeddings of its captions, one or more, `[N][captions, D]`.
     groups: given to `compute`: N integers or strings, in the order in which the images were added; images of one group
-        share their captions as right answers. Default: every image for itself.
+        share their captions as right answers. Default: each image is a group of its own.
 Returns:
     image_to_text_r1, image_to_text_r5, image_to_text_r10, text_to_image_r1, text_to_image_r5, text_to_image_r10:
         percent of the queries that have a right answer among the first 1, 5, 10.
