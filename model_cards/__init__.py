@@ -1,4 +1,4 @@
-"""The student's model card: a template, what fills it, and the record of a run that it is filled from."""
+"""The student's model card: its template, the record of a run, and the code that fills one from the other."""
 
 from .model_card import render_card
 from .record import RunFacts, RunRecord, describe_captions

@@ -13,7 +13,10 @@ EXAMPLE = Path(__file__).with_name("example")
 
 
 def main(run: Path) -> None:
-    """Copies the run's card, what it was made from, and its pictures, in fewer colours.
+    """Replaces the folder `model_cards/example` by a run's card, its record, and its pictures in 64 colours.
+
+    Args:
+        run: the run's folder.
 
     Raises:
         SystemExit: the folder has no card of a finished run.

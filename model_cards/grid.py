@@ -1,4 +1,4 @@
-"""Query results as one picture."""
+"""Queries and what they find, drawn as one picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rows.files import write_whole
 
 
-SIDE, GAP, LINE = 168, 16, 34  # of a picture, between pictures, of a caption; pixels
-ABREAST = 6  # pictures side by side, before the next line
-QUERY = 220  # width of the queries' column
+SIDE, GAP, LINE = 168, 16, 34  # pixels: side of a picture, gap between pictures, height of a caption
+ABREAST = 6  # the most pictures side by side
+QUERY = 220  # pixels: width of the queries' column
 GROUND, TILE, INK, QUIET, EDGE, RIGHT = "#ffffff", "#f3f4f6", "#1f2933", "#5f6b7a", "#d5dae1", "#15803d"
 
 
@@ -30,7 +30,7 @@ class Cell:
 def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: str | Path) -> None:
     """Draws queries, one below the other, each with its results: pictures side by side, captions as a list.
 
-    Right answers are framed, and marked so that the colour is not needed to tell them.
+    Right answers have a coloured frame and a tick, for readers who do not see the colour.
 
     Args:
         queries: texts or images (RGB), Q of them.
@@ -38,7 +38,7 @@ def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: 
         path: the PNG file to write.
 
     Raises:
-        ValueError: where the numbers of queries and rows differ or there is none.
+        ValueError: there are no queries, or another number of rows than of queries.
     """
     if not queries or len(queries) != len(rows):
         raise ValueError(f"{len(queries)} queries and {len(rows)} rows of results: expected one row a query.")
@@ -110,9 +110,9 @@ def _paste(page: Image.Image, image: Image.Image, left: int, top: int) -> None:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken between words, what is over `most` lines cut off."""
+    """The text in at most `most` lines of at most `width` pixels, broken between words; the last is cut to fit."""
     lines = [""]
-    for word in text[:2000].split():  # no more fits, and a caption may be of any length
+    for word in text[:2000].split():  # more never fits, and measuring a caption of any length would take long
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
@@ -124,7 +124,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> l
 
 
 def _shorten(line: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    line = line[:500]  # no more fits, and a caption may be of any length
+    line = line[:500]  # more never fits, as in `_wrap`
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}…") > width:

@@ -1,4 +1,4 @@
-"""Fills the template from the record of a run: what was not measured or set is not on the card."""
+"""Fills the card's template from the record of a run; what was not measured or set is left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render_card(record: RunRecord) -> str:
     facts, metrics = record.facts, record.metrics
     usage = facts.usage if facts.usage and "query.png" in record.assets else {}
     distilled = record.method == "distillation"
-    if not distilled:  # a dataset may bring a teacher that this student never saw
+    if not distilled:  # the dataset may hold features of a teacher, which this student did not learn from
         metrics = {name: value for name, value in metrics.items() if "teacher" not in name}
     key = next((key for key in ("test", "eval") if f"{key}_rsum" in metrics), None)
     split, teacher = key and facts.splits[key], facts.teacher or {}
@@ -60,7 +60,7 @@ def render_card(record: RunRecord) -> str:
 
 
 def front_matter(record: RunRecord, metrics: dict[str, float]) -> str:
-    """The card's YAML; `model-index` has every recall and rsum of each split, unrounded."""
+    """The YAML at the top of the card; its `model-index` has every recall and rsum of each split, unrounded."""
     facts, name = record.facts, record.facts.dataset_name
     found = [(key, figure) for key in facts.splits for figure in tables.figures(metrics, key)] if name else []
     data = ModelCardData(
@@ -93,7 +93,10 @@ def front_matter(record: RunRecord, metrics: dict[str, float]) -> str:
 
 
 def usage_code(repo: str, captions: list[str] | None = None, revision: str | None = None) -> str:
-    """The code on the card; without captions it was not run, and is of an image of one's own."""
+    """The example code on the card: cosines of `assets/query.png` with captions.
+
+    Without captions, image and captions are placeholders that the reader replaces.
+    """
     at = f", revision={json.dumps(revision)}" if revision else ""
     image = f'cached_file(repo, "assets/query.png"{at})' if captions else '"photo.jpg"'
     captions = [tables.one_line(caption) for caption in captions or ["a first caption", "a second caption"]]

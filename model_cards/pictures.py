@@ -17,13 +17,13 @@ from .tables import SHOWN
 
 
 def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, folder: Path) -> None:
-    """Pictures of what a few queries find among all rows, as many of those that miss as of those that hit.
+    """Draws what a few queries find among all rows: per direction, up to two whose first answer is right, two wrong.
 
     Args:
-        rows: of the split that the embeddings are of.
-        image_embeds: L2-normalised `[N, D]`.
-        text_embeds: L2-normalised `[C, D]`, row by row.
-        folder: gets `text_to_image.png` and `image_to_text.png`.
+        rows: the N rows of a split with C captions.
+        image_embeds: of their images, L2-normalised `[N, D]`.
+        text_embeds: of their captions, L2-normalised `[C, D]`, those of one row after another's.
+        folder: where `text_to_image.png` and `image_to_text.png` are written.
     """
     from .grid import Cell, result_grid  # it needs matplotlib
 
@@ -59,19 +59,19 @@ def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: 
 
 
 def evenly(items: Sequence, count: int) -> list:
-    """At most `count` of the items, at even distances."""
+    """At most `count` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path) -> list[list[str]]:
-    """Three images as `sample_1.png`, ... in `folder`, if readable; returns at most five captions of each."""
+    """Saves up to three readable images as `sample_1.png`, ... in `folder`; returns at most five captions of each."""
     part = rows.select(evenly(range(len(rows)), 3)) if isinstance(rows, datasets.Dataset) else rows.take(3)
     captions = []
     for row in _undecoded(part, ["image", "captions"]):
         try:
             image = load_rgb(row["image"])
-        except ValueError:  # training left it out too
+        except ValueError:  # training skips such rows too
             continue
         captions.append([caption[:SHOWN] for caption in row["captions"][:5]])
         _save_small(image, folder / f"sample_{len(captions)}.png", 128)
@@ -79,7 +79,7 @@ def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path
 
 
 def save_query(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """An image as `query.png` in `folder`; returns a caption of it and captions of two others."""
+    """Saves an image as `query.png` in `folder`; returns one caption of it and one each of two other images."""
     first, *others = evenly(range(len(rows)), 3)
     part = _undecoded(rows, ["image", "captions"])
     _save_small(load_rgb(part[first]["image"]), folder / "query.png", 256)
@@ -97,7 +97,12 @@ def _save_small(image: Image.Image, path: Path, side: int) -> None:
 
 
 def plot_curves(log_history: list[dict], path: Path) -> None:
-    """Each loss, each weight and the validation RSUM over the steps, as one picture."""
+    """Draws each loss, each loss's weight and the validation RSUM over the steps, as one picture.
+
+    Args:
+        log_history: of Trainer's state.
+        path: the PNG file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,7 +113,7 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         return [step for step, _ in points], [value for _, value in points]
 
     logged = dict.fromkeys(name for entry in log_history for name in entry if name.startswith("weight_"))
-    names = [name.removeprefix("weight_") for name in logged]  # of the losses; a student without a teacher has one
+    names = [name.removeprefix("weight_") for name in logged]  # of the losses; without a teacher: none
     panels = ["losses", "weights", "validation RSUM"] if names else ["loss", "validation RSUM"]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axis, title in zip(axes, panels):

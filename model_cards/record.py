@@ -1,4 +1,4 @@
-"""What a run knows of itself, as plain values: a card is made of nothing else, and can be made again from the JSON."""
+"""What a run knows of itself, as plain values. A card is made from nothing else, so its JSON can make it again."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class RunFacts:
-    """What a trainer cannot know by itself; `trainer.facts`. What is not given is left out of the card.
+    """What a trainer cannot know by itself, set as `trainer.facts`. What is not given is left out of the card.
 
     Args:
         dataset_name: a Hub id, or a local dataset's own name, never its path; without it there is no model-index.
-        splits: names of the splits that `eval_*` and `test_*` figures are of.
-        data: of each split that is known whole, what [`describe_captions`] returns.
-        data_license: of the images and captions.
-        towers: Hub ids of what training started from.
-        teacher: the constant column `teacher` of the dataset, parsed.
-        license, languages: of the student.
+        splits: prefix of figures ("eval", "test") to the name of the split that they were measured on.
+        data: name of a split to what [`describe_captions`] returns for it; a streamed split has none.
+        data_license: licence of the images and captions.
+        towers: Hub ids of the pre-trained towers.
+        teacher: the parsed JSON of the dataset's constant column `teacher`.
+        license, languages: those of the student.
         baseline: `all_results.json` of the same student trained without a teacher.
-        metrics: as in `all_results.json`, once the run is reported; until then a card has the last evaluation's.
-        samples: captions of the training images saved as `assets/sample_1.png`, ...
-        usage: `{"captions": [...], "output": str | None}`: what the code on the card compares with
-            `assets/query.png`, and what it printed.
+        metrics: as in `all_results.json`, once the run is over; until then a card has those of the last evaluation.
+        samples: captions of each training image saved as `assets/sample_1.png`, ...
+        usage: `{"captions": [...], "output": str | None}`: the captions that the code on the card compares with
+            `assets/query.png`, and what it printed; None if it was not run.
         repo_id, revision: where the weights were pushed to, and the commit that holds them.
     """
 
@@ -49,22 +49,22 @@ class RunRecord:
     """All that a card is made of.
 
     Args:
-        name: of the repository that the student goes to, else of the run's folder.
+        name: id of the repository that the student is pushed to, or else the name of the run's folder.
         method: "distillation" or "contrastive".
         facts: see [`RunFacts`].
         metrics: figures with the prefixes of `all_results.json`.
-        metrics_step: step of the weights that they were measured on.
-        step, max_steps: how far training had come, of how many optimiser steps.
-        in_training: whether training was going on.
-        weights_step: the step that the weights are of: an earlier one where the best checkpoint was taken.
-        resumed_at: steps at which the run was taken up again.
-        seconds: of training; None where it was not one sitting.
-        weights: of the losses, as `[step, {name: weight}]` at the first and the last log.
-        model: `parameters`, `dim`, and the types of its `towers`.
+        metrics_step: the optimiser step whose weights they were measured on.
+        step, max_steps: optimiser steps taken when the record was made, and planned.
+        in_training: True if training was still going on then.
+        weights_step: the step that the weights come from; earlier than `step` if the best checkpoint was loaded.
+        resumed_at: steps at which the run was resumed.
+        seconds: duration of training; None before its end, and for a run that was resumed.
+        weights: weights of the losses, as `[step, {name: weight}]` at the first and the last log.
+        model: the student's `parameters` (a number), `dim`, and the types of its `towers`.
         changed: settings of training that differ from their defaults.
-        settings: all of them.
-        hardware, versions: what it ran on.
-        emissions: as the Hub's `co2_eq_emissions`, where codecarbon measured them.
+        settings: all settings of training.
+        hardware, versions: what training ran on.
+        emissions: in the form of the Hub's `co2_eq_emissions`; None unless codecarbon measured them.
         assets: names of the files in `assets/`.
     """
 
@@ -98,12 +98,12 @@ class RunRecord:
 
 
 def describe_captions(captions: Iterable[list[str]]) -> dict[str, int | list[float]]:
-    """Counts of a split, and `[mean, least, most]` of captions per image and of words per caption.
+    """Numbers of images and captions of a split, and `[mean, least, most]` of captions per image, words per caption.
 
     Args:
-        captions: of each image.
+        captions: for each image the list of its captions.
     """
-    per_image, words = Counter(), Counter()  # how many have that many
+    per_image, words = Counter(), Counter()  # number of captions -> images with so many; of words -> captions
     for own in captions:
         per_image[len(own)] += 1
         words.update(len(caption.split()) for caption in own)

@@ -1,4 +1,4 @@
-"""The tables of a run as Markdown that reads well as plain text, on a terminal and on the card."""
+"""A run's tables in Markdown, for the card; laid out to read well as plain text on a terminal too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for 
 
 
 def figures(metrics: dict[str, float], key: str) -> list[str]:
-    """Names of the recalls and rsums of a split, those of folds (`1k_...`) too, without the split's prefix."""
+    """Names, without the split's prefix, of all recalls and rsums of a split, those of folds (`1k_...`) included.
+
+    Args:
+        metrics: as in `all_results.json`.
+        key: the prefix, "eval" or "test".
+    """
     folds = [match[1] or "" for name in metrics if (match := re.fullmatch(rf"{key}_(\w+_)?rsum", name))]
     return [fold + name for fold in folds for name in (*RECALLS, "rsum")]
 
@@ -23,10 +28,10 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
 
     Args:
         metrics: as in `all_results.json`.
-        key: prefix of the split's figures.
-        baseline: the same of a student trained without a teacher.
-        teacher_parameters: how many the teacher has.
-        split: the split's name; default: the key.
+        key: prefix of the split's figures, "eval" or "test".
+        baseline: the metrics of the same student trained without a teacher; None leaves the column out.
+        teacher_parameters: how many parameters the teacher has; None leaves the cell empty.
+        split: the split's name; None: the key.
     """
     has_teacher = f"teacher_{key}_rsum" in metrics
     columns = [("student", metrics, f"{key}_"), ("teacher", metrics, f"teacher_{key}_")][: 1 + has_teacher]
@@ -52,7 +57,7 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
 
 
 def across_table(metrics: dict[str, float], key: str = "test") -> str:
-    """Recalls of student's and teacher's queries on each other's index; "" where they were not measured."""
+    """Recalls of the student's queries on the teacher's index and the reverse; "" if they were not measured."""
     rows = [["", "student on teacher's index", "teacher on student's index"]]
     for name in (*RECALLS, "rsum") if f"teacher_index_{key}_rsum" in metrics else ():
         values = (metrics[f"{index}_index_{key}_{name}"] for index in ("teacher", "student"))
@@ -82,13 +87,13 @@ def bullets(values: dict[str, object]) -> str:
 
 
 def as_text(value: object) -> str:
-    """Anything as one line of Markdown text: no markup, no end of a cell, nothing that a terminal would obey."""
+    """Any value as one line of Markdown text, escaped: no markup, no link, no end of a table's cell, no controls."""
     text = re.sub(r"([\\`*\[\]|<>&$~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(value))
     return text.replace("://", ":\\//")  # no link
 
 
 def as_code(value: object) -> str:
-    """A name as one code span, in a table too."""
+    """Any value as one code span, which may stand in a table."""
     return f"`{one_line(value).replace('`', chr(39)).replace('|', '/') or ' '}`"
 
 
@@ -97,14 +102,17 @@ def one_line(value: object) -> str:
 
 
 def without_controls(text: str) -> str:
-    """The text, other characters for those that control a terminal, turn the direction of writing or are halves."""
+    """The text with U+FFFD for control characters, invisible ones (some turn the direction of writing) and surrogates.
+
+    The joiner of emoji is kept.
+    """
     return "".join(
         "\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char != ZWJ else char for char in text
     )
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A block of code that no line of its content ends."""
+    """A block of code, fenced by more backticks than any line of the text starts with, so that none can end it."""
     runs = re.findall(r"^\s*(`+)", text, re.MULTILINE)
     fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
     return f"{fence}{language}\n{text}\n{fence}"
