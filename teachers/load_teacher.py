@@ -18,9 +18,9 @@ import teachers.beit3  # noqa: F401
 from .teacher import SentenceTransformersTeacher, Teacher
 
 
-TEXT_SETTINGS = {"padding": "longest", "truncation": True}  # where the processor asks for nothing else
-NO_LIMIT = 10**6  # a tokenizer that does not know its longest text says 10**30
-REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # wrong sizes too are then listed by name
+TEXT_SETTINGS = {"padding": "longest", "truncation": True}  # unless the processor's own settings differ
+NO_LIMIT = 10**6  # tokens; a tokenizer without a longest text gives its longest as 10**30
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that wrong shapes are listed, not raised
 
 
 def load_teacher(
@@ -30,20 +30,22 @@ def load_teacher(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """A dual encoder as a teacher.
+    """Loads a dual encoder as a teacher.
 
-    A model with a `modules.json` is loaded by sentence-transformers, since what follows its encoder there belongs to
-    its features; every other by transformers. Weights in an old `.bin` are read as tensors only, never unpickled.
+    A model with a `modules.json` is loaded by sentence-transformers, since its features come from all the modules that
+    this file lists, and not from the encoder alone; any other model by transformers. Weights in an old `.bin` are read
+    as tensors only, never unpickled.
 
     Args:
         model_id: a Hub id or a folder.
         revision: branch, tag or commit on the Hub.
         dtype: of the weights; features are float32 in any case.
+        device: where the teacher runs.
         trust_remote_code: let the repository run code of its own.
 
     Raises:
-        ValueError: it is no dual encoder, or its checkpoint does not hold exactly the model's weights (RuntimeError
-            from BEiT-3, which checks that itself).
+        ValueError: the model is no dual encoder, or its checkpoint does not hold exactly its weights.
+        RuntimeError: the same for the weights of BEiT-3, which checks them itself.
         ImportError: sentence-transformers is needed and not installed.
     """
     pinned = resolve_revision(model_id, revision)  # one commit for all files
@@ -63,7 +65,7 @@ def load_teacher(
 
 
 def _load_transformers(model_id: str, origin: dict, dtype: torch.dtype) -> tuple:
-    """Model, image processor, tokenizer and settings of its call."""
+    """Model, image processor, tokenizer, and the keyword arguments of the tokenizer's call."""
     model, info = AutoModel.from_pretrained(model_id, dtype=dtype, **REPORT, **origin)
     errors = []
 
@@ -77,7 +79,7 @@ def _load_transformers(model_id: str, origin: dict, dtype: torch.dtype) -> tuple
     processor = load(AutoProcessor, backend="pil")
     image_processor = getattr(processor, "image_processor", None) or load(AutoImageProcessor, backend="pil")
     tokenizer = getattr(processor, "tokenizer", None) or load(AutoTokenizer)
-    # For a folder without its files transformers makes a tokenizer that knows nothing.
+    # For a folder without a tokenizer's files transformers makes one that has only special tokens.
     if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         tokenizer = None
     parts = {
@@ -116,7 +118,7 @@ def _load_sentence_transformers(
             f"{', '.join(map(str, model.modalities))}, not {' or '.join(lacking)}."
         )
     encoder = model.transformers_model
-    # sentence-transformers keeps the report to itself; on "meta" only the names and shapes are read again.
+    # sentence-transformers does not pass on the loading report. Loading to "meta" reads names and shapes alone.
     _, info = type(encoder).from_pretrained(
         model_id, config=encoder.config, subfolder=subfolder, device_map="meta", **REPORT, **origin
     )
@@ -124,14 +126,14 @@ def _load_sentence_transformers(
     processing = getattr(model[0], "processing_kwargs", {})
     settings = {**TEXT_SETTINGS, **processing.get("text", {})}
     settings["max_length"] = _max_length(encoder, model.tokenizer, settings)
-    model[0].processing_kwargs = {**processing, "text": settings}  # the teacher's own, so that it can set the padding
+    model[0].processing_kwargs = {**processing, "text": settings}  # shared, so that the teacher can set the padding
     return model, model.processor.image_processor, model.tokenizer, settings
 
 
 def _check_weights(model_id: str, info: dict) -> None:
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
-    # Counters that older releases saved with the weights.
+    # Constant buffers that older releases of transformers saved with the weights.
     counters = ("token_type_ids", "position_ids")
     unexpected = [name for name in wrong.pop("unexpected_keys", []) if not name.endswith(counters)]
     if wrong:
@@ -139,17 +141,19 @@ def _check_weights(model_id: str, info: dict) -> None:
             f"{model_id} does not hold all of the model's weights, so its features would be partly random: {wrong}."
         )
     if unexpected:
-        raise ValueError(f"{model_id} holds weights that the model has no place for, so it is another: {unexpected}.")
+        raise ValueError(
+            f"{model_id} holds weights that the model has no place for, so it is another model: {unexpected}."
+        )
 
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: dict) -> int:
-    """The longest text in tokens: the least of what processor, tokenizer and position embeddings allow."""
+    """The longest text, in tokens, that processor, tokenizer and position embeddings all allow."""
     limits = [settings.get("max_length", NO_LIMIT), tokenizer.model_max_length]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
         limits.append(positions)
     for name, module in model.named_modules():
-        # RoBERTa and its kin count from the row after the padding's.
+        # RoBERTa and models like it number positions from the row after the padding's.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     if min(limits) >= NO_LIMIT:

@@ -1,4 +1,4 @@
-"""A teacher: a dual encoder that only embeds, one interface over several libraries."""
+"""A teacher: one interface over dual encoders of several libraries, which only embeds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ IMAGE_SETTINGS = (
 class Teacher:
     """A dual encoder that only embeds; [`load_teacher`] makes one.
 
-    `prepare_*` needs no model and runs in workers (a pickled copy leaves the model behind), `*_features` runs it,
-    `embed_*` is both. All features are raw outputs, not normalised.
+    `prepare_*` makes the model's inputs. It needs no model, so it can run in the workers of a loader, whose pickled
+    copies of a teacher come without the model. `*_features` runs the model on these inputs, and `embed_*` does both.
+    All features are raw outputs, not normalised.
 
     Attributes:
         dim: width D of the features.
+        parameters: how many the model has.
+        text_settings: keyword arguments of the tokenizer's call.
+        prompt: what sentence-transformers puts before each input; None for none.
+
+    Raises:
+        ValueError: images and texts have features of different widths, or features that are not `[N, D]`.
     """
 
     def __init__(
@@ -62,30 +69,33 @@ class Teacher:
         self.prompt = None
         self.image_inputs = set(inspect.signature(self.model.get_image_features).parameters)
         self.text_inputs = set(inspect.signature(self.model.get_text_features).parameters)
-        # The Gemma tokenizer of SigLIP 2 carries the flag without obeying it; for those that obey it changes nothing.
+        # The Gemma tokenizer of SigLIP 2 has this flag but ignores it, so texts are lower-cased before. For tokenizers
+        # that obey it, this changes nothing.
         self.lower_case = bool(self.tokenizer.init_kwargs.get("do_lower_case"))
 
     def _fix_padding(self) -> int:
-        """Pads every text to the longest where padding changes a feature: the model then knows only that length.
+        """Pads every text to `max_length` if padding changes its feature: such a model knows only that length.
 
-        It is measured, since neither configuration nor tokenizer says so: SigLIP pools the last position and sees the
-        padding; CLIP and BERT do not. Returns the width of the features.
+        Whether it does is measured, since neither configuration nor tokenizer says so: SigLIP pools the last position
+        and sees the padding; CLIP and BERT do not.
+
+        Returns: the width of a text's feature.
         """
         one, longest = "a", "a " * min(self.text_settings["max_length"], 16)
         alone = self.text_features(self.prepare_texts([one]))
         beside = self.text_features(self.prepare_texts([one, longest]))[:1]
-        # Half of the type's digits: rounding stays below, a pooled padding token far above.
+        # The bound is half of the dtype's digits: rounding stays below it, pooling a padding token goes far above.
         if (alone - beside).norm() > torch.finfo(self.dtype).eps ** 0.5 * beside.norm():
             self.text_settings["padding"] = "max_length"
         return alone.shape[1]
 
     def prepare_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """CPU tensors for `image_features`, made of N images of any mode, at least one."""
+        """Inputs of `image_features`, as CPU tensors, from N >= 1 images of any mode."""
         inputs = self.image_processor(images=[to_rgb(image) for image in images], return_tensors="pt")
         return {name: inputs[name] for name in inputs if name in self.image_inputs}
 
     def prepare_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """CPU tensors for `text_features`, made of N texts, at least one; what is too long is cut."""
+        """Inputs of `text_features`, as CPU tensors, from N >= 1 texts; texts that are too long are cut."""
         texts = [text[:LONGEST_CAPTION] for text in texts]
         texts = [text.lower() for text in texts] if self.lower_case else texts
         inputs = self.tokenizer(texts, return_tensors="pt", **self.text_settings)
@@ -104,7 +114,7 @@ class Teacher:
         inputs = {}
         for name, value in prepared.items():
             if isinstance(value, torch.Tensor):
-                value = value.to(self.device, non_blocking=True)  # first: pinned memory is copied as it is
+                value = value.to(self.device, non_blocking=True)  # before the cast, which would leave pinned memory
                 value = value.to(self.dtype) if value.is_floating_point() else value
             inputs[name] = value
         return _pooled(self._forward(modality, inputs))
@@ -113,15 +123,15 @@ class Teacher:
         return getattr(self.model, f"get_{modality}_features")(**inputs)
 
     def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """`[N, D]` float32 on the CPU, N = 0 too."""
+        """Features `[N, D]` of N >= 0 images, float32 on the CPU."""
         return self.image_features(self.prepare_images(images)).cpu() if images else torch.empty(0, self.dim)
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """`[N, D]` float32 on the CPU, N = 0 too."""
+        """Features `[N, D]` of N >= 0 texts, float32 on the CPU."""
         return self.text_features(self.prepare_texts(texts)).cpu() if texts else torch.empty(0, self.dim)
 
     def describe(self) -> dict:
-        """What made the features, ready for JSON; the revision is the commit, or None for a folder."""
+        """What determines the features, as plain values for JSON; `revision` is the commit, or None for a folder."""
         image = {name: getattr(self.image_processor, name, None) for name in IMAGE_SETTINGS}
         image = {name: value for name, value in image.items() if value is not None}
         if "resample" in image:
@@ -144,10 +154,10 @@ class Teacher:
 
 
 class SentenceTransformersTeacher(Teacher):
-    """As the model's own `encode`: its default prompt, pooling and further modules are part of the features."""
+    """A teacher whose features are those of sentence-transformers' `encode`: with prompt, pooling and all modules."""
 
     def __getstate__(self) -> dict:
-        return self.__dict__  # here the model prepares its inputs
+        return self.__dict__  # with the model, which prepares its own inputs
 
     def _init_inputs(self) -> None:
         self.prompt = self.model.prompts.get(self.model.default_prompt_name)
@@ -159,7 +169,7 @@ class SentenceTransformersTeacher(Teacher):
         return self._prepare([text[:LONGEST_CAPTION] for text in texts])
 
     def _prepare(self, inputs: list[Image.Image] | list[str]) -> dict[str, torch.Tensor]:
-        prepared = self.model.preprocess(inputs, prompt=self.prompt)  # it tells them apart by itself
+        prepared = self.model.preprocess(inputs, prompt=self.prompt)  # it tells images from texts by itself
         return {name: value for name, value in prepared.items() if name != "modality"}
 
     def _forward(self, modality: str, inputs: dict) -> torch.Tensor:
@@ -167,7 +177,7 @@ class SentenceTransformersTeacher(Teacher):
 
 
 def _pooled(output: ModelOutput | torch.Tensor | tuple) -> torch.Tensor:
-    """The features `[N, D]` of either return style: the pooled output, the tensor itself, the tuple's 2-D tensor."""
+    """The features `[N, D]`, float32, from an output object, a tensor, or the first 2-D tensor of a tuple."""
     if isinstance(output, tuple):
         output = next((value for value in output if getattr(value, "ndim", 0) == 2), None)
     features = getattr(output, "pooler_output", output)

@@ -1,4 +1,4 @@
-"""Turn a released BEiT-3 retrieval checkpoint into a folder that transformers loads.
+"""Turns a released BEiT-3 retrieval checkpoint into a folder that transformers loads.
 
 python -m teachers.beit3.convert beit3_base_patch16_384_coco_retrieval.pth beit3.spm OUT_DIR
 """
@@ -70,7 +70,7 @@ Needs transformers 5 or later.
 
 
 def released_names(num_layers: int) -> dict[str, str]:
-    """Name of each weight of [`Beit3RetrievalModel`] -> its name in a released checkpoint (expert A sees, B reads)."""
+    """Name of each weight of [`Beit3RetrievalModel`] to its name in a released checkpoint (A: images, B: texts)."""
     names = {
         "logit_scale": "logit_scale",
         "visual_projection.weight": "vision_head.weight",
@@ -104,8 +104,8 @@ def released_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-MASK_TOKEN = "beit3.vision_embed.mask_token"  # used in pretraining only: checked and dropped
-# Tables that count from row 2 (as fairseq's do): rows 0 and 1 are never read.
+MASK_TOKEN = "beit3.vision_embed.mask_token"  # used in pre-training only: checked and dropped
+# Tables whose first position is row 2, as in fairseq; rows 0 and 1 are never read.
 POSITION_TABLES = ("vision_model.position_embedding.weight", "text_model.position_embedding.weight")
 
 
@@ -183,11 +183,14 @@ def convert_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
     Ids are sentencepiece's plus one, apart from `<s>` 0, `<pad>` 1, `</s>` 2 and `<unk>` 3. Truncation to 64 tokens.
 
-    They can differ from sentencepiece's in two places: where two segmentations score exactly the same ("www" as w + ww
-    or ww + w), and for a letter followed by three or more separate combining marks.
+    The tokens can differ from sentencepiece's in two places: where two segmentations score exactly the same ("www" as
+    w + ww or ww + w), and for a letter followed by three or more separate combining marks.
+
+    Args:
+        path: the released `beit3.spm`.
 
     Raises:
-        ValueError: it is not a unigram model with `<unk>`, `<s>`, `</s>` first and ordinary pieces after.
+        ValueError: the file is not a unigram model with `<unk>`, `<s>`, `</s>` first and ordinary pieces after.
     """
     model = import_protobuf().ModelProto.FromString(Path(path).read_bytes())
     first, pieces = [piece.piece for piece in model.pieces[:3]], model.pieces[3:]
@@ -233,7 +236,7 @@ def convert(
     output_dir: str | os.PathLike,
     num_attention_heads: int | None = None,
 ) -> None:
-    """Write model, code, tokenizer, image processor and card of a released checkpoint into a new folder.
+    """Writes model, code, tokenizer, image processor and card of a released checkpoint into a new folder.
 
     Args:
         checkpoint: `beit3_*_itc_*.pth` or `beit3_*_retrieval.pth`; read with `torch.load(weights_only=True)`.
@@ -261,9 +264,9 @@ def convert(
 
     with torch.device("meta"):
         model = Beit3RetrievalModel(config)
-    # Clones, because a position table without its first two rows is a view of the whole.
+    # Cloned, because a position table without its first two rows is a view of the whole table.
     model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
-    # One dtype for all, which a model has in transformers; the widest found, so that no value changes.
+    # In transformers a model has one dtype: the widest in the checkpoint, so that no value changes.
     model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}))
 
     tokenizer = convert_tokenizer(sentencepiece_model)

@@ -44,7 +44,15 @@ class Beit3RetrievalOutput(ModelOutput):
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out: `[N, heads, L, d]` in, `[N, L, heads, d]` and the weights out; softmax in float32."""
+    """Attention without a fused kernel, softmax in float32.
+
+    Args:
+        query, key, value: `[N, heads, L, d]`.
+        attention_mask: added to the scores `[N, heads, L, L]`; None for none.
+        scaling: factor of the scores.
+
+    Returns: the context `[N, L, heads, d]` and the attention weights `[N, heads, L, L]`.
+    """
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -188,7 +196,7 @@ class Beit3VisionModel(nn.Module):
 
 
 class Beit3TextModel(nn.Module):
-    """The text tower: tokens, learned positions, the encoder; `<s>` stands first and is the pooled output."""
+    """The text tower: tokens, learned positions, the encoder; the pooled output is that of the first token, `<s>`."""
 
     def __init__(self, config: Beit3Config):
         super().__init__()

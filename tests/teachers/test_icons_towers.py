@@ -185,11 +185,11 @@ def test_complete_towers_are_left_and_others_refused(packages, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
     (output / "text" / "model.safetensors").unlink()
-    with pytest.raises(FileExistsError, match="without both towers"):
+    with pytest.raises(FileExistsError, match="exists but lacks a tower"):
         write_towers(output, 64)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileExistsError, match="without both towers"):
+    with pytest.raises(FileExistsError, match="exists but lacks a tower"):
         write_towers(empty, 64)
 
 

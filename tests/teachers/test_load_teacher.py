@@ -205,7 +205,7 @@ def test_weights_must_be_exactly_the_models(clip):
     name = "text_projection.weight"
     with pytest.raises(ValueError, match=r"{'missing_keys': \['text_projection.weight'\]}"):
         load({key: value for key, value in weights.items() if key != name})
-    with pytest.raises(ValueError, match=r"no place for, so it is another: \['head.weight'\]"):
+    with pytest.raises(ValueError, match=r"no place for, so it is another model: \['head.weight'\]"):
         load({**weights, "head.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"{'mismatched_keys': .*text_projection.weight"):
         load({**weights, name: torch.ones(8, 17)})
