@@ -13,8 +13,8 @@ except ImportError as error:
 
 
 POOLINGS = ("cls", "mean", "pooler")
-# Where a saved folder's own code is found. `register_for_auto_class` knows one entry a class, and the zero-shot
-# pipeline asks for a second.
+# The classes in a saved folder's own code. `register_for_auto_class` makes one entry for each class, and the zero-shot
+# pipeline needs a second one for the model.
 AUTO_MAP = {
     "AutoConfig": "configuration_dsmd.DSMDConfig",
     "AutoModel": "modeling_dsmd.DSMDModel",

@@ -15,16 +15,17 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_dsmd import DSMDConfig
 
 
-# Parts of vision towers that serve only the tower's own pooler and have no switch: `model_type` -> attribute.
+# Submodules of vision towers that only the tower's own pooler uses, and that no option leaves out:
+# `model_type` -> attribute.
 OWN_POOLER = {
     "clip_vision_model": "post_layernorm",
     "convnext": "layernorm",
     "convnextv2": "layernorm",
     "siglip_vision_model": "head",
 }
-# Text towers that take a ready mask of the keys, where attention is "sdpa": every token looks at every other.
+# Text towers that under "sdpa" take a mask `[C, 1, 1, L]` of the keys: any token may attend to any other.
 MASKED_BY_KEY = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
-# Attributes of configs that hold the width of the last hidden state, the more specific first.
+# Attributes of configs that hold the width of the last hidden state; the first that a config has counts.
 WIDTHS = ("neck_hidden_sizes", "hidden_sizes", "hidden_size", "hidden_dim")
 
 
@@ -99,13 +100,13 @@ class DSMDModel(PreTrainedModel):
             )
         if hasattr(self.vision_model, "timm_model") and config.vision_pooling != "pooler":
             raise ValueError("A tower of timm pools by a head of its own: use 'pooler' for vision_pooling.")
-        # A parameter without a gradient stops distributed training.
+        # DistributedDataParallel stops at a parameter that gets no gradient.
         if config.vision_pooling != "pooler" and config.vision_config.model_type in OWN_POOLER:
             setattr(self.vision_model, OWN_POOLER[config.vision_config.model_type], nn.Identity())
         for module in self.vision_model.modules():
-            if getattr(module, "mask_token", None) is not None:  # of masked pre-training (DINOv2)
+            if getattr(module, "mask_token", None) is not None:  # for masked pre-training (DINOv2)
                 module.mask_token = None
-        # One config object for each tower, so that a change reaches both.
+        # The tower and this model share one config object, so that a change reaches both.
         self.config.vision_config._attn_implementation = self.vision_model.config._attn_implementation
         self.config.text_config._attn_implementation = self.text_model.config._attn_implementation
         self.vision_model.config = self.config.vision_config
@@ -116,7 +117,7 @@ class DSMDModel(PreTrainedModel):
         self.post_init()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
-        """Reaches towers of timm too, which have a switch of their own."""
+        """Also switches towers of timm, which have a method of their own for it."""
         super()._set_gradient_checkpointing(enable, **kwargs)
         if hasattr(self.vision_model, "timm_model") and self.vision_model.supports_gradient_checkpointing:
             self.vision_model._set_gradient_checkpointing(enable)
@@ -137,7 +138,7 @@ class DSMDModel(PreTrainedModel):
         """A student with random weights, to be trained from scratch.
 
         Args:
-            vision_config, text_config: of the towers, as objects or dicts with `model_type`.
+            vision_config, text_config: the towers' configurations, as objects or as dicts with `model_type`.
             **config_fields: other fields of [`DSMDConfig`], such as `projection_dim`.
         """
         _check_fields(config_fields)
@@ -154,14 +155,15 @@ class DSMDModel(PreTrainedModel):
         """A student of two pre-trained towers and fresh projections.
 
         Args:
-            vision_model_name_or_path, text_model_name_or_path: Hub ids or folders; of a dual encoder such as CLIP
-                the tower asked for is taken.
-            trust_remote_code: let these repositories run code of their own (one that is written in it is refused).
+            vision_model_name_or_path, text_model_name_or_path: Hub ids or folders; from a dual encoder such as CLIP
+                only the tower asked for is taken.
+            trust_remote_code: let these repositories run code of their own. A tower whose class is defined there is
+                refused all the same, since the student's folder would not carry that code.
             **config_fields: other fields of [`DSMDConfig`], such as `projection_dim`.
 
         Raises:
-            ValueError: where a tower's checkpoint lacks weights, is of the other modality or of a class that
-                transformers has not, which the student's folder could not carry.
+            ValueError: a tower's checkpoint lacks weights, or is of the other modality, or AutoModel of transformers
+                has no class for it.
         """
         _check_fields(config_fields)
         towers = {}
@@ -227,14 +229,14 @@ class DSMDModel(PreTrainedModel):
         mask, config = attention_mask, self.config.text_config
         if self.training and mask is not None and config.model_type in MASKED_BY_KEY:
             if config._attn_implementation == "sdpa":
-                # Of a mask [C, L] transformers asks whether it masks anything, and training waits for the device.
+                # For a mask [C, L] transformers first asks the device whether it masks anything, and waits for it.
                 mask = mask[:, None, None, :] > 0
         output = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True, **kwargs)
         pooled = _pool(output, self.config.text_pooling, attention_mask)
         return _with_pooled(output, self.text_projection(pooled))
 
     def _in_buckets(self, text_buckets, input_ids, attention_mask, token_type_ids, **kwargs) -> list[torch.Tensor]:
-        """Text features `[rows, D]` of each bucket."""
+        """Text features `[rows, D]` of each bucket, see `forward`."""
         if sum(rows for rows, _ in text_buckets) != len(input_ids):
             raise ValueError(f"text_buckets {text_buckets} are not of the {len(input_ids)} captions given.")
         features, start = [], 0
@@ -260,7 +262,7 @@ class DSMDModel(PreTrainedModel):
         text_buckets: list[tuple[int, int]] | None = None,
         **kwargs,
     ) -> tuple | DSMDOutput:
-        """Embeds whichever modality is given; with both, their similarities too.
+        """Normalised embeddings of whichever modality is given; with both, their similarities too.
 
         Args:
             input_ids: `[C, L]`.
@@ -269,14 +271,18 @@ class DSMDModel(PreTrainedModel):
             token_type_ids: `[C, L]`, for towers that take them.
             return_loss: also the symmetric contrastive loss of image i with caption i (N = C).
             interpolate_pos_encoding: take images of another size than the vision tower's, where it can.
-            text_buckets: (rows, tokens) of consecutive captions that go through the text tower together, cut to so
-                many tokens: padding on the right that a shorter caption need not pay for. The rows add up to C. The
-                output then has no `text_model_output`.
+            text_buckets: (rows, tokens) for each run of consecutive captions that the text tower gets together, cut
+                to that many tokens, so that short captions are not computed with padding up to L. The rows add up to
+                C. The output then has no `text_model_output`.
+
+        Raises:
+            ValueError: neither modality is given, `text_buckets` do not add up to C, or the loss is asked for without
+                as many captions as images.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give input_ids, pixel_values or both.")
         image_embeds = text_embeds = logits_per_image = logits_per_text = loss = image_output = text_output = None
-        # What is left in kwargs (output_hidden_states, ...) both towers understand.
+        # Both towers understand what is left in kwargs (output_hidden_states, ...).
         if input_ids is not None and text_buckets is not None:
             buckets = self._in_buckets(text_buckets, input_ids, attention_mask, token_type_ids, **kwargs)
             text_embeds = nn.functional.normalize(torch.cat(buckets), dim=-1)
@@ -286,7 +292,7 @@ class DSMDModel(PreTrainedModel):
             )
             text_embeds = nn.functional.normalize(text_output.pooler_output, dim=-1)
         if pixel_values is not None:
-            # Towers of timm do not know the argument.
+            # Passed only if set: towers of timm do not know the argument.
             image_kwargs = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
             image_output = self.get_image_features(pixel_values, return_dict=True, **image_kwargs, **kwargs)
             image_embeds = nn.functional.normalize(image_output.pooler_output, dim=-1)
@@ -318,7 +324,7 @@ class DSMDModel(PreTrainedModel):
 
 
 def _check_fields(config_fields: dict):
-    """Stops at a name that [`DSMDConfig`] would take as an attribute without effect, and at a value it refuses."""
+    """Raises for fields unknown to [`DSMDConfig`], which it would keep without effect, and for values it refuses."""
     unknown = set(config_fields) - set(DSMDConfig.__annotations__)
     if unknown:
         raise TypeError(
@@ -328,7 +334,7 @@ def _check_fields(config_fields: dict):
 
 
 def _tower_width(tower: PreTrainedModel) -> int:
-    """Width of what a tower's output is pooled to."""
+    """Width W of the vector `[B, W]` that a tower's output is pooled to."""
     if hasattr(tower, "timm_model"):  # its config names an architecture, not its sizes
         return tower.timm_model.head_hidden_size
     config = tower.config
@@ -343,7 +349,7 @@ def _tower_width(tower: PreTrainedModel) -> int:
 
 
 def _without_pooler(config: PreTrainedConfig, pooling: str) -> dict:
-    """The keyword that keeps a tower from building a pooler that would not be used."""
+    """The keyword argument that keeps a tower from building a pooler that would not be used; {} if it has none."""
     if pooling == "pooler" or type(config) not in AutoModel._model_mapping:  # AutoModel itself reports the latter
         return {}
     parameters = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
@@ -357,7 +363,10 @@ def _new_tower(config: PreTrainedConfig, pooling: str) -> PreTrainedModel:
 
 
 def _pool(output: ModelOutput, pooling: str, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """One vector a row, `[B, W]`, from hidden states `[B, L, W]` or feature maps `[B, W, H', W']`."""
+    """One vector for each image or caption, `[B, W]`, from hidden states `[B, L, W]` or feature maps `[B, W, h, w]`.
+
+    Padding is left out of a mean: `attention_mask` `[B, L]` is 1 for tokens and 0 for padding; None for images.
+    """
     if pooling == "pooler":
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:
