@@ -29,8 +29,6 @@ HELD_ELSEWHERE = {
     "datasets_scripts/teacher_features.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/teacher_dataset.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/opening.py": "tests/test_train.py",
-    "datasets_scripts/sources.py": "tests/datasets_scripts/test_own_data.py",
-    "datasets_scripts/source_rows.py": "tests/datasets_scripts/test_own_data.py",
     "inference/encoders.py": "tests/inference/test_export.py",
     "inference/export_tables.py": "tests/inference/test_export.py",
     "inference/onnx_search.py": "tests/inference/test_export.py",
