@@ -30,9 +30,8 @@ CASES = {
     "feature": (["feature"], {}),
     "similarity": (["similarity"], {}),
     **{
-        f"contrastive {name}, queue {size}": (["contrastive"], {"contrastive_pairs": pairs, "queue_size": size})
+        f"contrastive {name}, queue 60": (["contrastive"], {"contrastive_pairs": pairs})
         for name, pairs in PAIR_SETS.items()
-        for size in (0, 60)
     },
     **{
         f"hard_negative {name}, {kind}": (
@@ -43,8 +42,12 @@ CASES = {
         for kind in ("fixed", "teacher")
     },
 }
+NO_QUEUE = {
+    f"contrastive {name}, queue 0": (["contrastive"], {"contrastive_pairs": pairs})
+    for name, pairs in PAIR_SETS.items()
+}
 SMOOTH = ["contrastive", "feature", "similarity"]
-ACCUMULATED = {f"accumulated, queue {size}": (SMOOTH, {"queue_size": size}) for size in (0, 24)}
+ACCUMULATED = {f"accumulated, step {step}": (SMOOTH, {}) for step in range(2)}
 DYNAMIC = {f"dynamic, step {step}": (None, {}) for step in range(3)}
 BASELINE = {f"baseline, step {step}": (None, {}) for step in range(2)}
 SPLITS = (30, 3, 1)  # rows to evaluate on: odd shares, and fewer than processes
@@ -105,7 +108,8 @@ def trained(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     accumulation = 1 if distributed.world_size() == 1 else 2  # one process takes the whole batch at once
     for cases, settings in (
         (CASES, {"queue_size": 60}),
-        # A queue that drops rows of the step: the same on any number of processes.
+        (NO_QUEUE, {"queue_size": 0}),
+        # A queue that is smaller than the step's captions, not than its images: the same on any number of processes.
         (ACCUMULATED, {"losses": SMOOTH, "queue_size": 24, "gradient_accumulation_steps": accumulation}),
         (DYNAMIC, {"balancer": "dynamic", "queue_size": 60}),
         (BASELINE, {"trainer_class": ContrastiveTrainer}),

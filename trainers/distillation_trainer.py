@@ -208,11 +208,19 @@ class DSMDTrainer(RetrievalTrainer):
         return {name: compute[name]() for name in args.losses}
 
     def dictionary(self) -> TeacherRows:
-        """What the contrastive loss contrasts with: the queues, or of size 0 the step's rows alone."""
-        if not self.args.queue_size:
-            return self.step_rows
-        images, captions = self.image_queue, self.text_queue
-        return TeacherRows(images.features, images.groups, captions.features, captions.groups)
+        """What the contrastive loss contrasts with: the step's rows and, up to `queue_size` altogether, older ones.
+
+        A queue has both where it takes the whole step; a larger step stands for itself.
+        """
+        step, images, captions = self.step_rows, self.image_queue, self.text_queue
+        whole_image = len(step.image) > images.size
+        whole_text = len(step.text) > captions.size
+        return TeacherRows(
+            image=step.image if whole_image else images.features,
+            image_groups=step.image_groups if whole_image else images.groups,
+            text=step.text if whole_text else captions.features,
+            text_groups=step.text_groups if whole_text else captions.groups,
+        )
 
     def _other_students(
         self, image, text, teacher_image, teacher_text, groups, caption_to_image, row_counts

@@ -127,7 +127,9 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     )
     queue_size: int = field(
         default=8192,
-        metadata={"help": "Teacher rows kept for each modality to contrast with; 0: the step's own rows alone."},
+        metadata={
+            "help": "Teacher rows to contrast with, of each modality: all of the step's, older ones up to this."
+        },
     )
     hard_negative_pairs: list[str] = field(
         default_factory=lambda: list(PAIRS),

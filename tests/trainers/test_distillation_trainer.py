@@ -138,6 +138,53 @@ def test_queue_holds_the_whole_step_before_its_first_micro_batch(tmp_path, rows)
     assert len({captions for _, _, captions in seen}) == 1
 
 
+@pytest.mark.parametrize("queue_size", [0, 1, 15, 16, 17, 40, 64, 100, 8192])
+def test_the_dictionary_is_the_step_and_up_to_the_queues_size_older_rows(tmp_path, rows, queue_size):
+    """Against lists: of each modality the step's rows, and before them the newest that there is room for."""
+    fed: dict[str, list[tuple]] = {"image": [], "text": []}
+    found = []
+
+    class Spy(DSMDTrainer):
+        def begin_step(self, batches):
+            super().begin_step(batches)
+            dictionary = self.dictionary()
+            for side, all_rows in fed.items():
+                step = getattr(self.step_rows, side), getattr(self.step_rows, f"{side}_groups")
+                step = list(zip(step[0].tolist(), step[1].tolist(), strict=True))
+                older = all_rows[len(all_rows) - max(0, min(queue_size - len(step), len(all_rows))) :]
+                all_rows += step
+                whole = getattr(dictionary, side).tolist(), getattr(dictionary, f"{side}_groups").tolist()
+                assert sorted(zip(*whole, strict=True)) == sorted(older + step)
+                found.append(len(whole[0]) - len(step))
+
+    trainer = make_trainer(tmp_path, rows, queue_size=queue_size, max_steps=4, losses=["contrastive"])
+    trainer.__class__ = Spy
+    trainer.train()
+    assert len(found) == 8 and found[0] == found[1] == 0 and (max(found) > 0) == (queue_size > 16)
+
+
+def test_a_queue_smaller_than_the_step_contrasts_with_no_less_than_none(tmp_path, rows):
+    losses, weights = {}, {}
+    for queue_size in (0, 1, 7, 16):
+        settings = {"queue_size": queue_size, "losses": ["contrastive"], "balancer": "fixed", "captions_per_image": 3}
+        trainer = make_trainer(tmp_path / str(queue_size), rows, max_steps=3, logging_steps=3, **settings)
+        trainer.train()
+        losses[queue_size] = trainer.state.log_history[0]["loss_contrastive"]
+        weights[queue_size] = trainer.model.state_dict()
+    assert losses[0] == losses[1] == losses[7] == pytest.approx(losses[16], rel=1e-6)
+    assert largest_difference(weights[0], weights[1]) == largest_difference(weights[0], weights[7]) == 0.0
+
+
+def test_a_run_with_a_queue_smaller_than_the_step_is_resumed(tmp_path, rows):
+    settings = {"max_steps": 4, "queue_size": 20, "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_trainer(tmp_path / "unbroken", rows, **settings)
+    unbroken.train()
+    resumed = make_trainer(tmp_path / "resumed", rows, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-2"))
+    assert largest_difference(unbroken.model.state_dict(), resumed.model.state_dict()) == 0.0
+    assert largest_difference(unbroken.distillation_state(), resumed.distillation_state()) == 0.0
+
+
 def test_queue_larger_than_the_data_is_clamped_with_a_warning(tmp_path, rows, caplog):
     trainer = make_trainer(tmp_path, rows, queue_size=8192)
     assert "clamped" in caplog.text
