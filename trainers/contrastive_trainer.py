@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .base_trainer import RetrievalTrainer
+from .logsumexp import MASKED
 from .run import distributed
 
 
@@ -32,16 +33,12 @@ def contrastive_loss(
     logits = scale * (text_embeds.float() @ image_embeds.float().T)  # [C, N]
     text_groups = image_groups[caption_to_image]
     positive = logits.gather(1, caption_to_image[:, None]).squeeze(1)  # [C]
-    negatives = logits.masked_fill(text_groups[:, None] == image_groups[None, :], float("-inf"))
+    # Struck out by a finite number: a row without negatives has finite (zero) gradients.
+    negatives = logits.masked_fill(text_groups[:, None] == image_groups[None, :], MASKED)
     # logaddexp has no gradient at (x, -inf) in some releases; softplus of the difference has.
-    text_to_image = torch.nn.functional.softplus(_logsumexp(negatives, dim=1) - positive)
-    image_to_text = torch.nn.functional.softplus(_logsumexp(negatives, dim=0)[caption_to_image] - positive)
+    text_to_image = torch.nn.functional.softplus(negatives.logsumexp(dim=1) - positive)
+    image_to_text = torch.nn.functional.softplus(negatives.logsumexp(dim=0)[caption_to_image] - positive)
     return 0.5 * (text_to_image + image_to_text).sum() / (num_captions or len(text_embeds))
-
-
-def _logsumexp(logits: torch.Tensor, dim: int) -> torch.Tensor:
-    """logsumexp with a large negative number, and no NaN gradient, where every entry is -inf."""
-    return logits.clamp(min=-1e4).logsumexp(dim)
 
 
 class ContrastiveTrainer(RetrievalTrainer):

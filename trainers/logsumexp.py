@@ -7,8 +7,8 @@ import torch
 
 # Stands for "not a negative": finite, so that a row without any negative has finite (zero) gradients.
 MASKED = torch.finfo(torch.float32).min
-LARGEST_LOGIT = 60.0  # a whole dictionary of e^60 does not overflow float32, and e^-60 does not underflow
-DICTIONARY_BLOCK = 4096  # rows of the dictionary that are compared at once: few enough for the processor's cache
+NO_SHIFT = 60.0  # e^60 times a dictionary is still a float32 number, and so is e^-60
+DICTIONARY_BLOCK = 4096  # rows of the dictionary that are compared at once: what the processor's cache likes best
 
 
 class LogSumExp(torch.autograd.Function):
@@ -19,10 +19,10 @@ class LogSumExp(torch.autograd.Function):
     stored, and cost one matrix product for the value and one for the gradient.
 
     Args of `apply`:
-        queries: `[B, D]` float32, rows of length 1.
+        queries: `[B, D]` float32, rows of any length: no exponential overflows.
         image_groups: `[N]`, the group of each image.
         image_of_query: `[B]`, the image of each caption; None if the queries are the N images.
-        dictionary: `[Q, D]` float32, rows of length 1.
+        dictionary: `[Q, D]` float32.
         dictionary_groups: `[Q]`.
         temperature: tau, above 0.
 
@@ -32,32 +32,30 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, image_groups, image_of_query, dictionary, dictionary_groups, temperature):
         queries = queries / temperature
-        # Rows of length 1 have logits of at most 1 / tau. Where exponentials that large, and their sums, fit into
-        # float32, the largest logit need not be found and subtracted first.
-        bounded = 1 / temperature <= LARGEST_LOGIT
-        largest = queries.new_full((len(queries), 1), 0.0 if bounded else MASKED)
-        total = torch.zeros_like(largest)  # of e^{logit - largest}
-        weighted = torch.zeros_like(queries)  # sum of the dictionary rows with these weights
+        # Unit rows of such a temperature need no shift; one of 0 leaves their sums as they are to the last bit.
+        no_shift = NO_SHIFT if 1 / temperature <= NO_SHIFT else 0.0
+        largest = shift = queries.new_full((len(queries), 1), MASKED)
+        total = torch.zeros_like(largest)  # of e^{logit - shift}
+        weighted = torch.zeros_like(queries)  # dictionary rows, weighted so
         for start in range(0, len(dictionary), DICTIONARY_BLOCK):
             rows = dictionary[start : start + DICTIONARY_BLOCK]
             same = image_groups[:, None] == dictionary_groups[None, start : start + DICTIONARY_BLOCK]
             logits = queries @ rows.T
             # Captions have the group of their image, so groups are compared once per image.
             logits.masked_fill_(same if image_of_query is None else same.index_select(0, image_of_query), MASKED)
-            if not bounded:
-                before, largest = largest, largest.maximum(logits.amax(dim=1, keepdim=True))
-                shrink = (before - largest).exp_()
-                total.mul_(shrink)
-                weighted.mul_(shrink)
-                logits.sub_(largest)
-            logits.exp_()
+            largest = largest.maximum(logits.amax(dim=1, keepdim=True))
+            before, shift = shift, torch.where(largest.abs() <= no_shift, 0.0, largest)
+            shrink = (before - shift).exp_()
+            total.mul_(shrink)
+            weighted.mul_(shrink)
+            logits.sub_(shift).exp_()
             total.add_(logits.sum(dim=1, keepdim=True))
             if ctx.needs_input_grad[0]:
                 weighted.addmm_(logits, rows)
         ctx.save_for_backward(weighted.div_(total.clamp(min=torch.finfo(torch.float32).tiny) * temperature))
         # A query without negatives has a total of 0, or only masked logits.
         none = (total == 0) | (largest == MASKED)
-        return torch.where(none, MASKED, largest + total.log()).squeeze(1)
+        return torch.where(none, MASKED, shift + total.log()).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,8 +1,9 @@
 """The four distillation losses, as plain functions of named tensors.
 
 Shapes: N local images, C local captions (flattened; the image of caption c is `caption_to_image[c]`), width D. All
-embeddings are L2-normalised rows; similarities are computed in float32 whatever comes in, also under autocast. A group
-says what counts as the same thing: a row of the query's own group is never a negative.
+embeddings are rows that the caller has L2-normalised, so that dot products are cosines; of rows of another length the
+losses are the same formulas of dot products, without overflow. Similarities are in float32 whatever comes in, also
+under autocast. A group says what counts as the same thing: a row of the query's own group is never a negative.
 
 A pair names the query's side, then the target's: "II" and "TT" compare a student row with its teacher row in one
 modality, "IT" and "TI" across modalities, with one query per (image, caption). Every returned scalar is the sum over
@@ -85,7 +86,7 @@ def similarity_distillation(
     num_images: int | Tensor | None = None,
     num_captions: int | Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Half of one minus the cosine of student and teacher rows (DSMD's published code).
+    """Half of one minus the dot product of student and teacher rows, which is their cosine (DSMD's published code).
 
     Args: as `feature_distillation`.
     Returns: {"II": scalar, "TT": scalar}, each in [0, 1].

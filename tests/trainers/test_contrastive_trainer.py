@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from conftest import make_student
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
@@ -63,3 +64,17 @@ def test_contrastive_training_lowers_its_loss(tmp_path, rows, validation_rows):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert model.logit_scale.item() != 2.6592
+
+
+@pytest.mark.parametrize("length", [1.0, 300.0])
+def test_logits_may_be_as_large_as_rows_make_them(length):
+    """Against cross-entropy in float64: each image has one caption and a group of its own."""
+    torch.manual_seed(0)
+    image, text = (
+        length * torch.nn.functional.normalize(torch.rand(2, 6, 4), dim=-1) * torch.tensor([1.0, -1.0])[:, None, None]
+    )
+    owners = torch.arange(6)
+    logits = 20.0 * text.double() @ image.double().T
+    expected = torch.nn.functional.cross_entropy(logits, owners) + torch.nn.functional.cross_entropy(logits.T, owners)
+    loss = contrastive_loss(image, text, owners, owners, torch.tensor(20.0))
+    assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-5)
