@@ -5,6 +5,7 @@ from .contrastive_trainer import ContrastiveTrainer
 from .distillation_trainer import DSMDTrainer
 from .feature_queue import FeatureQueue
 from .losses import (
+    OtherStudents,
     TeacherRows,
     contrastive_distillation,
     feature_distillation,
@@ -12,18 +13,25 @@ from .losses import (
     similarity_distillation,
 )
 from .metrics import retrieval_metrics
-from .training_args import DSMDTrainingArguments, RetrievalTrainingArguments
+from .batches import RetrievalCollator, RetrievalDataset
+from .streaming import StreamedRetrievalDataset
+from .teacher_pca import fit_pca
 
 
 __all__ = [
     "ContrastiveTrainer",
     "DSMDTrainer",
     "DSMDTrainingArguments",
-    "RetrievalTrainingArguments",
-    "TeacherRows",
     "FeatureQueue",
+    "OtherStudents",
+    "RetrievalCollator",
+    "RetrievalDataset",
+    "RetrievalTrainingArguments",
+    "StreamedRetrievalDataset",
+    "TeacherRows",
     "contrastive_distillation",
     "feature_distillation",
+    "fit_pca",
     "hard_negative_distillation",
     "make_balancer",
     "retrieval_metrics",
