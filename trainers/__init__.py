@@ -1,6 +1,7 @@
 """How a student learns: losses, their balancer, trainers and the evaluation by recall."""
 
 from .balancers import make_balancer
+from .batches import RetrievalCollator, RetrievalDataset
 from .contrastive_trainer import ContrastiveTrainer
 from .distillation_trainer import DSMDTrainer
 from .feature_queue import FeatureQueue
@@ -13,9 +14,9 @@ from .losses import (
     similarity_distillation,
 )
 from .metrics import retrieval_metrics
-from .batches import RetrievalCollator, RetrievalDataset
 from .streaming import StreamedRetrievalDataset
 from .teacher_pca import fit_pca
+from .training_args import DSMDTrainingArguments, RetrievalTrainingArguments
 
 
 __all__ = [

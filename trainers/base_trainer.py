@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from pathlib import Path
@@ -19,8 +20,11 @@ from rows.checks import check_dataset
 from rows.columns import rows_and_captions
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
+from .argument_checks import check_evaluated, check_student, taken_arguments
 from .batches import RetrievalCollator, RetrievalDataset
 from .card import describe_run, write_readme
+from .collapse import constant_sides
+from .dry_run import check_embeds, check_text_pooling, tiny_batch, unused_parameters
 from .retrieval_evaluation import encode, recall_figures
 from .run.callbacks import SetEpoch
 from .run.resumable_trainer import ResumableTrainer
@@ -40,14 +44,18 @@ class RetrievalTrainer(ResumableTrainer):
     step's mean, so that the micro-batches and ranks of a step add up to its loss.
 
     Args:
-        model: a [`DSMDModel`], or any whose output has `image_embeds` and `text_embeds`, L2-normalised.
+        model: a [`DSMDModel`], or one with its interface: for `pixel_values` alone its output has `image_embeds`, for
+            `input_ids` and `attention_mask` alone `text_embeds`, L2-normalised.
         args: [`RetrievalTrainingArguments`], or a subclass's own.
         train_dataset: rows as the contract has them (`image`, `captions`, `image_id`, ...); a streamed dataset
             needs `max_steps`, and its first 1,000 rows are checked beforehand.
-        eval_dataset: such rows, not streamed.
+        eval_dataset: such rows, not streamed; or several such datasets by name, as in `Trainer`.
         processing_class: processor with `image_processor` and `tokenizer`; saved with the model.
         teacher_dim: width D that the teacher's features in `train_dataset` must have; None where they are not read.
-        **kwargs: `callbacks` and `optimizers` as in `Trainer`.
+        **kwargs: `callbacks` and `optimizers` as in `Trainer`; its other arguments are refused by name.
+
+    A model is tried on two images before it is trained: it is refused where captions do not change what it makes of
+    them, and parameters that nothing depends on are named and get no gradient.
 
     Every saved student has a card; set `facts` ([`RunFacts`]) for what it shall say of data, teacher and licence.
     """
@@ -63,11 +71,13 @@ class RetrievalTrainer(ResumableTrainer):
         model: PreTrainedModel,
         args: RetrievalTrainingArguments,
         train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
-        eval_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         processing_class=None,
         teacher_dim: int | None = None,
         **kwargs,
     ):
+        kwargs = taken_arguments(kwargs, type(self).__name__)
+        check_student(model)
         if processing_class is None:
             raise ValueError("processing_class is missing: give the processor (image_processor and tokenizer).")
         limit = processing_class.tokenizer.model_max_length
@@ -104,9 +114,15 @@ class RetrievalTrainer(ResumableTrainer):
                 )
             else:
                 train_dataset = RetrievalDataset(train_dataset, with_teacher=teacher_dim is not None, **settings)
+        several = isinstance(eval_dataset, dict)
+        evaluated = eval_dataset if several else {"validation": eval_dataset}
         if eval_dataset is not None:
-            check_dataset(eval_dataset, "validation", None)
-        self.eval_fingerprint = eval_dataset and rows_fingerprint(eval_dataset)
+            check_evaluated(evaluated, several, args)
+        fingerprints = {name: rows and rows_fingerprint(rows) for name, rows in evaluated.items()}
+        self.eval_fingerprint = fingerprints if several else fingerprints["validation"]
+        if args.freeze is not None:
+            # Its parameters get no gradient: nothing of the tower is kept for the way back.
+            getattr(model, f"{args.freeze}_model").requires_grad_(False)
         super().__init__(
             model=model,
             args=args,
@@ -123,6 +139,25 @@ class RetrievalTrainer(ResumableTrainer):
             self.add_callback(SetEpoch(self.train_dataset))
         self.facts = RunFacts()  # for the card
         self._teacher_figures: dict[tuple, dict[str, float]] = {}
+        self._signs: set[str] = set()  # of a collapse, that were warned of
+        self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
+        self.unused: list[str] = []
+        batch = tiny_batch(self.data_collator, args.device)
+        check_embeds(self.model, batch, self.compute_loss_context_manager)
+        if self.train_dataset is not None:
+            check_text_pooling(self.model, batch, self.compute_loss_context_manager)
+            self._leave_out_unused(batch)
+
+    def _leave_out_unused(self, batch: dict) -> None:
+        """DDP waits for a gradient of every trainable parameter; the temperature's is the loss's matter."""
+        unused = unused_parameters(self.model, batch, self.compute_loss_context_manager)
+        self.unused = [name for name in unused if name != "logit_scale"]
+        for name in self.unused:
+            self.model.get_parameter(name).requires_grad_(False)
+        if self.unused and self.is_world_process_zero():
+            logger.warning(
+                f"No embedding depends on these parameters, which stay as they are: {', '.join(self.unused)}."
+            )
 
     # What the base asks for
 
@@ -154,7 +189,8 @@ class RetrievalTrainer(ResumableTrainer):
         if self.optimizer is None:
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
+                # Unused ones stay in their group, as in older checkpoints; without a gradient nothing moves them.
+                if parameter.requires_grad or name in self.unused:
                     is_tower = "vision_model." in name or "text_model." in name
                     groups.setdefault((is_tower, parameter.ndim > 1), []).append(parameter)
             head_rate = self.args.head_learning_rate
@@ -218,12 +254,15 @@ class RetrievalTrainer(ResumableTrainer):
 
     def embed(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """L2-normalised float32 embeddings `[N, D]`, `[C, D]` of a batch: each image once for all its captions."""
+        if self.args.freeze is not None:  # after Trainer's `model.train()`: no dropout, no other BatchNorm statistics
+            getattr(self.accelerator.unwrap_model(model), f"{self.args.freeze}_model").eval()
+        # Each bucket is a forward of the text tower, and where it is sharded, one of all ranks.
+        in_buckets = self._in_buckets and not self.is_fsdp_enabled
         output = model(
             pixel_values=batch["pixel_values"],
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            # Each bucket is a forward of the text tower, and where it is sharded, one of all ranks.
-            text_buckets=None if self.is_fsdp_enabled else batch["text_buckets"],
+            **({"text_buckets": batch["text_buckets"]} if in_buckets else {}),
         )
         image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
         if torch.is_grad_enabled():
@@ -241,11 +280,17 @@ class RetrievalTrainer(ResumableTrainer):
 
         Trainer's loop would compare within batches only. Where the split has teacher features, the teacher's own
         figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent. With
-        `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images.
+        `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images. Of several
+        datasets each has its name behind the prefix, as in Trainer.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("There is no dataset to evaluate on.")
+        if isinstance(dataset, dict):
+            parts = (self.evaluate(of, None, f"{metric_key_prefix}_{name}", fold_size) for name, of in dataset.items())
+            return {name: value for metrics in parts for name, value in metrics.items()}
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(f"A {type(dataset).__name__} cannot be evaluated on: give a datasets.Dataset.")
         started = time.time()
         image_embeds, text_embeds = self.encode(dataset)
         groups, caption_to_image = rows_and_captions(dataset)
@@ -261,8 +306,28 @@ class RetrievalTrainer(ResumableTrainer):
             metrics[f"{metric_key_prefix}_share_of_teacher"] = share
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
+        for sign in self.signs_of_collapse(image_embeds, text_embeds):
+            if sign not in self._signs and self.is_world_process_zero():
+                logger.warning(f"The student may have collapsed: {sign}.")
+            self._signs.add(sign)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, test_dataset, **kwargs):
+        """Refused: Trainer's would run batches one by one, and a split's rows are compared with each other."""
+        raise NotImplementedError("predict compares no rows: use `evaluate` for figures, `encode` for embeddings.")
+
+    def signs_of_collapse(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
+        """What shows, after an evaluation, that nothing is learned, and what to do; each is warned of once.
+
+        Args:
+            image_embeds, text_embeds: of the evaluated split, `[N, D]` and `[M, D]`.
+        """
+        return [
+            f"all {side} have nearly the same embedding. Lower learning_rate (or set warmup_steps), start from "
+            "pre-trained towers, and look whether the images and captions of the data differ"
+            for side in constant_sides(image_embeds, text_embeds)
+        ]
 
     def beside_the_teacher(
         self, dataset, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None

@@ -15,8 +15,10 @@ from transformers.trainer_callback import TrainerCallback
 from rows.files import write_whole
 from rows.teacher_columns import teacher_rows
 
+from .argument_checks import check_student
 from .balancers import make_balancer
 from .base_trainer import RetrievalTrainer
+from .collapse import pairs_at_the_margin
 from .feature_queue import FeatureQueue
 from .losses import (
     OtherStudents,
@@ -75,6 +77,7 @@ class DSMDTrainer(RetrievalTrainer):
         teacher_projection: torch.Tensor | None = None,
         **kwargs,
     ):
+        check_student(model)
         dim = teacher_dim = model.config.projection_dim
         if teacher_projection is not None:
             if teacher_projection.shape[1] != dim:
@@ -307,6 +310,17 @@ class DSMDTrainer(RetrievalTrainer):
         for index, figures in across.items():
             metrics.update({f"{index}_{prefix}_{name}": value for name, value in figures.items()})
         return metrics
+
+    def signs_of_collapse(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
+        """Also a hinge that stays at its margin."""
+        signs, args = super().signs_of_collapse(image_embeds, text_embeds), self.args
+        if args.hard_negative_margin_kind == "fixed" and args.hardest_negative and args.hard_negative_margin > 0:
+            for pair in pairs_at_the_margin(self.state.log_history, args.hard_negative_margin):
+                signs.append(
+                    f"the hard-negative loss of {pair} stays at twice its margin, {args.hard_negative_margin}. Set "
+                    "hard_negative_margin_kind to teacher, lower learning_rate, or leave feature in losses"
+                )
+        return signs
 
     def save_extra_files(self, folder: Path) -> None:
         """The projection that brings the teacher's features into the student's space."""

@@ -65,7 +65,7 @@ def encode(
     )
 
     def embed(output: str, **inputs: torch.Tensor) -> torch.Tensor:
-        return model(**{name: tensor.to(args.device) for name, tensor in inputs.items()})[output].float()
+        return getattr(model(**{name: tensor.to(args.device) for name, tensor in inputs.items()}), output).float()
 
     with autocast(), name_killed_workers():
         image_embeds = []

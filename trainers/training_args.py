@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import MISSING, dataclass, field, fields
 
 from transformers import TrainingArguments
@@ -41,6 +42,10 @@ class RetrievalTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of projections and temperature (default: learning_rate)."}
     )
 
+    freeze: str | None = field(
+        default=None,
+        metadata={"help": "The tower that stays as it is: 'vision' or 'text'; its projection is trained."},
+    )
     max_skipped_steps: int = field(
         default=10,
         metadata={"help": "A step whose gradient is not finite is skipped; after so many in a row the run stops."},
@@ -69,7 +74,7 @@ class RetrievalTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={
-            "help": "Let DDP look for parameters without gradient in every step; the towers tested here have none."
+            "help": "Let DDP look for parameters without gradient in every step; they are found once before training."
         },
     )
     metric_for_best_model: str | None = field(
@@ -86,12 +91,19 @@ class RetrievalTrainingArguments(TrainingArguments):
                 "hub_token is refused: Trainer would write it into files that are pushed. "
                 "Log in with `hf auth login` or set HF_TOKEN instead."
             )
+        if self.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise ValueError(
+                "DeepSpeed does not train this student (it cannot send a scalar, the temperature): use FSDP 2, "
+                "by accelerate_configs/fsdp2.yaml."
+            )
         if self.output_dir is None:
             raise ValueError("output_dir is missing: name the folder that the student is written to.")
         if not self.max_caption_length > 2:
             raise ValueError(f"max_caption_length={self.max_caption_length}: expected more than 2.")
         for name in ("random_shift", "random_zoom"):
             _check_fraction(name, getattr(self, name))
+        if self.freeze not in (None, "vision", "text"):
+            raise ValueError(f"freeze={self.freeze!r}: expected 'vision', 'text' or none.")
         if self.max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps={self.max_skipped_steps}: expected 1 or more.")
         if self.shuffle_buffer_size < 1:

@@ -269,7 +269,8 @@ class ResumableTrainer(Trainer):
         else:
             since_last, passed = epoch % 1, epoch
         due = since_last == 0 or step >= self.state.max_steps
-        is_made = any("eval_runtime" in entry for entry in self.state.log_history if entry["step"] == step)
+        entries = [entry for entry in self.state.log_history if entry["step"] == step]
+        is_made = any(name.startswith("eval_") and name.endswith("_runtime") for entry in entries for name in entry)
         if self.args.eval_strategy != IntervalStrategy.NO and self.args.eval_delay <= passed and due and not is_made:
             self._load_rng_state(self.resumed_from)  # for the checkpoint, which is written again
             self.control.should_evaluate = self.control.should_save = True

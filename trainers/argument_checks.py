@@ -1,0 +1,80 @@
+"""What a trainer cannot take: refused when it is made, by name, with what to do instead."""
+
+from __future__ import annotations
+
+import datasets
+from torch import nn
+from transformers.trainer_utils import IntervalStrategy
+
+from rows.checks import check_dataset
+
+from .distillation_config import RetrievalTrainingArguments
+
+
+# Arguments of Trainer that would have no effect here, and what to do instead.
+REFUSED = {
+    "data_collator": "batches are RetrievalCollator's, made with processing_class",
+    "compute_metrics": "the figures are recalls over a whole split; override `evaluate` for others",
+    "preprocess_logits_for_metrics": "a split is compared as a whole; override `evaluate` for other figures",
+    "compute_loss_func": "override `compute_loss` in a subclass",
+    "model_init": "give the model itself",
+    "optimizer_cls_and_kwargs": "give `optimizers`, or set `optim` in the arguments",
+}
+
+
+def taken_arguments(given: dict[str, object], trainer: str) -> dict[str, object]:
+    """The arguments for `Trainer`, without those that a trainer here would pass over.
+
+    Args:
+        given: keyword arguments of the trainer, by name; None is as good as left out.
+        trainer: its class's name, for the message.
+
+    Raises:
+        ValueError: such a one is given; which, and what to do instead.
+    """
+    for name, instead in REFUSED.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} has no effect in {trainer}: {instead}.")
+    return {name: value for name, value in given.items() if name not in REFUSED}
+
+
+def check_student(model: nn.Module) -> None:
+    """Refuses a model that is no student of its own.
+
+    Raises:
+        ValueError: it has an adapter of PEFT, whose checkpoints are no students, or lacks what the trainer reads.
+    """
+    for module in model.modules():
+        if hasattr(module, "peft_config") or getattr(module, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{type(module).__name__} has an adapter of PEFT, and a checkpoint of it would be no student that "
+                "loads: call merge_and_unload() and train the model it returns; freeze='vision' or 'text' in the "
+                "arguments spares a tower its training."
+            )
+    missing = [name for name in ("vision_config", "text_config", "projection_dim") if not hasattr(model.config, name)]
+    if missing or not hasattr(model, "logit_scale"):
+        lacks = ", ".join([f"config.{name}" for name in missing] or ["logit_scale"])
+        raise ValueError(f"{type(model).__name__} has no {lacks}: give a DSMDModel, or a model with its interface.")
+
+
+def check_evaluated(evaluated: dict[str, datasets.Dataset], several: bool, args: RetrievalTrainingArguments) -> None:
+    """Refuses datasets that cannot be evaluated on, by name, and a choice of the best by a figure there is not.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
+    if not evaluated:
+        raise ValueError("eval_dataset is an empty dict: give a dataset for each name, or None.")
+    for name, rows in evaluated.items():
+        if not isinstance(rows, datasets.Dataset):
+            raise ValueError(
+                f"eval_dataset ({name}) is a {type(rows).__name__}: give a datasets.Dataset, not streamed."
+            )
+        check_dataset(rows, name, None)
+    chosen = (args.metric_for_best_model or "").removeprefix("eval_")
+    if several and args.eval_strategy != IntervalStrategy.NO and chosen:
+        if not any(chosen.startswith(f"{name}_") for name in evaluated):
+            examples = " or ".join(f"{name}_rsum" for name in evaluated)
+            raise ValueError(
+                f"metric_for_best_model={chosen!r} is no figure of several eval datasets: say {examples}."
+            )
