@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in test_accelerate_configs: `train.py`, with and without a teacher, resumed, in bf16.
+"""Run by `accelerate launch` in test_accelerate_configs: `train.py`, without a teacher, frozen, resumed, in bf16.
 
 The first process's student counts: the others start from another. accelerate shards a model on accelerators only, so
 under FSDP it is told that these processes have one.
@@ -39,12 +39,15 @@ def main(folder: Path, recipe: str) -> None:
         shard_on_cpu()
     if os.environ["RANK"] != "0":
         train.build_student = build_other_student
-    for method in ("distillation", "contrastive"):
-        arguments = ["--config", recipe, "--method", method, "--output_dir"]
-        train.main([*arguments, str(folder / method / "unbroken")])
+    runs = {method: ["--method", method] for method in ("distillation", "contrastive")} | {
+        "frozen": ["--freeze=vision"]
+    }
+    for name, settings in runs.items():
+        arguments = ["--config", recipe, *settings, "--output_dir"]
+        train.main([*arguments, str(folder / name / "unbroken")])
         if sharded:
-            checkpoint = str(folder / method / "unbroken" / "checkpoint-2")
-            train.main([*arguments, str(folder / method / "resumed"), "--resume_from_checkpoint", checkpoint])
+            checkpoint = str(folder / name / "unbroken" / "checkpoint-2")
+            train.main([*arguments, str(folder / name / "resumed"), "--resume_from_checkpoint", checkpoint])
     if sharded:
         train.main(["--config", recipe, "--output_dir", str(folder / "bf16"), "--bf16", "True", "--max_steps", "2"])
 

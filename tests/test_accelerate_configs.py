@@ -1,8 +1,9 @@
-"""Every configuration is one that accelerate takes; DDP and FSDP 2 are launched as far as a CPU can."""
+"""Every configuration is one that accelerate takes; all for several processes are launched as far as a CPU can."""
 
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import make_rows, make_student
 from safetensors.torch import load_file
 from tiny_trainer import largest_difference
@@ -71,7 +72,7 @@ def test_accelerate_takes_the_configuration_and_its_command(config, monkeypatch)
         if isinstance(value, dict):
             assert {key if key.startswith("fsdp") else key for key in value} <= known, name
     launched = []
-    for launcher in ("simple", "multi_gpu", "deepspeed"):
+    for launcher in ("simple", "multi_gpu"):
         monkeypatch.setattr(
             f"accelerate.commands.launch.{launcher}_launcher", lambda args, by=launcher: launched.append((by, args))
         )
@@ -80,12 +81,6 @@ def test_accelerate_takes_the_configuration_and_its_command(config, monkeypatch)
     if by == "simple":
         assert config.stem == "one_gpu" and args.num_processes == 1
         _, environment = prepare_simple_launcher_cmd_env(args)
-    elif by == "deepspeed":
-        assert config.stem == "deepspeed_zero2" and args.num_processes == 8
-        _, environment = prepare_deepspeed_cmd_env(args)
-        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
-        for name in ("GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
-            assert environment[f"ACCELERATE_{name}"] == "auto"  # Trainer's own, or they would have to be equal
     else:
         environment = prepare_multi_gpu_env(args)
         assert args.nproc_per_node == "8"
@@ -103,27 +98,40 @@ def test_an_unknown_key_is_seen(tmp_path):
         load_config_from_file(str(config))
 
 
-def launch(config: str, folder: Path) -> Path:
-    """Runs `launched_worker.py` on two processes."""
+def launch(config: str, folder: Path, machines: int = 1) -> Path:
+    """Runs `launched_worker.py` on two processes, of one machine or of two, which are this one."""
     folder.mkdir()
     parts = {"train": make_rows(24), "validation": make_rows(5, seed=1), "test": make_rows(3, seed=2)}
     datasets.DatasetDict(parts).save_to_disk(folder / "data")
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "dataset_name": str(folder / "data")}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
-    command += [
-        "--rdzv_backend",
-        "c10d",
-        "--main_process_port",
-        "0",
-        str(Path(__file__).with_name("launched_worker.py")),
-    ]
+    if machines == 1:
+        command += ["--rdzv_backend", "c10d", "--main_process_port", "0"]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += [
+            "--num_machines",
+            str(machines),
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            str(port),
+        ]
+    worker = [str(Path(__file__).with_name("launched_worker.py")), str(folder), str(folder / "recipe.yaml")]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(
-        [*command, str(folder), str(folder / "recipe.yaml")], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    launchers = [
+        subprocess.Popen(
+            [*command, *(["--machine_rank", str(rank)] if machines > 1 else []), *worker],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(machines)
+    ]  # fmt: skip
+    said = [launcher.communicate()[0] for launcher in launchers]
+    assert not any(launcher.returncode for launcher in launchers), "\n".join(text[-6000:] for text in said)
     return folder
 
 
@@ -137,11 +145,34 @@ def fsdp(tmp_path_factory) -> Path:
     return launch("fsdp2", tmp_path_factory.mktemp("launched") / "fsdp")
 
 
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Path:
+    return launch("several_nodes", tmp_path_factory.mktemp("launched") / "nodes", machines=2)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
 
 
 METHODS = ("distillation", "contrastive")
+
+
+@pytest.mark.parametrize("method", [*METHODS, "frozen"])
+def test_a_run_on_two_machines_is_that_on_two_gpus_of_one(ddp, nodes, method):
+    one, other = (weights(folder / method / "unbroken/checkpoint-4") for folder in (ddp, nodes))
+    assert largest_difference(one, other) < 1e-6
+    results = [json.loads((folder / method / "unbroken/all_results.json").read_text()) for folder in (ddp, nodes)]
+    assert results[0]["test_rsum"] == results[1]["test_rsum"]
+
+
+def test_a_frozen_tower_stays_and_is_sharded_as_the_rest(ddp, fsdp):
+    one, other = (weights(folder / "frozen/unbroken/checkpoint-4") for folder in (ddp, fsdp))
+    assert largest_difference(one, other) < 1e-5
+    before = weights(ddp / "frozen/unbroken/checkpoint-2")
+    moved = {name.split(".")[0] for name in one if not torch.equal(before[name], one[name])}
+    assert moved == {"text_model", "text_projection", "visual_projection"}
+    resumed = weights(fsdp / "frozen/resumed/checkpoint-4")
+    assert largest_difference(other, resumed) == 0.0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -40,8 +40,8 @@ class SkipNonFiniteSteps(TrainerCallback):
         skipped = ~torch.isfinite(torch.as_tensor(norm))
         self.pending.append((state.global_step + 1, skipped, self.trainer.latest_losses().clone(), self.rows))
         self.rows = []
-        if self.trainer.accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:
-            return  # they skip by themselves
+        if self.trainer.accelerator.scaler is not None:
+            return  # it skips by itself
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = skipped.float()

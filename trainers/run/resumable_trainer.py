@@ -67,7 +67,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, model, args, *more, **kwargs):
         super().__init__(model, args, *more, **kwargs)
         self.model_class = type(self.model)
-        self.model.to(args.device)  # under FSDP and DeepSpeed Trainer leaves it where it was made
+        self.model.to(args.device)  # under FSDP Trainer leaves it where it was made
         if self.is_fsdp_enabled:
             prepare_sharding(self.accelerator.state.fsdp_plugin, self.model)
         self.resumed_from: str | None = None
