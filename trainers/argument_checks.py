@@ -8,7 +8,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rows.checks import check_dataset
 
-from .distillation_config import RetrievalTrainingArguments
+from .training_args import RetrievalTrainingArguments
 
 
 # Arguments of Trainer that would have no effect here, and what to do instead.
