@@ -13,7 +13,7 @@ import os
 import pickle
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 
@@ -38,10 +38,19 @@ from rows.columns import Splits
 from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
 from trainers.base_trainer import RetrievalTrainer
-from trainers.report import pin_revision, report
-from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS
+from trainers.report import RUN_FILES, pin_revision, report
+from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, discard_replaced
 from trainers.run.distributed import use_the_cores
-from trainers.run.output_dir import last_checkpoint, prepare_output_dir
+from trainers.run.output_dir import (
+    FINISHED,
+    INTERRUPTED,
+    digest_of,
+    enter,
+    last_checkpoint,
+    note_finished,
+    prepare_output_dir,
+)
+from trainers.run.run_identity import rows_fingerprint
 from trainers.student import StudentArguments, build_student
 
 
@@ -193,7 +202,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         ValueError: for bad input, saying what to do.
     """
     student_args, data_args, args = parse_arguments(argv)
-    prepare_output_dir(args, data_args.overwrite_output_dir)
+    prepare_output_dir(args, data_args.overwrite_output_dir, RUN_FILES)
     checkpoint = last_checkpoint(args)
     use_the_cores(args.device, args.world_size)
     rows = load_data(data_args, trust_remote_code=student_args.trust_remote_code)
@@ -229,7 +238,30 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         languages=student_args.language,
         baseline=read_baseline(data_args.baseline_results, len(rows["test"])),
     )
+    if args.do_train:
+        data = {name: value for name, value in asdict(data_args).items() if name != "overwrite_output_dir"}
+        data["fingerprint of the test split"] = rows_fingerprint(rows["test"])
+        trainer.command = digest_of(trainer.identity(), asdict(student_args), data)
+        found = enter(args, data_args.overwrite_output_dir, RUN_FILES, trainer.command)
+        if found == FINISHED:
+            say_finished(trainer)
+        if found == INTERRUPTED:
+            checkpoint = last_checkpoint(args, interrupted=True)
+            if checkpoint is not None and trainer.is_world_process_zero():
+                print(f"{args.output_dir} holds this run, interrupted: it goes on from {Path(checkpoint).name}.")
     return trainer, rows, checkpoint, data_args.test_fold_size
+
+
+def say_finished(trainer: RetrievalTrainer) -> None:
+    """Ends a command that has been carried out already: exit status 0."""
+    if trainer.is_world_process_zero():
+        folder = trainer.args.output_dir
+        print(
+            f"{folder} holds this run, finished: search with it (python -m inference.search --model {folder} --images "
+            f'FOLDER "a query"), evaluate it (the same command with --do_train False --model_name_or_path {folder}), '
+            "or train it anew (with --overwrite_output_dir)."
+        )
+    sys.exit(0)
 
 
 def leave(trainer: RetrievalTrainer) -> None:
@@ -266,9 +298,13 @@ def main(argv: list[str]) -> None:
     try:
         if trainer.args.do_train:
             trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
+            if trainer.is_world_process_zero():
+                discard_replaced(Path(trainer.args.output_dir))  # where no checkpoint was saved
         metrics.update(trainer.evaluate())
         metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
         report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
+        if trainer.args.do_train and trainer.is_world_process_zero():
+            note_finished(trainer.args, trainer.command)
     except NOT_THE_DISKS:
         raise
     except DISK_ERRORS as error:

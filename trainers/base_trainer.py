@@ -138,6 +138,7 @@ class RetrievalTrainer(ResumableTrainer):
         elif self.train_dataset is not None:
             self.add_callback(SetEpoch(self.train_dataset))
         self.facts = RunFacts()  # for the card
+        self.command: str | None = None  # of train.py: a digest of all that the run follows from
         self._teacher_figures: dict[tuple, dict[str, float]] = {}
         self._signs: set[str] = set()  # of a collapse, that were warned of
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters

@@ -19,9 +19,16 @@ from rows.columns import Splits
 from rows.files import write_json
 
 from .base_trainer import RetrievalTrainer
+from .teacher_pca import PCA_FILE
 
 
 logger = logging.getLogger(__name__)
+
+# What stands in a run's folder beside what any student has.
+RUN_FILES = (
+    PCA_FILE, "all_results.json", "eval_results.json", "assets/card.json", "assets/curves.png",
+    "assets/text_to_image.png", "assets/image_to_text.png", "assets/query.png", "assets/sample_[1-3].png",
+)  # fmt: skip
 
 
 def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, rows: Splits) -> None:

@@ -22,7 +22,9 @@ NOT_THE_DISKS = (torch.OutOfMemoryError, torch.distributed.DistError)  # Runtime
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for the disk's
 MANIFEST = "_manifest.json"  # sizes and digests; the underscore keeps it out of the model repository's root
 BESIDE = "_checkpoint"  # where a checkpoint is written
+WRITING = "_writing"  # where the files of a student are written before they are moved into its folder
 OLD = "_old-"  # and where the one goes whose name it gets
+REPLACED = "_replaced"  # where an old run lies until the one in its place has a checkpoint
 
 
 def seal(folder: Path) -> None:
@@ -77,6 +79,16 @@ def publish(beside: Path, folder: Path) -> None:
     beside.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+    discard_replaced(folder.parent)
+
+
+def discard_replaced(output_dir: Path) -> None:
+    """Deletes the run that lies aside: the one in its place has a checkpoint, or its final student."""
+    old = output_dir / f"{OLD}run"
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
+    if (output_dir / REPLACED).is_dir():
+        (output_dir / REPLACED).rename(old)  # killed meanwhile, no part of it is left that looks like a run
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def damage(folder: Path) -> str | None:

@@ -1,24 +1,43 @@
-"""A run's folder: whose it is, and the checkpoint in it to go on from."""
+"""A run's folder: whose it is, which run it holds, and the checkpoint in it to go on from."""
 
 from __future__ import annotations
 
 import atexit
-import shutil
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
+from rows.files import write_json
+
 from .checkpoints import last_whole
 from .hub_push import fetch_last_checkpoint
+from .replacing import COMMAND_FILE, LOCK, OF_THE_MOMENT, is_a_runs, move_aside, named, settle, strangers
 
 
-LOCK = "_lock"  # in output_dir, while a run writes there
 LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice
+# What a run may find in its folder.
+NOTHING, TO_REPLACE, TO_GO_ON, INTERRUPTED, FINISHED = "nothing", "to replace", "to go on", "interrupted", "finished"
 
 
-def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> None:
-    """Refuses to write a run into another's folder, unless told to replace it. Of two at once the second stops."""
+def prepare_output_dir(args: TrainingArguments, overwrite: bool, own: Sequence[str] = ()) -> None:
+    """Refuses at once to write a run where it would harm what is another's. Of two runs at once the second stops.
+
+    Deletes and moves nothing but what an earlier start left undone, see [`settle`]; [`enter`] does, once all else is
+    known to be right.
+
+    Args:
+        overwrite: the run that the folder holds is to be replaced.
+        own: patterns of paths from the folder, of what a run leaves there besides what any does.
+
+    Raises:
+        ValueError: the folder cannot be written to, or another run is writing to it; it holds what no run leaves, or
+            a run that is neither to be gone on from nor to be replaced.
+    """
     if not args.do_train or args.process_index != 0:
         return
     folder = Path(args.output_dir)
@@ -31,28 +50,132 @@ def prepare_output_dir(args: TrainingArguments, overwrite: bool) -> None:
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written to: {error}. Give another --output_dir.") from None
     atexit.register(lock.release)  # held until then
-    old = [path for path in folder.iterdir() if path.name != LOCK]
-    if args.resume_from_checkpoint or args.resume_from_hub or not old:
+    goes_on = bool(args.resume_from_checkpoint or args.resume_from_hub)
+    settle(folder, own, goes_on and overwrite)
+    if not _holds_a_run(folder):
         return
-    if not overwrite:
-        raise ValueError(
-            f"output_dir {folder} is not empty: it holds another run. Give another --output_dir, go on with that run "
-            "by --resume_from_checkpoint last, or replace it by --overwrite_output_dir."
-        )
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if goes_on:
+        if not is_a_runs(folder):
+            names = sorted(path.name for path in folder.iterdir() if not OF_THE_MOMENT.fullmatch(path.name))
+            raise ValueError(
+                f"output_dir {folder} holds {named(names)} and no run of this program: give another --output_dir, "
+                "in which nothing is written over."
+            )
+    else:
+        if overwrite:
+            _check_ours(folder, own)
+        elif not (folder / COMMAND_FILE).is_file():
+            raise ValueError(_another(folder))
 
 
-def last_checkpoint(args: TrainingArguments) -> str | None:
+def digest_of(*parts: dict[str, object]) -> str:
+    """A digest of all that a run and its report follow from."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def enter(args: TrainingArguments, overwrite: bool, own: Sequence[str], command: str) -> str:
+    """Takes the folder for a run, once all its input is known to be right. Called on every process.
+
+    An old run that is to be replaced is moved aside: it is deleted when the new one has a checkpoint or its final
+    student, and comes back where the new one ends before.
+
+    Args:
+        overwrite, own: see [`prepare_output_dir`].
+        command: [`digest_of`] the run.
+
+    Returns:
+        INTERRUPTED where the folder holds this very run, to be gone on from; FINISHED where that run has come to its
+        end, and nothing is to be done.
+
+    Raises:
+        ValueError: it holds another run.
+    """
+    folder = Path(args.output_dir)
+    found = [_standing(args, overwrite, command) if args.process_index == 0 else None]
+    broadcast_object_list(found)  # and no process reads the old run any more
+    if found[0] is None:
+        raise ValueError(_another(folder))
+    if args.process_index == 0 and found[0] != FINISHED:
+        if found[0] == TO_REPLACE:
+            _check_ours(folder, own)  # again: reading the input took its time
+            move_aside(folder)
+            atexit.register(settle, folder, own, False)
+        write_json(folder / COMMAND_FILE, {"command": command})
+    return found[0]
+
+
+def note_finished(args: TrainingArguments, command: str) -> None:
+    """Notes that the run has come to its end, for [`enter`]. To be called on the process that saves."""
+    folder = Path(args.output_dir)
+    write_json(folder / COMMAND_FILE, {"command": command, "weights": _weights(folder)})
+
+
+def last_checkpoint(args: TrainingArguments, interrupted: bool = False) -> str | None:
     """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or for
-    'last' or 'True' the run's last whole one, None where it was stopped before its first."""
+    'last' or 'True' the run's last whole one, None where it was stopped before its first.
+
+    Args:
+        interrupted: the run goes on from its last whole one though it was not told to, see [`enter`].
+    """
     if args.resume_from_hub is not None:
         with args.main_process_first(desc="checkpoint"):
             return fetch_last_checkpoint(args.resume_from_hub, args.output_dir, write=args.process_index == 0)
-    if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() not in ("last", "true"):
-        return args.resume_from_checkpoint
+    asked = "last" if interrupted else args.resume_from_checkpoint
+    if asked is None or str(asked).lower() not in ("last", "true"):
+        return asked
     with args.main_process_first(desc="last checkpoint"):
         checkpoint = last_whole(args.output_dir)
     if checkpoint is None:
         print(f"There is no whole checkpoint in {args.output_dir}: the run starts from the beginning.")
     return checkpoint and str(checkpoint)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether there is more than scraps of a run that was killed at its start: a run's, or another's."""
+    is_scrap = (OF_THE_MOMENT.fullmatch(path.name) and path.name != COMMAND_FILE for path in folder.iterdir())
+    return not all(is_scrap)
+
+
+def _standing(args: TrainingArguments, overwrite: bool, command: str) -> str | None:
+    """What the run finds in its folder; None for another run."""
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint or args.resume_from_hub:
+        return TO_GO_ON
+    if not _holds_a_run(folder):
+        return NOTHING
+    if overwrite:
+        return TO_REPLACE
+    try:
+        noted = json.loads((folder / COMMAND_FILE).read_text())
+        if noted["command"] != command:
+            return None
+        weights = noted.get("weights")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    if weights is None:
+        return INTERRUPTED
+    # Where files are gone or changed since, and where it shall be pushed, a person must say what is to be done.
+    return FINISHED if weights and weights == _weights(folder) and not args.push_to_hub else None
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    """Names and sizes in bytes of what a student is loaded from."""
+    return {path.name: path.stat().st_size for path in sorted([folder / "config.json", *folder.glob("*.safetensors")])
+            if path.is_file()}  # fmt: skip
+
+
+def _check_ours(folder: Path, own: Sequence[str]) -> None:
+    foreign = strangers(folder, own)
+    if foreign or not is_a_runs(folder):
+        what = named(foreign) if foreign else "no run of this program"
+        raise ValueError(
+            f"--overwrite_output_dir replaces a run and nothing else, and {folder} holds {what}: nothing was deleted; "
+            "move that away, or give another --output_dir."
+        )
+
+
+def _another(folder: Path) -> str:
+    return (
+        f"output_dir {folder} is not empty: it holds another run. Give another --output_dir, go on with that run "
+        "by --resume_from_checkpoint last, or replace it by --overwrite_output_dir."
+    )

@@ -38,7 +38,6 @@ from .sharding import prepare_sharding
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "_log.json"  # of a checkpoint: what is not logged yet
-WRITING = "_writing"  # where files of a folder are written before they are moved there
 PUSH_SECONDS = 20  # what an interrupted run gives a push that is on its way
 
 
@@ -311,7 +310,7 @@ class ResumableTrainer(Trainer):
         """Trainer leaves its arguments as a pickle, with a token in clear; here they are JSON, and a card is there.
         Each file is whole or absent: written in a folder beside, then moved."""
         folder = Path(output_dir or self.args.output_dir)
-        beside = folder / WRITING
+        beside = folder / checkpoints.WRITING
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
         sharded_class = type(self.model)

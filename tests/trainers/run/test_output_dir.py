@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from tiny_runs import VISION, arguments
+from tiny_runs import ROOT, VISION, arguments, start
 
 import train
+from trainers.base_trainer import RetrievalTrainer
 from trainers.run import output_dir
 
 
@@ -31,7 +34,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, run_data, monkeypa
     monkeypatch.setattr(output_dir, "LOCK_SECONDS", 0.1)
     run = tmp_path / "run"
     run.mkdir()
-    (run / "weights").write_text("of the first")
+    (run / "training_args.json").write_text("of the first")
     code = "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
     code += "print('held', flush=True); input()"
     first = subprocess.Popen(
@@ -44,8 +47,144 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, run_data, monkeypa
     for more in ([], ["--overwrite_output_dir", "True"], ["--resume_from_checkpoint", "last"]):
         with pytest.raises(SystemExit, match=f"error: Another run is writing to {run}: wait for it, or give another"):
             train.main([*arguments(run, run_data, SMALL), *more])
-        assert (run / "weights").read_text() == "of the first"
+        assert (run / "training_args.json").read_text() == "of the first"
     first.kill()  # the lock goes with it
     first.wait()
     output_dir.prepare_output_dir(train.parse_arguments(arguments(run, run_data, SMALL))[2], overwrite=True)
-    assert [path.name for path in run.iterdir()] == [output_dir.LOCK]
+    assert sorted(path.name for path in run.iterdir()) == [output_dir.LOCK, "training_args.json"]
+
+
+SAVED = {**SMALL, "save_strategy": "steps", "save_steps": 4, "report_to": "tensorboard"}
+
+
+def tree(folder: Path) -> dict[Path, tuple]:
+    files = [path for path in folder.rglob("*") if path.name != output_dir.LOCK]
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_data) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train.main(arguments(run, run_data, SAVED))
+    return run
+
+
+def test_the_command_of_a_finished_run_says_what_to_type_and_changes_nothing(finished, run_data, capsys):
+    before = tree(finished)
+    for more in ([], ["--run_name", "again", "--save_total_limit", "5"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*arguments(finished, run_data, SAVED), *more])
+        assert stop.value.code == 0
+        line = capsys.readouterr().out.strip().splitlines()[-1]
+        assert line.startswith(f"{finished} holds this run, finished: ")
+        for way in ("inference.search --model", "--do_train False --model_name_or_path", "--overwrite_output_dir"):
+            assert way in line
+    assert tree(finished) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"learning_rate": 0.5},
+        {"seed": 7},
+        {"max_steps": 9},
+        {"test_fold_size": 3},
+        {"license": "mit"},
+        {"test_split": "validation"},
+        {"vision_config": json.dumps(VISION["convnext"])},
+        {"method": "contrastive"},
+        {"push_to_hub": True},
+    ],
+    ids=str,
+)
+def test_a_finished_run_of_another_command_stays_refused(finished, run_data, other):
+    before = tree(finished)
+    with pytest.raises(SystemExit, match="error: output_dir .* is not empty: it holds another run. Give another"):
+        train.main(arguments(finished, run_data, {**SAVED, **other}))
+    assert tree(finished) == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda run: cut(run / "model.safetensors"),
+        lambda run: (run / "model.safetensors").unlink(),
+        lambda run: (run / "config.json").unlink(),
+        lambda run: cut(run / "_command.json"),
+        lambda run: (run / "_command.json").write_text("[1]"),
+        lambda run: (run / "_command.json").unlink(),  # of an earlier release
+    ],
+)
+def test_a_finished_run_that_is_no_longer_whole_is_left_to_a_person(tmp_path, finished, run_data, harm):
+    run = shutil.copytree(finished, tmp_path / "run")
+    harm(run)
+    before = tree(run)
+    with pytest.raises(SystemExit, match="it holds another run"):
+        train.main(arguments(run, run_data, SAVED))
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize(("step", "from_checkpoint"), [(2, False), (6, True)])
+def test_the_command_of_an_interrupted_run_goes_on(
+    tmp_path, finished, run_data, monkeypatch, capsys, step, from_checkpoint
+):
+    run = tmp_path / "run"
+    begin = RetrievalTrainer.begin_step
+
+    def die(self, batches):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return begin(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RetrievalTrainer, "begin_step", die)
+        train.main(arguments(run, run_data, SAVED))
+    with pytest.raises(SystemExit, match="it holds another run"):
+        train.main(arguments(run, run_data, {**SAVED, "learning_rate": 0.5}))
+    capsys.readouterr()
+    train.main(arguments(run, run_data, SAVED))
+    assert ("interrupted: it goes on from checkpoint-4" in capsys.readouterr().out) == from_checkpoint
+    assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(run, run_data, SAVED))
+    assert stop.value.code == 0
+
+
+def test_a_run_that_was_killed_in_its_report_goes_on(tmp_path, finished, run_data, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "report", Mock(side_effect=KeyboardInterrupt))
+        train.main(arguments(run, run_data, SAVED))
+    assert not (run / "all_results.json").exists()
+    train.main(arguments(run, run_data, SAVED))
+    assert (run / "all_results.json").is_file()
+
+
+def test_a_finished_run_that_is_gone_on_with_is_no_longer_finished(tmp_path, finished, run_data, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    longer = {**SAVED, "max_steps": 10}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "report", Mock(side_effect=KeyboardInterrupt))
+        train.main([*arguments(run, run_data, longer), "--resume_from_checkpoint", "last", "--allow_changes"])
+    with pytest.raises(SystemExit, match="it holds another run"):
+        train.main(arguments(run, run_data, SAVED))
+
+
+@pytest.mark.soak
+def test_two_processes_agree_on_what_the_folder_holds(tmp_path, run_data):
+    run = tmp_path / "run"
+    settings = {**SAVED, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    for more, status, said in (
+        ({}, 0, "The student is in"),
+        ({}, 0, "holds this run, finished"),
+        ({"learning_rate": 0.5}, 1, "it holds another run"),
+        ({"learning_rate": 0.5, "overwrite_output_dir": True}, 0, "The student is in"),
+    ):
+        process = start(2, ROOT / "train.py", *arguments(run, run_data, settings, **more))
+        output = process.communicate()[0]
+        assert (process.returncode == 0) == (status == 0) and said in output, output[-3000:]
+        assert not list(run.glob("_[!lc]*"))
