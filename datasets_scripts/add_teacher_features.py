@@ -22,6 +22,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 
 from datasets_scripts.feature_job import (
+    check_replaceable,
     default_dtype,
     default_workers,
     identity_of,
@@ -97,8 +98,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--output_dir {options.output_dir} exists: name another, or replace it with --overwrite_output_dir"
             )
-        if not list(options.output_dir.glob("data/*.parquet")) or not (options.output_dir / "README.md").is_file():
-            parser.error(f"--output_dir {options.output_dir} exists and was not made by this program: name another")
+        try:
+            check_replaceable(options.output_dir)
+        except ValueError as error:
+            parser.error(f"--output_dir {error}")
     return options
 
 

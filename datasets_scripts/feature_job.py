@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -12,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -21,8 +24,14 @@ from huggingface_hub import HfApi, snapshot_download
 from datasets_scripts.opening import license_of
 from datasets_scripts.teacher_dataset import assemble, figures_table
 from datasets_scripts.teacher_features import Encoding, encode_dataset
-from rows.files import write_whole
+from rows.files import named, write_whole
+from rows.teacher_columns import TEACHER_COLUMNS
 from teachers import Teacher, load_teacher
+from trainers.teacher_pca import PCA_FILE
+
+
+OF_OUTPUT = re.compile(rf"README\.md|{re.escape(PCA_FILE)}|data/.+-\d{{5}}-of-\d{{5}}\.parquet")
+OF_PARTIAL = re.compile(r"(settings\.json|.+-\d{5}\.(parquet|npz))(\.part)?|(dataset|replaced)/.*")
 
 
 def make_teacher_features(
@@ -53,16 +62,20 @@ def make_teacher_features(
         license: of the data, for the card.
 
     Raises:
-        ValueError: `output` exists, or another process is at work on it, or the partial work there was done with other
-            settings; see [`encode_dataset`].
+        ValueError: `output` exists, or holds more than this program writes, or another process is at work on it, or
+            the partial work there was done with other settings; see [`encode_dataset`].
     """
     state = PartialState()
     partial = output.with_name(output.name + ".partial")
     described = describe_teachers(teachers, encoding)
     settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
     with _alone(partial) if state.is_main_process else nullcontext():
+        if state.is_main_process and (partial / "replaced").is_dir() and not output.exists():
+            os.rename(partial / "replaced", output)  # of a run that was killed between its two last renames
         if output.exists() and not overwrite:
             raise ValueError(f"{output} exists: name another --output_dir, or replace it with --overwrite_output_dir.")
+        if output.exists() and state.is_main_process:
+            check_replaceable(output)
         if state.is_main_process:
             _take_up(partial, settings, overwrite)
         state.wait_for_everyone()
@@ -72,13 +85,43 @@ def make_teacher_features(
             figures = assemble(partial, files, described, source, license, encoding.int8)
             # From here to the end a kill loses nothing: the files under `partial` are still there.
             if output.exists():
-                shutil.rmtree(partial / "replaced", ignore_errors=True)
+                check_replaceable(output)  # again: it took its time
+                shutil.rmtree(partial / "replaced", ignore_errors=True)  # the one before the one that was replaced
                 os.rename(output, partial / "replaced")
             os.rename(partial / "dataset", output)
             _discard(partial)
             print(f"\n{figures_table(figures)}\n" if figures else "")
             print(f"The dataset is in {output}: train.py --dataset_name {output}")
     state.wait_for_everyone()
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuses to replace, or to push, what [`make_teacher_features`] did not write.
+
+    Raises:
+        ValueError: it is no dataset with teacher features, or more than that.
+    """
+    files = [path.relative_to(output).as_posix() for path in output.rglob("*") if _is_leaf(path)]
+    foreign = sorted(name for name in files if not OF_OUTPUT.fullmatch(name))
+    parquet = [name for name in files if name.endswith(".parquet")]
+    foreign = foreign or [name for name in sorted(parquet) if not _has_features(output / name)]
+    if foreign or not parquet:
+        what = f"holds {named(foreign)}, which" if foreign else "exists and"
+        raise ValueError(
+            f"{output} {what} was not made by this program: nothing was deleted; name another --output_dir, or move that "
+            "away."
+        )
+
+
+def _is_leaf(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+
+
+def _has_features(path: Path) -> bool:
+    try:
+        return {*TEACHER_COLUMNS, "teacher"} <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 @contextmanager
@@ -210,7 +253,18 @@ def default_workers() -> int:
 
 
 def _discard(partial: Path) -> None:
-    """Removes the partial folder under another name: killed meanwhile, no part of it is left that looks like work."""
+    """Removes the partial folder under another name: killed meanwhile, no part of it is left that looks like work.
+
+    Raises:
+        ValueError: it holds what this program did not write.
+    """
+    files = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if _is_leaf(path)]
+    foreign = sorted(name for name in files if not OF_PARTIAL.fullmatch(name))
+    if foreign:
+        raise ValueError(
+            f"{partial} is no longer needed, and holds {named(foreign)}, which this program did not write: move that "
+            f"away, and remove {partial}."
+        )
     removed = _removed(partial)
     os.rename(partial, removed)
     shutil.rmtree(removed)

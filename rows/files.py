@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,12 @@ LARGEST_FILE = 1 << 30  # bytes; images are smaller, and larger files would fill
 def printable(name: str) -> str:
     """A name from an untrusted file, quoted and escaped where it holds characters that a terminal would obey."""
     return name if name.isprintable() else repr(name)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first three names, for a sentence."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(printable, names[:3])) + more
 
 
 def file_in(folder: Path, name: str) -> Path:

@@ -231,7 +231,8 @@ def old_output(folder: Path) -> Path:
     """What --overwrite_output_dir may replace."""
     (folder / "data").mkdir(parents=True)
     (folder / "README.md").write_text("the old one")
-    (folder / "data" / "train-00000.parquet").touch()
+    rows = make_rows(2)
+    rows.add_column("teacher", ["{}"] * 2).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return folder
 
 
@@ -253,7 +254,11 @@ def test_killed_and_started_again_it_goes_on(
 ):
     command = arguments(source, teacher_folder, old_output(tmp_path / "again"), "--overwrite_output_dir")
     moment = moment if moment > 0 else changes + moment + 1
+    old = contents(tmp_path / "again")
     kill_at(moment, command)
+    if moment < changes - 1:  # until the new one has its name, the old one is whole: in its place, or aside
+        place = tmp_path / "again" if (tmp_path / "again").exists() else tmp_path / "again.partial" / "replaced"
+        assert contents(place) == old
     whole = len(list((tmp_path / "again.partial").glob("*.parquet")))
     assert whole == (min(max(moment - 2, 0), 11) if moment < changes else 0)  # the last removes the partial work
     encoded = []
@@ -262,7 +267,9 @@ def test_killed_and_started_again_it_goes_on(
         "datasets_scripts.teacher_features.write_shard", lambda shard, *rest: (encoded.append(1), write(shard, *rest))
     )
     if not (tmp_path / "again").exists():  # killed between the two last renames
-        command.remove("--overwrite_output_dir")
+        with pytest.raises(SystemExit, match="exists: name another --output"):
+            script.main([part for part in command if part != "--overwrite_output_dir"])
+        assert contents(tmp_path / "again") == old
     script.main(command)
     assert len(encoded) == 11 - whole
     assert contents(tmp_path / "again") == contents(output)
@@ -277,6 +284,51 @@ def test_other_settings_are_not_mixed_with_partial_work(source, teacher_folder, 
     row = datasets.load_dataset(str(tmp_path / "out"), split="train")[0]
     expected = load_teacher(str(other_folder)).embed_images([row["image"]])[0]
     torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["thesis/chapter1.txt", "notes.txt", "data/mine.parquet", "data/mine-00000-of-00001.parquet", ".git/config", "e"],
+)
+def test_what_this_program_did_not_write_is_never_replaced(
+    output, source, teacher_folder, tmp_path, capsys, monkeypatch, name
+):
+    folder = Path(shutil.copytree(output, tmp_path / "out"))
+    command = arguments(source, teacher_folder, folder, "--overwrite_output_dir")
+
+    def lay_down():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if "." not in name:
+            (folder / name).mkdir()
+        elif name.endswith(".parquet"):  # another's rows, under a name like ours
+            datasets.Dataset.from_dict({"a": [1]}).to_parquet(folder / name)
+        else:
+            (folder / name).write_text("of years")
+
+    assemble = feature_job.assemble
+
+    def while_it_works(*args):
+        lay_down()
+        return assemble(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_job, "assemble", while_it_works)
+        with pytest.raises(SystemExit, match=f"holds {name}, which was not made by this program: nothing was deleted"):
+            script.main(command)
+    before = contents(folder)
+    assert (folder / name).exists() and contents(output).items() <= before.items()
+    with pytest.raises(SystemExit):
+        script.main(command)
+    assert f"holds {name}, which was not made by this program" in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_a_strangers_file_among_partial_work_is_left(source, teacher_folder, other_folder, tmp_path, stopped):
+    stopped(arguments(source, teacher_folder, tmp_path / "out"))
+    (tmp_path / "out.partial" / "notes.txt").write_text("of years")
+    with pytest.raises(SystemExit, match="holds notes.txt, which this program did not write"):
+        script.main(arguments(source, other_folder, tmp_path / "out", "--overwrite_output_dir"))
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "of years"
 
 
 def test_finished_output_is_not_overwritten(output, source, teacher_folder, capsys):

@@ -12,11 +12,11 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
-from rows.files import write_json
+from rows.files import named, write_json
 
 from .checkpoints import last_whole
 from .hub_push import fetch_last_checkpoint
-from .replacing import COMMAND_FILE, LOCK, OF_THE_MOMENT, is_a_runs, move_aside, named, settle, strangers
+from .replacing import COMMAND_FILE, LOCK, OF_THE_MOMENT, is_a_runs, move_aside, settle, strangers
 
 
 LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice

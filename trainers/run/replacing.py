@@ -12,8 +12,6 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from rows.files import printable
-
 from .checkpoints import BESIDE, MANIFEST, OLD, REPLACED, WRITING, discard_replaced, of_run
 from .hub_push import RESUME_FILE
 
@@ -178,9 +176,3 @@ def _json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def named(names: Sequence[str]) -> str:
-    """The first three, for a sentence."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(printable, names[:3])) + more
