@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from trainers.run.checkpoints import of_run
+
 from .common import machine
 
 
@@ -205,7 +207,7 @@ class Study:
             raise RuntimeError(f"The run of {settings} failed: see above. The same command goes on with it.")
         figures = json.loads(output.stdout.splitlines()[-1])
         self.add({"key": key, "settings": settings, **figures, "commit": code, "machine": machine()})
-        for checkpoint in folder.glob("checkpoint-*"):  # only now: until its line is there a run may be resumed
+        for checkpoint in of_run(folder):  # only now: until its line is there a run may be resumed
             shutil.rmtree(checkpoint)
 
     def run_all(self, runs: list[tuple[dict, int, float]]) -> None:

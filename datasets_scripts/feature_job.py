@@ -108,8 +108,8 @@ def check_replaceable(output: Path) -> None:
     if foreign or not parquet:
         what = f"holds {named(foreign)}, which" if foreign else "exists and"
         raise ValueError(
-            f"{output} {what} was not made by this program: nothing was deleted; name another --output_dir, or move that "
-            "away."
+            f"{output} {what} was not made by this program: nothing was deleted; name another --output_dir, or move "
+            "that away."
         )
 
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
-from model_cards.grid import Cell, result_grid
+from model_cards.grid import Cell, check_replaceable, result_grid
 from rows.columns import LONGEST_CAPTION
 from rows.command_line import Command, run_program
 from rows.files import printable, write_whole
@@ -305,6 +305,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.query is None) == (options.image is None):
         parser.error("give a text or --image FILE, one of them")
+    try:
+        check_replaceable(options.grid)
+    except ValueError as error:
+        parser.error(f"--grid {error}")
     try:
         query = options.query if options.image is None else read_image(options.image)
     except Exception as error:  # PIL raises many types on broken files

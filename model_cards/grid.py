@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from rows.files import write_whole
 
@@ -15,6 +16,7 @@ from rows.files import write_whole
 SIDE, GAP, LINE = 168, 16, 34  # pixels: side of a picture, gap between pictures, height of a caption
 ABREAST = 6  # the most pictures side by side
 QUERY = 220  # pixels: width of the queries' column
+MARK = ("Software", "DSMD")  # in the file, which may be written over then
 GROUND, TILE, INK, QUIET, EDGE, RIGHT = "#ffffff", "#f3f4f6", "#1f2933", "#5f6b7a", "#d5dae1", "#15803d"
 
 
@@ -61,8 +63,27 @@ def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: 
         top += height
     if has_right:
         draw.text((GAP, top), "✓ framed: a right answer", RIGHT, _font(13))
+    mark = PngInfo()
+    mark.add_text(*MARK)
     with write_whole(path) as beside:
-        page.save(beside, format="PNG", optimize=True)
+        page.save(beside, format="PNG", optimize=True, pnginfo=mark)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuses to write a picture of results over anything else.
+
+    Raises:
+        ValueError: the file exists, and is no picture that [`result_grid`] drew.
+    """
+    if not path.exists():
+        return
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            ours = picture.info.get(MARK[0]) == MARK[1]
+    except Exception:  # Pillow raises many types on broken files
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} exists and is no picture of results: name another file.")
 
 
 def _are_captions(cells: list[Cell]) -> bool:

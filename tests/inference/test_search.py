@@ -357,6 +357,16 @@ def test_command_line(student, folder, tmp_path, capsys):
     image = capsys.readouterr()
     assert "  1.000  0.jpg" in image.out and "10 of 12 images" in image.out
     assert Image.open(tmp_path / "text.png").width < Image.open(tmp_path / "image.png").width
+    main([*common, "arrow right", "--k", "3", "--grid", str(tmp_path / "text.png")])  # in the place of the first
+    capsys.readouterr()
+    Image.new("RGB", (8, 8)).save(tmp_path / "holiday.png")
+    (tmp_path / "thesis.txt").write_text("of years")
+    for name in ("holiday.png", "thesis.txt", "student"):
+        before = (tmp_path / name).stat()
+        with pytest.raises(SystemExit):
+            main([*common, "arrow", "--grid", str(tmp_path / name)])
+        assert f"{name} exists and is no picture of results: name another file" in capsys.readouterr().err
+        assert (tmp_path / name).stat() == before
     for wrong, message in (
         ([], "give a text or --image"),
         (["arrow", "--image", "x.jpg"], "one of them"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -71,11 +72,17 @@ def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
 
 
 def publish(beside: Path, folder: Path) -> None:
-    """Gives a sealed checkpoint its name; one that has the name already, of an earlier attempt, goes."""
+    """Gives a sealed checkpoint its name; one that has the name already, of an earlier attempt, goes. A folder that is
+    no checkpoint of ours gets another name."""
     old = folder.with_name(f"{OLD}{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists() and (folder / MANIFEST).is_file():
         folder.rename(old)
+    elif folder.exists():
+        names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        folder.rename(aside)
+        logger.warning(f"{folder} has no {MANIFEST}, so it is no checkpoint of this program: it is now {aside}.")
     beside.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -169,9 +176,9 @@ def error_line(error: Exception) -> str:
 
 def rotate(output_dir: str | os.PathLike, limit: int | None, newest: Path, best: str | None) -> None:
     """Deletes the oldest checkpoints over the limit, by their steps: clocks are set back. Never the one just written,
-    which is whole, nor the best."""
+    which is whole, nor the best, nor what has no manifest, which this program did not write."""
     kept = {newest} if best is None else {newest, Path(best)}
-    older = [folder for folder in of_run(output_dir) if folder not in kept]
+    older = [folder for folder in of_run(output_dir) if folder not in kept and (folder / MANIFEST).is_file()]
     for folder in older[: max(0, len(older) + len(kept) - limit)] if limit else []:
         shutil.rmtree(folder, ignore_errors=True)
 

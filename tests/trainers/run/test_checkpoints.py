@@ -144,6 +144,21 @@ def test_rotation_after_a_damaged_one_was_passed_over_leaves_a_whole_one(tmp_pat
     assert last_whole(tmp_path) == newest
 
 
+def test_a_folder_of_another_program_is_neither_deleted_nor_written_over(tmp_path, caplog):
+    """Of transformers' own Trainer, which names its checkpoints so."""
+    for step in (1, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("of days")
+    write(tmp_path, 2)
+    for _ in range(2):
+        newest = write(tmp_path, 4)
+        rotate(tmp_path, 1, newest, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4", "checkpoint-4.1"]
+    for name in ("checkpoint-1", "checkpoint-4.1"):
+        assert (tmp_path / name / "weights").read_text() == "of days"
+    assert "checkpoint-4.1" in caplog.text and last_whole(tmp_path) == newest
+
+
 STEPS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
 
