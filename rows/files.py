@@ -64,6 +64,18 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def give_rights(path: Path) -> None:
+    """Gives a file, or every file in a folder, the rights that the umask leaves.
+
+    Some writers keep theirs from other users, who could then list a student and not load it: safetensors' are 0600.
+    """
+    umask = os.umask(0o077)  # it cannot be read without being set; meanwhile a thread's file has rather too few rights
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def write_beside(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside `folder`, and renames it to `folder` at the end; an exception deletes it.
@@ -75,6 +87,7 @@ def write_beside(folder: Path) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
+        give_rights(beside)
         os.rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -90,6 +103,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     beside = Path(f"{path}.part")
     try:
         yield beside
+        give_rights(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

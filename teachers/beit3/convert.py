@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from model_cards.tables import as_code, as_text
+from rows.files import give_rights
 
 from . import Beit3Config, Beit3RetrievalModel
 
@@ -304,6 +305,7 @@ def convert(
         model.save_pretrained(folder)
         VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        give_rights(folder)
         folder.rename(output_dir)
 
 

@@ -108,6 +108,17 @@ def test_features_are_those_of_a_direct_call(output, source, teacher_folder):
         check_dataset(part, split, 16)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_all_files_have_the_rights_that_the_umask_leaves(source, teacher_folder, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        script.main(arguments(source, teacher_folder, tmp_path / "out", "--int8"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(modes.values()) == {mode} and "teacher_pca.safetensors" in modes
+
+
 def test_what_the_folder_says_of_itself(output, teacher_folder):
     card = (output / "README.md").read_text()
     assert "teacher-features" in yaml.safe_load(card.split("---")[1])["tags"]

@@ -85,8 +85,11 @@ def test_embeddings_of_any_batch_and_length_are_torchs(exported, student):
         assert 0.99 < (int8 * expected).sum(1).min() < 1 - 1e-6
 
 
-def test_a_folder_holds_what_it_should_and_no_path_of_the_machine(exported, saved):
+def test_a_folder_holds_what_it_should_and_no_path_of_the_machine(exported, saved, tmp_path):
     folder, _ = exported
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "any").stat().st_mode}  # other users can read what they can list
     others = {"README.md", "tokenizer.json", "image_preprocessing.json", "onnx_search.py"}
     assert {path.name for path in folder.iterdir()} == FILES | others
     assert {path.name for path in saved.parent.iterdir()} == {"student", "rows", "exported"}

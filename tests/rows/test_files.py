@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rows import files
 
@@ -53,6 +55,23 @@ def test_pipes_and_folders_are_no_images(tmp_path):
     for path in (tmp_path / "pipe.jpg", tmp_path, tmp_path / "none.jpg"):
         with pytest.raises(FileNotFoundError):
             files.read_file(path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_what_is_written_has_the_rights_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with files.write_whole(tmp_path / "file") as beside:
+            save_file({"a": torch.zeros(1)}, beside)
+        with files.write_beside(tmp_path / "folder") as beside:
+            (beside / "deep").mkdir()
+            save_file({"a": torch.zeros(1)}, beside / "deep" / "file")
+            (beside / "deep" / "link").symlink_to("/etc/hostname")
+        assert os.umask(umask) == umask  # as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder" / "deep" / "file").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

@@ -180,6 +180,9 @@ def test_folder(released, spm, tmp_path):
     out = tmp_path / "new" / "out"
     convert(checkpoint, spm, out, num_attention_heads=2)
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]  # nothing left beside it
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in out.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "any").stat().st_mode}  # other users can read what they can list
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         "config.json",

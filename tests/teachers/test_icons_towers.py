@@ -155,6 +155,9 @@ def test_written_towers_load_with_the_auto_classes(packages, published, tmp_path
     output = tmp_path / "new" / "towers"
     assert write_towers(output, 64) is True
     assert [path.name for path in output.parent.iterdir()] == ["towers"]
+    (tmp_path / "any").touch()
+    modes = {path.stat().st_mode for path in output.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "any").stat().st_mode}  # other users can read what they can list
 
     processor = AutoImageProcessor.from_pretrained(output / "vision", backend="pil")
     model, info = AutoModel.from_pretrained(output / "vision", output_loading_info=True)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 
-from rows.files import write_whole
+from rows.files import give_rights, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def copy_sealed(source: Path, target: Path) -> None:
 
 def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
     """Moves the files of one folder into another, each whole, those named last in this order; removes the one."""
+    give_rights(beside)
     names = [path.relative_to(beside).as_posix() for path in _files(beside)]
     for name in sorted(names, key=lambda name: (last.index(name) + 1 if name in last else 0, name)):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -74,6 +75,7 @@ def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
 def publish(beside: Path, folder: Path) -> None:
     """Gives a sealed checkpoint its name; one that has the name already, of an earlier attempt, goes. A folder that is
     no checkpoint of ours gets another name."""
+    give_rights(beside)
     old = folder.with_name(f"{OLD}{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists() and (folder / MANIFEST).is_file():

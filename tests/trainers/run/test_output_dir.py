@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,20 @@ def test_a_finished_run_that_is_gone_on_with_is_no_longer_finished(tmp_path, fin
         train.main([*arguments(run, run_data, longer), "--resume_from_checkpoint", "last", "--allow_changes"])
     with pytest.raises(SystemExit, match="it holds another run"):
         train.main(arguments(run, run_data, SAVED))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_all_files_of_a_run_have_the_rights_that_the_umask_leaves(tmp_path, run_data, umask, mode):
+    run, before = tmp_path / "run", os.umask(umask)
+    try:
+        train.main(arguments(run, run_data, SAVED, projection_dim=8))
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(run).as_posix(): path.stat().st_mode & 0o777 for path in run.rglob("*")}
+    assert {name: oct(found) for name, found in modes.items() if found != mode and (run / name).is_file()} == {}
+    assert {found for name, found in modes.items() if (run / name).is_dir()} == {0o777 & ~umask}
+    checkpoint = ("model.safetensors", "_distillation_state.safetensors", "optimizer.pt", "teacher_pca.safetensors")
+    assert modes.keys() >= {"model.safetensors", *(f"checkpoint-4/{name}" for name in checkpoint)}
 
 
 @pytest.mark.soak
