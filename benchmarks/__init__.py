@@ -1,6 +1,6 @@
-"""Programs that the README's and the notes' figures come from."""
+"""The programs that measure the figures in the README and in docs/."""
 
 import os
 
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py, and as early: before torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py; it counts only before torch is imported

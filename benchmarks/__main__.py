@@ -1,4 +1,4 @@
-"""All claims in one Markdown table, each program in a process of its own.
+"""Runs the programs, each in a process of its own, and prints all claims as one Markdown table.
 
 python -m benchmarks
 """

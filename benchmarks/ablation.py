@@ -1,10 +1,11 @@
-"""A table of many trainings: each variant of a recipe with its own best learning rate, over several seeds.
+"""Trains variants of a recipe, each at its own best learning rate over several seeds, and prints them as tables.
 
 python -m benchmarks.ablation --config recipes/ablation_icons.yaml         # trains what is missing, prints the tables
 python -m benchmarks.ablation --config recipes/ablation_icons.yaml --test  # at the very end: opens the test split
 
-A run is one line of JSON in `results`. What has a line is not run again; a run that was stopped goes on from its last
-checkpoint. Every choice (learning rate, best of the random vectors, best epoch) is made on the validation split.
+A run is one line of JSON in the study's `results` file. A run that has a line is not made again; one that was stopped
+goes on from its last checkpoint. Every choice (learning rate, best of the random vectors, best epoch) is made on the
+validation split.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 
 @dataclasses.dataclass
 class Ablation:
-    """A study, as its YAML file says it.
+    """A study, as described by its YAML file.
 
     Attributes:
-        recipe: of `train.py`, which every variant changes.
-        results: the file of JSON lines.
-        runs: the folder of the students.
-        seeds: of each variant.
-        learning_rates: of the sweep that each variant gets on the first seed; a variant that names one has none, and
-            one that names several has its own.
-        settings: of every run, over the recipe's.
-        questions: for each its variants, for each the settings it changes.
+        recipe: the recipe of `train.py` that every variant starts from.
+        results: the file of JSON lines, one for each run.
+        runs: the folder in which the students are kept.
+        seeds: seeds with which each variant is trained.
+        learning_rates: the sweep of each variant on the first seed. A variant that sets a `learning_rate` itself has
+            no sweep; one that sets a list has that one.
+        settings: settings of every run, in place of the recipe's.
+        questions: name of a question to its variants; name of a variant to the settings that it changes.
         random_vectors: `{"question": where the best one becomes a variant, "count": 20, "seed": 0, "centres": [n],
-            "decades": 1.0}`: fixed weights of the losses drawn log-uniformly around the centres, each trained once.
+            "decades": 1.0}`: fixed weights of the n losses, drawn log-uniformly up to so many decades around the
+            centres; each is trained once.
     """
 
     recipe: str
@@ -66,13 +68,17 @@ class Ablation:
 
     @classmethod
     def read(cls, path: Path) -> Ablation:
-        """Raises: ValueError for a key that is unknown or missing, too many seeds, vectors for no question."""
+        """Reads the YAML file.
+
+        Raises: ValueError for a key that is unknown or missing, for too many seeds, and for random vectors whose
+            question does not exist.
+        """
         content = yaml.safe_load(path.read_text()) or {}
         known = {field.name for field in dataclasses.fields(cls)}
         required = known - {"settings", "random_vectors"}
         if set(content) - known or required - set(content):
             raise ValueError(
-                f"{path} has {sorted(content)}; expected {sorted(required)}, and of {sorted(known)} no more"
+                f"{path} has the keys {sorted(content)}; expected {sorted(required)}, and none but {sorted(known)}"
             )
         if not 1 <= len(content["seeds"]) <= len(T_975) + 1:
             raise ValueError(f"{path} has {len(content['seeds'])} seeds; expected 1 to {len(T_975) + 1}")
@@ -82,7 +88,7 @@ class Ablation:
         return cls(**content | {"results": Path(content["results"]), "runs": Path(content["runs"])})
 
     def vectors(self) -> list[dict]:
-        """Settings of the random weight vectors."""
+        """The settings of `train.py` for each random vector of weights; none if the study has none."""
         if self.random_vectors is None:
             return []
         rng, decades = random.Random(self.random_vectors["seed"]), self.random_vectors["decades"]
@@ -94,11 +100,15 @@ class Ablation:
 
 
 def key_of(settings: dict) -> str:
+    """The name of a run in lines and folders: a hash of all its settings, the recipe's included."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Raises: ValueError for a line that is cut short, as one is that was being written when the power went."""
+    """The lines of a results file; none if there is no file.
+
+    Raises: ValueError for a line that is cut short, for example because the machine lost power while writing it.
+    """
     lines = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
@@ -109,7 +119,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def train_one(recipe: str, settings: dict, folder: Path, threads: int) -> dict:
-    """Trains a student into `folder`, or goes on with it, and evaluates it on the validation split alone.
+    """Trains a student into `folder`, from its last checkpoint if it has one, and evaluates it on validation alone.
 
     Returns: validation figures, parameters, steps, and the seconds and threads of this process.
     """
@@ -138,7 +148,7 @@ def train_one(recipe: str, settings: dict, folder: Path, threads: int) -> dict:
 
 
 def test_one(recipe: str, settings: dict, folder: Path) -> dict:
-    """Figures of a trained student on the test split."""
+    """RSUM and share of the teacher of a trained student on the test split."""
     from train import as_options, prepare
 
     options = as_options(settings | {"model_name_or_path": str(folder), "report_to": "none", "disable_tqdm": True})
@@ -148,7 +158,7 @@ def test_one(recipe: str, settings: dict, folder: Path) -> dict:
 
 
 def commit() -> str:
-    """Of the tree, with `-dirty` where more than the results of studies differs from it; empty where there is none."""
+    """The commit of the working tree, with `-dirty` if tracked files other than results differ; "" without git."""
     if shutil.which("git") is None:
         return ""
     head, changes = (
@@ -159,7 +169,7 @@ def commit() -> str:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t); infinite for one value."""
+    """Mean, and half the width of its 95 % confidence interval (Student's t), which is infinite for one value."""
     if len(values) < 2:
         return values[0], math.inf
     return statistics.mean(values), T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
@@ -173,7 +183,12 @@ def shown(values: list[float]) -> str:
 
 
 class Study:
-    """The runs of an ablation: those that have a line, and the making of those that have none, `jobs` at once."""
+    """The runs of an ablation: finds those that have a line, and makes those that have none.
+
+    Args:
+        train: whether runs are to be made.
+        jobs: how many runs are made at once.
+    """
 
     def __init__(self, ablation: Ablation, train: bool, jobs: int = 1):
         self.ablation = ablation
@@ -187,11 +202,14 @@ class Study:
         return self.ablation.settings | variant | {"seed": seed, "learning_rate": learning_rate}
 
     def line(self, variant: dict, seed: int, learning_rate: float | None) -> dict | None:
-        """Of a run; None where it has not been made."""
+        """The line of a run; None if it has not been made."""
         return self.lines.get(key_of(self.recipe | self.settings_of(variant, seed, learning_rate)))
 
     def run(self, variant: dict, seed: int, learning_rate: float) -> None:
-        """Makes a run that has no line, where runs are to be made."""
+        """Makes a run, unless it has a line, no runs are to be made, or one has failed.
+
+        Raises: RuntimeError if the run fails.
+        """
         if self.line(variant, seed, learning_rate) is not None or not self.train or self.failed:
             return
         settings = self.settings_of(variant, seed, learning_rate)
@@ -228,12 +246,12 @@ class Study:
         return rates if isinstance(rates, list) else [rates]
 
     def best_rate(self, variant: dict) -> float | None:
-        """The learning rate of the sweep whose validation RSUM is largest; None before all of it has run."""
+        """The learning rate of the variant's sweep with the largest validation RSUM; None before all have run."""
         lines = {rate: self.line(variant, self.ablation.seeds[0], rate) for rate in self.rates_of(variant)}
         return None if None in lines.values() else max(lines, key=lambda rate: lines[rate]["eval_rsum"])
 
     def lines_of(self, variants: list[dict]) -> list[list[dict]]:
-        """Of each variant a line for each seed, at its best learning rate; none before all of its sweep has run."""
+        """For each variant the lines of its seeds at its best learning rate; none before its sweep is complete."""
         first, seeds = self.ablation.seeds[0], self.ablation.seeds
         self.run_all([(variant, first, rate) for variant in variants for rate in self.rates_of(variant)])
         best = [(variant, self.best_rate(variant)) for variant in variants]
@@ -241,7 +259,7 @@ class Study:
         return [[line for seed in seeds if (line := self.line(variant, seed, rate))] for variant, rate in best]
 
     def best_vector(self) -> dict | None:
-        """Of the random vectors that whose validation RSUM is largest, with the middle learning rate of the sweep."""
+        """The random vector with the largest validation RSUM at the middle learning rate; None before all have run."""
         first, rates, vectors = self.ablation.seeds[0], self.ablation.learning_rates, self.ablation.vectors()
         rate = rates[len(rates) // 2]
         self.run_all([(vector, first, rate) for vector in vectors])
@@ -251,10 +269,10 @@ class Study:
         return max(zip(lines, vectors), key=lambda pair: pair[0]["eval_rsum"])[1]
 
     def lines_by_variant(self, question: str) -> dict[str, list[dict]]:
-        """For each variant of a question its runs; the best random vector comes last.
+        """The lines of each variant of a question; the best random vector comes last.
 
-        That vector, and every learning rate, was chosen on the first seed, whose value is among those of the means:
-        for the best of many vectors it is too high.
+        That vector, and every learning rate, was chosen by its value on the first seed, which is part of its mean:
+        the best of many vectors looks better than it is.
         """
         variants = self.ablation.questions[question]
         found = dict(zip(variants, self.lines_of(list(variants.values()))))
@@ -266,7 +284,7 @@ class Study:
         return found
 
     def table(self, question: str) -> str:
-        """Markdown. Differences are those to the question's first variant, seed by seed."""
+        """The Markdown table of a question. Differences to its first variant are taken seed by seed."""
         rows, first = [], None
         for name, lines in self.lines_by_variant(question).items():
             by_seed = {line["settings"]["seed"]: line for line in lines}
@@ -301,10 +319,10 @@ HEADER = (
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--questions", nargs="+", help="only these; all by default")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
-    parser.add_argument("--tables", action="store_true", help="print what there is and train nothing")
-    parser.add_argument("--test", action="store_true", help="open the test split for the runs of the tables")
+    parser.add_argument("--questions", nargs="+", help="names of the questions to answer; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs made at once, which share the cores; default: 1")
+    parser.add_argument("--tables", action="store_true", help="train nothing; print the tables of the runs there are")
+    parser.add_argument("--test", action="store_true", help="train nothing; open the test split for the tables' runs")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # a run, in a process of its own
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -1,11 +1,11 @@
-"""Training with cached teacher features beside the same with the teacher online, and when the cache has paid.
+"""Training with cached teacher features beside training with the teacher online, and when the cache has paid off.
 
 python -m benchmarks.cached_teacher
 
-The paper's student under a CLIP ViT-L/14 with random weights, from stored rows: decoding, tokenising and the optimiser
-are in the step. Online, the teacher sees every image and caption in every epoch; the cache costs one pass of
-`add_teacher_features`. It has paid after (seconds a row to make it) / (seconds a row that online adds to an epoch)
-epochs, and each epoch after that is gain.
+The paper's student under a CLIP ViT-L/14, both with random weights, from stored rows: a step includes decoding,
+tokenising and the optimiser. Online, the teacher embeds every image and caption again in every epoch; the cache costs
+one pass of `add_teacher_features`. It has paid off after (seconds a row to make it) / (seconds a row that the teacher
+online adds to an epoch) epochs; every further epoch is gain.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def measure(images: int = 4, rounds: int = 2, tiny: bool = False) -> list[Row]:
     """Two rows of the table.
 
     Args:
-        images: of a step, each with five captions.
-        tiny: small towers, and short queues.
+        images: images of a step, each with five captions.
+        rounds: how often each side is timed.
+        tiny: small towers and short queues, to try it.
     """
     name = "tiny" if tiny else "ViT-L/14"
     teacher = make_teacher(name, torch.device("cpu"), torch.float32)

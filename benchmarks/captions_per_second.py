@@ -1,10 +1,10 @@
-"""Captions/s in training: an image encoded once for its five captions, beside the published way.
+"""Captions/s in training with each image encoded once for its five captions, beside the published way.
 
 python -m benchmarks.captions_per_second
 
-The paper's student (ViT-B/16 at 224 and BERT-base, random weights and pixels, captions of some 12 words), four losses
-in all pairs, queues of 8,192 x 768, optimiser. The published way encodes an image again for each of its captions, and
-pads captions to 30 tokens. The ceiling is the ratio of both ways' FLOPs.
+Steps of the paper's student (ViT-B/16 at 224 and BERT-base, random weights and pixels, captions of some 12 words) with
+four losses in all pairs, queues of 8,192 x 768, and the optimiser. The published way encodes an image again for each
+of its captions, and pads captions to 30 tokens. The ratio of the two ways' FLOPs is the most that can be gained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PUBLISHED_LENGTH = 30
 
 
 def published_batch(trainer, examples: list[dict]) -> dict:
-    """One (image, caption) pair a row, captions padded (or cut) to `PUBLISHED_LENGTH` tokens."""
+    """A batch of one (image, caption) pair per row, captions padded or cut to `PUBLISHED_LENGTH` tokens."""
     pairs = [
         {**example, "captions": [caption], "teacher_text": example["teacher_text"][i : i + 1]}
         for example in examples
@@ -43,7 +43,7 @@ def published_batch(trainer, examples: list[dict]) -> dict:
 
 
 def padding_share(batch: dict) -> float:
-    """Of the tokens that go through the text tower."""
+    """The share of padding, 0 to 1, among the tokens that go through the text tower."""
     tokens = sum(rows * length for rows, length in batch["text_buckets"])
     return 1 - batch["attention_mask"].sum().item() / tokens
 
@@ -55,7 +55,7 @@ def flops(step: Callable[[], float]) -> int:
 
 
 def four_pair_trainer(folder: str, images: int, tiny: bool) -> DSMDTrainer:
-    """The paper's student in float32 under all losses and pairs, its queues full; `images` of a batch."""
+    """A trainer of the paper's student in float32, with all losses and pairs, full queues, and `images` per batch."""
     settings = {"bf16": False, "contrastive_pairs": list(PAIRS), "per_device_train_batch_size": images}
     settings["queue_size"] = count = 64 if tiny else 8192
     trainer = make_trainer(folder, count, tiny, **settings)
@@ -67,8 +67,9 @@ def measure(images: int = 6, rounds: int = 2, tiny: bool = False) -> list[Row]:
     """The table's row.
 
     Args:
-        images: of a step, each with five captions.
-        tiny: towers of width 32, and short queues.
+        images: images of a step, each with five captions.
+        rounds: how often each side is timed.
+        tiny: towers of width 32 and short queues, to try it.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = four_pair_trainer(folder, images, tiny)
@@ -77,7 +78,7 @@ def measure(images: int = 6, rounds: int = 2, tiny: bool = False) -> list[Row]:
         optimizer = trainer.create_optimizer()
         ours, published = (training_step(trainer, batch, optimizer) for batch in batches)
         ours()  # the first step also sets the balancer
-        ceiling = flops(published) / flops(ours)  # which warms them up
+        ceiling = flops(published) / flops(ours)  # these steps also warm up
         captions = len(batches[0]["input_ids"])
         times = interleaved(ours, published, rounds=rounds, warm_up=0)
     here, there = (f"{captions / statistics.median(column):.2f} captions/s" for column in times)

@@ -1,4 +1,4 @@
-"""What the programs share: a row of the table, interleaved runs, one training step, the machine."""
+"""What the programs share: a row of the table, interleaved timings, one training step, and the machine's name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from trainers.base_trainer import RetrievalTrainer
 
 @dataclass
 class Row:
-    """One claim of the table: medians of both sides, and the median of the rounds' ratios beside its bar."""
+    """One claim of the table.
+
+    Attributes:
+        claim: what is measured.
+        measured: median over the rounds.
+        against: median of what it is compared with.
+        ratio: median of the rounds' ratios.
+        bar: what the ratio should be.
+    """
 
     claim: str
     measured: str
@@ -38,7 +46,7 @@ HEADER = "| claim | measured | against | ratio | bar |\n|---|---|---|---|---|"
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    """Each row is printed when it is there."""
+    """Prints each row as soon as it is measured, and then the machine."""
     print(HEADER, flush=True)
     for row in rows:
         print(row, flush=True)
@@ -46,9 +54,9 @@ def print_table(rows: Iterable[Row]) -> None:
 
 
 def measured(measure: Callable[[], list[Row]]) -> list[Row]:
-    """A program's rows, in the process that was spawned for it."""
-    multiprocessing.set_start_method(None, force=True)  # loader workers are forked again, as in train.py
-    with contextlib.redirect_stdout(sys.stderr):  # the table's lines stay together
+    """The rows of a program; called in the process that was spawned for it."""
+    multiprocessing.set_start_method(None, force=True)  # fork loader workers again, as in train.py
+    with contextlib.redirect_stdout(sys.stderr):  # so that stdout has the table alone
         return measure()
 
 
@@ -66,16 +74,18 @@ def interleaved(*sides: Callable[[], float], rounds: int, warm_up: int = 1) -> l
     """Seconds of each side in each round; the sides take turns, so that a busy machine slows them alike.
 
     Args:
-        sides: each runs once and returns the seconds that count.
-        rounds: that are kept.
-        warm_up: rounds before them that are not.
+        sides: functions that run once and return the seconds that count.
+        rounds: how many rounds are kept.
+        warm_up: how many rounds before these are thrown away.
+
+    Returns: for each side its `rounds` times.
     """
     times = [[side() for side in sides] for _ in range(warm_up + rounds)]
     return [list(column) for column in zip(*times[warm_up:])]
 
 
 def ratio(first: list[float], second: list[float]) -> float:
-    """The median over the rounds of first / second."""
+    """The median, over the rounds, of first / second."""
     return statistics.median(a / b for a, b in zip(first, second))
 
 
@@ -93,7 +103,8 @@ def collate(trainer: RetrievalTrainer, examples: list[dict]) -> dict:
 def training_step(
     trainer: RetrievalTrainer, batch: dict, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], float]:
-    """A function that takes one step on a fixed batch and returns its seconds; without an optimiser, its gradient."""
+    """A function that takes one step on a fixed batch and returns its seconds; without an optimiser it stops at the
+    gradients."""
 
     def step() -> float:
         started = time.perf_counter()
@@ -112,7 +123,7 @@ def training_step(
 
 
 def fill_queues(trainer: RetrievalTrainer) -> None:
-    """As after many steps: random teacher rows of groups that no batch has."""
+    """Fills the queues, as after many steps, with random teacher rows of groups that no batch has."""
     generator = torch.Generator().manual_seed(0)
     for queue in (trainer.image_queue, trainer.text_queue):
         features = torch.nn.functional.normalize(torch.randn(queue.size, queue.dim, generator=generator), dim=-1)

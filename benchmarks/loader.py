@@ -1,10 +1,10 @@
-"""Whether the loader keeps up with the quickstart's step.
+"""Whether the data loader keeps up with the quickstart's training step.
 
 python -m benchmarks.loader [--dataloader_num_workers 1 ...]
 
-Steps of the quickstart from its own loader, with the recipe's settings and what else is given: the share of the time
-in which the step waits for a batch to be decoded, augmented and tokenised, and the time of an epoch beside that of
-loading within the step.
+Takes steps of the quickstart from its own loader, with the recipe's settings and any options of `train.py` that are
+given. Measured are the share of the time in which the step waits for a batch to be decoded, augmented and tokenised,
+and the time of an epoch beside that of an epoch without loader workers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ RECIPE = ["--config", "recipes/icons.yaml", "--report_to", "none"]
 
 
 def one_pass(trainer: RetrievalTrainer, optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, float]:
-    """Seconds of some steps without the first, and those of them in which the step waited for its batch."""
+    """Seconds of `steps` steps after the first, and how many of these seconds the steps waited for their batches."""
     loader = trainer.get_train_dataloader()
     if len(loader) <= steps:
         raise ValueError(f"an epoch has {len(loader)} batches, expected more than {steps}: take smaller batches")
     batches = iter(loader)
-    next(batches)  # the workers have started
+    next(batches)  # not timed: the workers start
     waited, started = 0.0, time.perf_counter()
     for _ in range(steps):
         asked = time.perf_counter()
@@ -42,7 +42,7 @@ def one_pass(trainer: RetrievalTrainer, optimizer: torch.optim.Optimizer, steps:
         training_step(trainer, batch, optimizer)()
     seconds = time.perf_counter() - started
     del batches, loader
-    trainer.accelerator.free_memory()  # it keeps every loader, whose workers would go on beside the next pass
+    trainer.accelerator.free_memory()  # or it keeps the loader, whose workers would slow the next pass
     return seconds, waited
 
 
@@ -50,8 +50,9 @@ def measure(settings: list[str] | None = None, steps: int = 20, rounds: int = 3)
     """Two rows of the table.
 
     Args:
-        settings: of `train.py`; the recipe's by default.
-        steps: of a pass.
+        settings: command line of `train.py`; the recipe's by default.
+        steps: how many steps a pass times.
+        rounds: how many passes of each kind are kept.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as in train.py
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""What opening and reading a dataset with teacher features costs: seconds, and memory that grows with the features.
+"""What opening and reading a dataset with teacher features costs, in seconds and in memory.
 
 python -m benchmarks.open_features [--gigabytes 5]
 
 Writes rows (tiny images, five captions, features of width 768 in float16) to a temporary folder. A fresh process opens
-them as train.py does, and two loader workers read up to 25,600 rows from all over them.
+them as train.py does, and two loader workers read up to 25,600 of them in random order. Memory that grows with the
+features would mean that they are held, and not read from mapped files.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ROW_BYTES = 2 * DIM * (1 + CAPTIONS)
 
 
 def write_features(folder: Path, gigabytes: float) -> None:
-    """A dataset of random features, the same block of rows again and again."""
+    """Writes a dataset with random features: one block of rows, repeated up to so many gigabytes of features."""
     image, text = torch.randn(BLOCK, DIM), torch.randn(BLOCK * CAPTIONS, DIM)
     ids = [str(i) for i in range(BLOCK)]
     buffer = io.BytesIO()
@@ -59,7 +60,7 @@ def write_features(folder: Path, gigabytes: float) -> None:
 
 
 def read(folder: Path) -> dict[str, float]:
-    """What opening the features takes, and reading rows from all over them with two loader workers."""
+    """What opening the dataset takes, and reading rows in random order with two loader workers."""
     before = own_bytes()
     started = time.perf_counter()
     rows = open_dataset(str(folder))["train"]
@@ -69,7 +70,7 @@ def read(folder: Path) -> dict[str, float]:
     processor = VisionTextDualEncoderProcessor(ViTImageProcessorPil(size=side), train_tokenizer(["a red square"], 300))
     loader = DataLoader(data, 64, shuffle=True, num_workers=2, collate_fn=RetrievalCollator(processor, 16))
     batches = min(len(loader), BATCHES)
-    held = []  # what main process and workers held after the first tenth, when all is set up, and near the end
+    held = []  # memory of main process and workers after a tenth, when all is set up, and near the end
     figures |= {"rows": len(rows), "features_bytes": len(rows) * ROW_BYTES, "read_bytes": 0}
     for number, batch in enumerate(itertools.islice(loader, batches)):
         if number in (batches // 10, batches - 5):  # the workers end before the last batches are used
@@ -81,7 +82,7 @@ def read(folder: Path) -> dict[str, float]:
 
 
 def measure(gigabytes: float) -> dict[str, float]:
-    """The figures of [`read`], taken in a process of its own."""
+    """The figures of [`read`], measured in a fresh process."""
     with tempfile.TemporaryDirectory(prefix="dsmd-") as folder:
         write_features(Path(folder) / "rows", gigabytes)
         environment = {
@@ -96,7 +97,7 @@ def measure(gigabytes: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=5.0, help="of features")
+    parser.add_argument("--gigabytes", type=float, default=5.0, help="size of the features; default: 5")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # in a process that this one starts
     options = parser.parse_args()
     if options.read:

@@ -1,4 +1,4 @@
-"""How much memory processes hold that no file stands for: mapped files, which the kernel may drop, are left out."""
+"""How much anonymous memory processes hold; mapped files, whose pages the kernel may drop, do not count."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import psutil
 
 
 def own_bytes(pid: int | str = "self") -> int:
-    """Bytes of a process's anonymous memory; 0 where it has ended.
+    """Bytes of a process's anonymous memory; 0 if it has ended.
 
-    Pages that forked processes still have in common count for each: Python's garbage collector writes to them, and
-    after some minutes each has its own, without any having grown.
+    Pages that forked processes share count for each of them. Else memory would seem to grow with time, as Python's
+    garbage collector writes to shared pages and each process gets its own copy.
     """
     try:
         with open(f"/proc/{pid}/smaps_rollup") as lines:
@@ -19,7 +19,7 @@ def own_bytes(pid: int | str = "self") -> int:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all that it has started; none where it has ended."""
+    """A process, its children and theirs; an empty list if it has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]

@@ -2,8 +2,9 @@
 
 python -m benchmarks.retrieval_speed
 
-COCO's 5K test split in shape, beside the per-row loop of the VSE++ and DSMD code in numpy (every score of a query is
-sorted; run on some of the queries and scaled up); and a large square problem beside one of half the side.
+First, embeddings of the shape of COCO's 5K test split, beside the loop over queries of the VSE++ and DSMD code, which
+sorts all scores of a query in numpy; it is run on some of the queries and scaled up. Second, 100,000 images and
+as many captions, beside half of both, to see how time and memory grow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .common import Row, interleaved, print_table, ratio
 
 
 def memory_mib(field: str) -> float:
-    """A figure of this process from the Linux kernel, MiB: `VmRSS` is held now, `VmHWM` was the most ever held."""
+    """Memory of this process in MiB, as the Linux kernel counts it: `VmRSS` is held now, `VmHWM` the most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -45,7 +46,11 @@ def seconds_of_ranks(*problem: torch.Tensor) -> float:
 
 
 def ranks_by_sorting(queries: np.ndarray, items: np.ndarray, answers: list[np.ndarray]) -> list[int]:
-    """Ranks, 1 at best, of queries `[Q, D]` among items `[K, D]`, as the authors' evaluation finds them."""
+    """Ranks, 1 at best, of queries `[Q, D]` among items `[K, D]`, found by sorting as in the authors' evaluation.
+
+    Args:
+        answers: for each query the rows of its right items.
+    """
     found = []
     for query, right in zip(queries, answers, strict=True):
         order = np.argsort(query @ items.T)[::-1]
@@ -56,7 +61,7 @@ def ranks_by_sorting(queries: np.ndarray, items: np.ndarray, answers: list[np.nd
 def beside_the_loop(
     images: int = 5000, captions: int = 25010, dim: int = 768, some: int = 200, rounds: int = 3
 ) -> list[Row]:
-    """A row of the table; `some` queries of each direction are given to the loop."""
+    """The table's row of `ranks` beside the authors' loop, which is run on `some` queries of each direction."""
     problem = make_embeds(images, captions, dim)
     image, text, image_groups, text_groups = (tensor.numpy() for tensor in problem)
     texts_of = [np.flatnonzero(text_groups == group) for group in range(images)]
@@ -85,11 +90,11 @@ def beside_the_loop(
 
 
 def at_scale(side: int = 100_000, dim: int = 256) -> list[Row]:
-    """Two rows of the table: time and memory of `side` x `side`, half the side before and after it."""
+    """The table's rows of time and memory of `side` x `side` pairs; half the side is timed before and after it."""
     half = make_embeds(side // 2, side // 2, dim)
     whole = make_embeds(side, side, dim)
     before = seconds_of_ranks(*half)
-    # 5 sets the kernel's mark back to what is held now.
+    # Writing 5 resets VmHWM to what is held now.
     Path("/proc/self/clear_refs").write_text("5")
     held = memory_mib("VmRSS")
     seconds = seconds_of_ranks(*whole)

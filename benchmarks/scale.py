@@ -1,9 +1,10 @@
-"""What a run costs from Flickr30k on one GPU to 400 million pairs on 64: the tables of docs/scale.md, by arithmetic.
+"""Computes what runs cost, from Flickr30k on one GPU to 400 million pairs on 64: the tables of docs/scale.md.
 
 python -m benchmarks.scale
 
-Models: ViT-B/16 at 224 and BERT-base under a CLIP ViT-L/14 teacher of width 768. Measured here is how many images a
-core decodes and how many rows it checks; what is assumed stands in capitals below and is printed.
+The student is ViT-B/16 at 224 with BERT-base, the teacher a CLIP ViT-L/14 of width 768. How many images a core decodes
+and how many rows it checks is measured here; all else is arithmetic on the constants below. Those that are assumptions
+are printed with the tables.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, as its maker states
 UTILISATION = {"training": 0.35, "teacher": 0.45}  # assumed: share of PEAK that is reached
 NETWORK = 50e9  # bytes/s each GPU sends and receives at once between machines (400 Gbit/s), assumed
 IMAGE_BYTES = {"as photos come": 150e3, "stored at 256 pixels": 20e3}  # assumed, JPEG
-TOKENS = 15  # of a caption of about 12 words, with the two special ones
-DIM = 768  # of teacher and student
+TOKENS = 15  # in a caption of about 12 words, with the two special tokens
+DIM = 768  # width of the teacher's and the student's features
 QUEUE = 8192
 PARAMETERS = 86e6 + 109e6 + 1.2e6  # vision tower, text tower, projections
 
@@ -38,10 +39,10 @@ class Run:
 
     name: str
     images: float
-    captions: int  # of each image
+    captions: int  # per image
     epochs: int
     gpus: int
-    batch: int  # images of one GPU
+    batch: int  # images per GPU
 
     @property
     def rows(self) -> int:
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def seconds_per_image(self) -> float:
-        """Of one GPU, training on an image and its captions: forward and backward are three times the forward."""
+        """Seconds in which one GPU trains on an image and its captions; backward costs twice the forward."""
         flop = 3 * (transformer(197, 768, 12) + self.captions * transformer(TOKENS, 768, 12))
         return flop / (PEAK * UTILISATION["training"])
 
@@ -65,13 +66,13 @@ class Run:
 
     @property
     def gathered_bytes(self) -> float:
-        """Received by a GPU in a step: teacher rows for the queues, then students and their teacher rows, float32."""
+        """Bytes a GPU receives a step, float32: teacher rows for the queues, then students and their teacher rows."""
         others = self.batch * (self.gpus - 1)
         return 3 * others * self.rows * DIM * 4
 
     @property
     def gradient_bytes(self) -> float:
-        """Sent by a GPU in a step, as a ring all-reduce of float32 gradients."""
+        """Bytes a GPU sends in a step for a ring all-reduce of float32 gradients."""
         return 2 * (self.gpus - 1) / self.gpus * PARAMETERS * 4
 
 
@@ -85,12 +86,17 @@ RUNS = [
 
 
 def transformer(tokens: int, width: int, layers: int) -> float:
-    """FLOP of a forward of one sequence, the inner width being four times the outer one."""
+    """FLOP of one sequence's forward through a transformer whose feed-forward layers are four times as wide."""
     return layers * (tokens * 24 * width**2 + 4 * tokens**2 * width)
 
 
 def images_per_core(size: tuple[int, int], seconds: float = 2.0) -> float:
-    """Images/s that one core decodes from JPEG, squashes to 224 and normalises; seconds of CPU, not of the clock."""
+    """Images per CPU second that one core decodes from JPEG, resizes to 224 x 224 and normalises.
+
+    Args:
+        size: width and height of the JPEG in pixels.
+        seconds: CPU seconds to measure for.
+    """
     coarse = np.random.default_rng(0).integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -103,7 +109,7 @@ def images_per_core(size: tuple[int, int], seconds: float = 2.0) -> float:
 
 
 def rows_checked_per_core(rows: int = 5000, captions: int = 5, seconds: float = 2.0) -> float:
-    """Rows/s of the check before training, without its sample of decoded images; seconds of CPU."""
+    """Rows per CPU second that `check_rows` checks before training, without the sample of images that is decoded."""
     rng = np.random.default_rng(0)
 
     def features(count: int) -> pa.Array:
@@ -126,6 +132,7 @@ def rows_checked_per_core(rows: int = 5000, captions: int = 5, seconds: float = 
 
 
 def size(number: float) -> str:
+    """A number of bytes with its unit, to three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -134,7 +141,7 @@ def size(number: float) -> str:
 
 
 def tables() -> str:
-    """Three tables of Markdown: bytes and hours, what storage and cores must deliver, what a step sends."""
+    """Three Markdown tables: bytes and hours of a run; what storage and CPU cores must deliver; what a step sends."""
     cores = {"500 x 375": images_per_core((500, 375)), "256 x 256": images_per_core((256, 256))}
     lines = ["| run | GPUs | images as photos | at 256 px | features float16 | int8 | teacher | training |"]
     lines += ["|---" * 8 + "|"]

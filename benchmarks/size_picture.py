@@ -1,9 +1,9 @@
-"""The share of the teacher that students keep against their size and their speed, as a picture.
+"""Draws the share of the teacher's RSUM that students keep, over their size and over their speed.
 
     python -m benchmarks.size_picture --config recipes/ablation_sizes.yaml --output docs/sizes.png
 
-Reads the lines that `benchmarks.ablation` has written and times each image tower on this machine. It is built anew for
-that: its weights, which only its run had, do not change its speed.
+Reads the lines that `benchmarks.ablation` has written and times each image tower on this machine. The tower is built
+anew from its settings: the trained weights need not be there, as they do not change the speed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from .common import machine
 
 @functools.cache
 def milliseconds_of(recipe: str, image_tower: str) -> float:
-    """An image alone, through a new student of the recipe with this `vision_config`, as JSON.
+    """Milliseconds in which a new student of the recipe embeds one image.
 
-    A tower is timed once, so that students that share it stand at one place.
+    A tower is timed once, so that students that share it are drawn at the same place.
+
+    Args:
+        image_tower: the student's `vision_config`, as JSON.
     """
-    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder
+    with tempfile.TemporaryDirectory() as folder:  # a trainer creates its output folder
         options = as_options({"vision_config": json.loads(image_tower), "output_dir": folder, "report_to": "none"})
         student, _, _, _ = prepare(["--config", recipe, "--do_train", "False", *options])
     return latency(student.model, student.processing_class, max_length=12)["ms_per_image_batch_1"]
 
 
 def points_of(study: Study, question: str) -> list[dict]:
-    """Of each variant that has run: parameters in millions, ms an image, and the share with half its interval."""
+    """A point for each variant that has run: millions of parameters, ms per image, and the share with its interval."""
     points = []
     for name, lines in study.lines_by_variant(question).items():
         if not lines:

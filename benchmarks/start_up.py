@@ -1,4 +1,4 @@
-"""Seconds from the start of `train.py` to the end of its first step, the icons being drawn already.
+"""Seconds from the start of `train.py` to the end of its first step; the icons' data set is made before.
 
 python -m benchmarks.start_up
 """
@@ -18,10 +18,10 @@ from .common import Row, print_table
 
 
 def seconds_until(command: list[str], sign: str) -> float:
-    """From a program's start until it prints a line with the sign; then it is ended.
+    """Seconds from a program's start until it prints a line that contains `sign`; it is then terminated.
 
     Raises:
-        RuntimeError: it ended before.
+        RuntimeError: the program ended without such a line.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()

@@ -1,11 +1,11 @@
-"""What the method adds to a training step.
+"""What distillation adds to the cost of a training step.
 
 python -m benchmarks.step_cost
 
-The paper's student on 32 captions: a whole distillation step (four losses, all pairs, balancer, queues of 8,192 x
-768) beside the student's forward and backward and the optimiser. The quickstart's student, batches of 128, queues of
-8,192 x 256: forward, losses, backward and balancer beside those of a plain contrastive step; and the losses alone,
-forward and backward from given embeddings, beside the matrix products they cannot do without.
+Three comparisons. The paper's student on 32 captions: a whole distillation step (four losses, all pairs, balancer,
+queues of 8,192 x 768) beside the student's forward and backward and the optimiser. The quickstart's student with
+batches of 128 and queues of 8,192 x 256: forward, losses, backward and balancer beside those of a plain contrastive
+step. Its losses alone, forward and backward from given embeddings, beside the matrix products that they need at least.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ BATCH = 128  # the quickstart's
 
 
 def bare_step(trainer: DSMDTrainer, batch: dict, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-    """The student's forward and backward and the optimiser; the gradient at its embeddings is a constant."""
+    """A function that takes a step without losses and returns its seconds: forward, backward, optimiser.
+
+    The gradient at the embeddings, which the losses would give, is all ones.
+    """
 
     def step() -> float:
         started = time.perf_counter()
@@ -48,7 +51,7 @@ def bare_step(trainer: DSMDTrainer, batch: dict, optimizer: torch.optim.Optimize
 
 
 def paper_student(captions: int = 32, rounds: int = 3, tiny: bool = False) -> list[Row]:
-    """Five captions an image; the last image has what is left."""
+    """The table's row of the paper's student; every image has five captions, but the last what is left over."""
     images = -(-captions // 5)
     with tempfile.TemporaryDirectory() as folder:
         trainer = four_pair_trainer(folder, images, tiny)
@@ -72,10 +75,10 @@ def paper_student(captions: int = 32, rounds: int = 3, tiny: bool = False) -> li
 
 
 def loss_times(trainer: DSMDTrainer, batch: dict) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Seconds of the losses, forward and backward from given embeddings, and of their bare matrix products.
+    """Two functions: one times the losses, forward and backward from given embeddings; one their matrix products.
 
-    The products: each pair's similarities with the dictionary, and the way back to the student; each pair's
-    similarities within the batch, whose hardest negatives need no product on the way back.
+    These are, for each pair, the similarities with the dictionary, the gradient of these for the student, and the
+    similarities within the batch. The hardest negatives among the latter need no product for their gradient.
     """
     batch = dict(batch)
     trainer.begin_step([batch])
@@ -122,8 +125,9 @@ def quickstart(rows: datasets.Dataset | None = None, images: int = BATCH, rounds
     """Three rows of the table.
 
     Args:
-        rows: with teacher features; the icons' by default.
-        images: of a batch.
+        rows: rows with teacher features; None: the icons.
+        images: images of a batch.
+        rounds: how often each side is timed.
     """
     if rows is None:
         rows = load_data(DataArguments(dataset_name="icons"))["train"]

@@ -1,9 +1,9 @@
-"""What making teacher features costs beside the teacher's bare forward: rows/s, as a ratio taken in one run.
+"""How close making teacher features comes to the speed of the teacher's bare forward, in rows/s.
 
 python -m benchmarks.teacher_features [--model ViT-L/14] [--rows 16] [--rounds 2]
 
-The teacher is a CLIP with random weights, the rows JPEG photos of 500 x 375 pixels with five captions of some 12
-words. The bare forward gets the same batches as tensors, decoded and tokenised before the clock starts. On a GPU, take
+The teacher is a CLIP with random weights; the rows are JPEGs of 500 x 375 pixels with five captions of some 12 words.
+The bare forward gets the same batches as tensors, decoded and tokenised before the clock starts. On a GPU, take
 thousands of rows, and batches of 256.
 """
 
@@ -49,7 +49,7 @@ def make_config(model: str) -> CLIPConfig:
 
 
 def make_teacher(model: str, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """A random CLIP of a size of `SIZES`, through a folder as any teacher."""
+    """A CLIP with random weights, of a size named in `SIZES`, saved to a folder and loaded like any teacher."""
     vocab = {word: i for i, word in enumerate(["<pad>", "<s>", "<|endoftext|>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -84,12 +84,12 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def bare(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding) -> float:
-    """Seconds of the forwards alone."""
+    """Seconds of the teacher's forwards alone."""
     device = teacher.device
     part = rows["train"].cast_column("image", datasets.Image(decode=False))
     preparation, shard = Preparation([teacher], None), plan("train", 0, part, encoding)
     prepared = [preparation.__getitems__(shard.contents(*batch))[:2] for batch in shard.batches]
-    # The copy to the device is no part of the forward.
+    # Copied to the device before the clock starts.
     prepared = [(kind, ({name: value.to(device) for name, value in inputs.items()},)) for kind, (inputs,) in prepared]
     started = time.perf_counter()
     for kind, (inputs,) in prepared:
@@ -100,7 +100,7 @@ def bare(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding) -> fl
 
 
 def whole(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding, num_workers: int) -> float:
-    """Seconds from the stored rows to the finished file."""
+    """Seconds from stored rows to the finished files of features."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         encode_dataset(rows, [teacher], "{}", encoding, Path(folder), num_workers)
@@ -108,7 +108,7 @@ def whole(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding, num_
 
 
 def rates(model: str, rows: int, rounds: int, batch_size: int, num_workers: int) -> tuple[float, float, float]:
-    """rows/s of the bare forward and of the whole, and the share of the first that the second reaches."""
+    """Rows/s of the bare forward, rows/s of making features, and the second as a share of the first (median)."""
     device = PartialState().device
     teacher = make_teacher(model, device, dtype_of(device))
     data, encoding = make_rows(rows), Encoding(batch_size=batch_size)
@@ -120,7 +120,7 @@ def rates(model: str, rows: int, rounds: int, batch_size: int, num_workers: int)
 
 
 def figures(model: str, rows: int, rounds: int, batch_size: int, num_workers: int) -> Iterator[tuple[str, str]]:
-    """What was measured, and the figure, one after the other."""
+    """Pairs of (what was measured, the figure)."""
     alone, together, share = rates(model, rows, rounds, batch_size, num_workers)
     dtype = dtype_of(PartialState().device)
     what = f"CLIP {model}, {dtype}, {rows} rows of an image and five captions, batches of {batch_size}"
@@ -131,7 +131,7 @@ def figures(model: str, rows: int, rounds: int, batch_size: int, num_workers: in
 def measure(
     model: str = "ViT-B/16", rows: int = 16, rounds: int = 2, batch_size: int = 32, num_workers: int = 2
 ) -> list[Row]:
-    """The row of `python -m benchmarks`."""
+    """This program's row in the table of `python -m benchmarks`."""
     alone, together, share = rates(model, rows, rounds, batch_size, num_workers)
     bare = f"its bare forward: {alone:.1f} rows/s"
     return [Row(f"teacher features, CLIP {model}", f"{together:.1f} rows/s", bare, f"{share:.2f} x", "-")]

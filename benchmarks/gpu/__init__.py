@@ -1,1 +1,1 @@
-"""What training and feature-making reach on one GPU; runs offline, on random weights and pixels."""
+"""How fast training and making teacher features are on one GPU; runs offline, with random weights and images."""

@@ -28,27 +28,27 @@ TINY_TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 
 
 def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small towers, few rows: to try it on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="small towers and few rows, to try the program on a CPU")
     return parser
 
 
 def make_rows(count: int, dim: int) -> datasets.Dataset:
-    """Rows of the contract: JPEG of 256 x 256 pixels (64 different ones), captions of some 12 words, random features.
+    """Rows that follow the row contract: JPEGs of 256 x 256 pixels, captions of some 12 words, random features.
 
     Args:
-        count: of rows.
-        dim: width of the teacher's features.
+        count: number of rows; they share 64 different images.
+        dim: width D of the teacher's features.
     """
     rng = np.random.default_rng(0)
     images = []
     for _ in range(64):
         coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
-        grainy = smooth + rng.normal(0, 6, smooth.shape)  # a smooth picture decodes faster than a photo
+        grainy = smooth + rng.normal(0, 6, smooth.shape)  # smooth pictures decode faster than photos
         buffer = io.BytesIO()
         Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
         images.append({"bytes": buffer.getvalue(), "path": None})
-    # Of letters alone: a number is a token of its own.
+    # Made of letters alone, since the tokenizer would split off digits.
     words = np.array([f"word{i}".translate(str.maketrans("0123456789", "abcdefghij")) for i in range(1000)])
     # As in COCO: most of 9 to 15 words, few of 25 and more.
     lengths = np.exp(rng.normal(np.log(11.7), 0.25, (count, CAPTIONS))).round().astype(int).clip(min=5)
@@ -77,10 +77,10 @@ def make_trainer(folder: str, count: int, tiny: bool, **settings) -> DSMDTrainer
     """A trainer of the paper's student (ViT-B/16 at 224, BERT-base, random weights) on random rows, in bf16.
 
     Args:
-        folder: the run's.
-        count: rows, from 8,192 on as many as fill the queues.
+        folder: the run's output folder.
+        count: number of rows; a queue of the default size needs 8,192.
         tiny: towers of width 32 and images of 32 pixels instead.
-        **settings: of the run.
+        **settings: fields of `DSMDTrainingArguments`.
     """
     vision = ViTConfig(image_size=32, **TINY_TOWER) if tiny else ViTConfig()
     text = BertConfig(**TINY_TOWER) if tiny else BertConfig()
@@ -98,7 +98,7 @@ def make_trainer(folder: str, count: int, tiny: bool, **settings) -> DSMDTrainer
 
 
 class Clock:
-    """Marks on the device's own time line, so that none of them waits for the device; on the wall on a CPU."""
+    """Times what runs between marks: by CUDA events, so that no mark waits for the device, or by wall clock."""
 
     def __init__(self):
         self.marks: list = []
@@ -111,7 +111,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between one mark and the next; forgets them."""
+        """Seconds between each mark and the next; the marks are then forgotten."""
         marks, self.marks = self.marks, []
         pairs = list(zip(marks[:-1], marks[1:]))
         if not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def device_name() -> str:
 
 
 def print_table(figures: Iterable[tuple[str, str]]) -> None:
-    """A Markdown table of (measure, figure), each row printed when it is there: what comes later may fail."""
+    """Prints a Markdown table of (measure, figure), row by row, so that a failure does not lose earlier rows."""
     cores = len(os.sched_getaffinity(0))
     print(f"{datetime.date.today()}, {device_name()}, {cores} CPU cores, torch {torch.__version__}, bf16 autocast\n")
     if not torch.cuda.is_available():

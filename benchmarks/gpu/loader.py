@@ -1,9 +1,9 @@
-"""Images/s that the training loader delivers on this machine's cores, beside what the step takes.
+"""Images/s that the training loader delivers on this machine's CPU cores, beside those that a step consumes.
 
 python -m benchmarks.gpu.loader
 
-Stored images of 256 x 256 pixels are decoded, shifted, zoomed and squashed to the student's size, their captions
-tokenised; the batches arrive on the device, and nothing trains meanwhile.
+Stored images of 256 x 256 pixels are decoded, shifted, zoomed and resized to the student's size, their captions
+tokenised. The batches are copied to the device; nothing trains meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .training import measure, prepare
 
 
 def loader_rate(trainer: DSMDTrainer, num_workers: int) -> float:
-    """Images/s of one pass, without the start: the batches that the workers make before the first is asked for."""
+    """Images/s of one pass, without the first batches, which the workers may make before they are asked for."""
     trainer.args.dataloader_num_workers = num_workers
     ahead = 1 + 2 * num_workers
     images = 0
@@ -39,7 +39,7 @@ def loader_rate(trainer: DSMDTrainer, num_workers: int) -> float:
 
 
 def figures(tiny: bool, images: int, workers: list[int]) -> Iterator[tuple[str, str]]:
-    """Rows of the table: the eager step of batches of so many images, then the loader with each number of workers."""
+    """Rows of the table: the eager step with `images` per batch, then the loader with each number of workers."""
     settings = {"per_device_train_batch_size": images, "random_shift": 0.05, "random_zoom": 0.1}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, 128 if tiny else 16384, tiny, **settings)
@@ -59,7 +59,7 @@ def default_workers() -> list[int]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--images", type=int, help="of a batch (default: 128)")
+    options.add_argument("--images", type=int, help="images per batch (default: 128)")
     options.add_argument("--workers", type=int, nargs="+", default=default_workers())
     options = options.parse_args()
     print_table(figures(options.tiny, options.images or (8 if options.tiny else 128), options.workers))

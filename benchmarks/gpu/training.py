@@ -1,10 +1,10 @@
-"""Captions/s of the paper's student on one GPU, eager and compiled, and where the time of a step goes.
+"""Captions/s in training the paper's student on one GPU, eager and compiled, and the time of each part of a step.
 
 python -m benchmarks.gpu.training
 
 A step is the trainer's: forward under bf16 autocast, four losses in all pairs, backward, clipping, fused AdamW,
-balancer, queues of 8,192 x 768. Batches double until the memory is out; they lie on the device before the clock
-starts.
+balancer, queues of 8,192 x 768. The batch size doubles until the memory is exhausted; batches are on the device before
+the clock starts.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ from .common import CAPTIONS, Clock, device_name, make_trainer, parser, print_ta
 
 
 DENSE_BF16_PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # FLOP/s, of the data sheets
-BATCHES = 3  # different ones, so that the lengths of captions vary as in training
+BATCHES = 3  # different batches, so that the lengths of captions vary as in training
 PARTS = ("teacher rows and queues", "forward", "losses", "backward and optimiser", "balancer")
 OUTSIDE = ("teacher rows and queues", "losses", "balancer")
 
 
 @dataclass
 class Speed:
-    """Of one batch size: images in it, seconds a step, most memory held in bytes (0 on a CPU), graphs compiled while
-    the clock ran."""
+    """The speed at one batch size.
+
+    Attributes:
+        images: images per batch.
+        seconds: seconds per step.
+        memory: most bytes of device memory held; 0 on a CPU.
+        graphs: graphs that were compiled while the clock ran.
+    """
 
     images: int
     seconds: float
@@ -87,8 +93,11 @@ def warmed_up(trainer: DSMDTrainer, model: nn.Module, images: int) -> list[dict]
 
 
 def measure(trainer: DSMDTrainer, model: nn.Module, images: int, steps: int) -> Speed:
-    """Raises: torch.cuda.OutOfMemoryError."""
-    torch._dynamo.reset()  # what is compiled is compiled for the shapes of this size alone
+    """Speed over `steps` steps of batches of so many images.
+
+    Raises: torch.cuda.OutOfMemoryError.
+    """
+    torch._dynamo.reset()  # so that no graph of another batch size is used
     batches = warmed_up(trainer, model, images)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -104,7 +113,7 @@ def measure(trainer: DSMDTrainer, model: nn.Module, images: int, steps: int) -> 
 
 
 def double(trainer: DSMDTrainer, model: nn.Module, start: int, steps: int) -> list[Speed]:
-    """Speeds of start, 2 start, 4 start, ... images, until the memory or the data are out."""
+    """Speeds with start, 2 start, 4 start, ... images per batch, until memory or data do not suffice."""
     speeds, images = [], start
     while BATCHES * images <= len(trainer.train_dataset):
         try:
@@ -112,18 +121,18 @@ def double(trainer: DSMDTrainer, model: nn.Module, start: int, steps: int) -> li
         except torch.cuda.OutOfMemoryError:
             break
         images *= 2
-    # What the failed step left behind.
+    # Free what the failed step left behind.
     model.zero_grad()
     trainer.step_so_far = None
     gc.collect()
     torch.cuda.empty_cache()
     if not speeds:
-        raise ValueError(f"--start {start}: {BATCHES} batches of so many images are beyond the memory or the data.")
+        raise ValueError(f"--start {start}: {BATCHES} batches of so many images exceed the memory or the data.")
     return speeds
 
 
 def parts(trainer: DSMDTrainer, model: nn.Module, batches: list[dict], steps: int) -> dict[str, float]:
-    """Seconds of each of `PARTS` in a step; the autograd graph is cut at the embeddings to tell them apart."""
+    """Seconds per step of each of `PARTS`; to tell them apart, the autograd graph is cut at the embeddings."""
     clock, sums = Clock(), dict.fromkeys(PARTS, 0.0)
     for i in range(steps):
         batch = dict(batches[i % len(batches)])
@@ -149,7 +158,7 @@ def parts(trainer: DSMDTrainer, model: nn.Module, batches: list[dict], steps: in
 
 
 def student_flops(trainer: DSMDTrainer, model: nn.Module, batch: dict) -> int:
-    """Of the student's forward and backward on a batch, its padding included; of an eager model."""
+    """FLOPs of the student's forward and backward on a batch, padding included; the model must be eager."""
     with FlopCounterMode(display=False) as counter:
         with trainer.compute_loss_context_manager():
             embeds = trainer.embed(model, batch)
@@ -159,7 +168,7 @@ def student_flops(trainer: DSMDTrainer, model: nn.Module, batch: dict) -> int:
 
 
 def synchronisations(run: Callable[[], None]) -> list[str]:
-    """Where the host waits for the GPU while `run` runs: file and line, one for each time."""
+    """File and line of each time that the host waits for the GPU while `run` runs."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -175,17 +184,20 @@ def synchronisations(run: Callable[[], None]) -> list[str]:
 def mode_figures(
     mode: str, tiny: bool, start: int, steps: int, flops_per_image: float | None
 ) -> Generator[tuple[str, str], None, tuple[int, float]]:
-    """Rows of the table of one mode, "eager" or "compiled".
+    """Yields the table's rows of one mode.
 
     Args:
+        mode: "eager" or "compiled".
+        tiny: small towers and few rows.
         start: images of the smallest batch.
-        flops_per_image: None: count them, which needs the eager model.
+        steps: steps timed for each batch size.
+        flops_per_image: FLOPs of an image with its captions; None counts them, which needs the eager model.
 
-    Returns: the images of the best batch, and `flops_per_image`.
+    Returns: the number of images of the fastest batch, and `flops_per_image`.
     """
     settings = {"contrastive_pairs": list(PAIRS), "torch_compile": mode == "compiled"}
     if tiny and mode == "compiled":
-        settings["torch_compile_backend"] = "eager"  # captures the same graphs, and spares minutes of a C++ compiler
+        settings["torch_compile_backend"] = "eager"  # the same graphs, without minutes of a C++ compiler
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, 48 if tiny else 8192, tiny, **settings)
         model = prepare(trainer)
@@ -220,18 +232,18 @@ def mode_figures(
 
 
 def figures(tiny: bool, start: int, steps: int) -> Iterator[tuple[str, str]]:
-    """Rows of the table; the compiled model starts from the eager one's best batch."""
+    """Rows of the table; the compiled model's smallest batch is the eager one's fastest."""
     flops_per_image = None
     for mode in ("eager", "compiled"):
         start, flops_per_image = yield from mode_figures(mode, tiny, start, steps, flops_per_image)
-        gc.collect()  # the trainer and its callbacks hold each other
+        gc.collect()  # trainer and callbacks refer to each other, and hold device memory
         torch.cuda.empty_cache()
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--start", type=int, help="images of the smallest batch (default: 32)")
-    options.add_argument("--steps", type=int, help="timed for each batch size (default: 20)")
+    options.add_argument("--steps", type=int, help="steps timed for each batch size (default: 20)")
     options = options.parse_args()
     start, steps = (8, 2) if options.tiny else (32, 20)
     print_table(figures(options.tiny, options.start or start, options.steps or steps))

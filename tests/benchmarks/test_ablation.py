@@ -230,7 +230,7 @@ def test_a_study_with_unknown_or_missing_keys_is_refused(study_file):
     for content, message in (
         ({**STUDY, "seed": 1}, "'seed'"),
         (without, "expected.*'seeds'"),
-        ({}, r"study.yaml has \[\]"),
+        ({}, r"study.yaml has the keys \[\]"),
         ({**STUDY, "seeds": list(range(17))}, "17 seeds; expected 1 to 16"),
         ({**STUDY, "random_vectors": elsewhere}, "'margins'; expected one of its questions"),
     ):

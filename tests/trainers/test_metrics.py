@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers import retrieval
+from trainers import metrics as retrieval
 from trainers.metrics import metrics_from_ranks, ranks, retrieval_metrics
 
 
