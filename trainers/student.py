@@ -22,6 +22,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.trainer_utils import align_special_tokens
 
 from modeling_dsmd import DSMDModel
 from rows.columns import LONGEST_CAPTION
@@ -107,7 +108,9 @@ def build_student(
     """
     if args.model_name_or_path is not None:
         model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        return model, AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        align_tokens(model, processor)
+        return model, processor
     for modality in ("vision", "text"):
         if (getattr(args, f"{modality}_model_name_or_path") is None) == (getattr(args, f"{modality}_config") is None):
             raise ValueError(
@@ -150,9 +153,24 @@ def build_student(
         )
     else:
         raise ValueError("One tower is pre-trained and the other is not: give two names or two configurations.")
+    align_tokens(model, processor)
     # Beyond its positions a tower fails.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_positions(model.text_model))
     return model, processor
+
+
+def align_tokens(model: DSMDModel, processor: VisionTextDualEncoderProcessor) -> None:
+    """Gives the text tower's config the tokenizer's ids of special tokens, as Trainer would once training begins.
+
+    Done only then, a checkpoint's config would differ from that of the run that resumes it; and CLIP's text tower,
+    which finds its feature by the id it was built with, from what it is when it is loaded again.
+    """
+    align_special_tokens(model, processor)
+    tower = getattr(model, "text_model", model)  # what is no student is refused later
+    config = tower.config
+    for module in tower.modules():
+        if isinstance(getattr(module, "eos_token_id", None), int) and isinstance(config.eos_token_id, int):
+            module.eos_token_id = config.eos_token_id
 
 
 def text_positions(tower: PreTrainedModel) -> float:
