@@ -39,7 +39,7 @@ from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
 from trainers.base_trainer import RetrievalTrainer
 from trainers.report import RUN_FILES, pin_revision, report
-from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, discard_replaced
+from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
 from trainers.run.distributed import use_the_cores
 from trainers.run.output_dir import (
     FINISHED,
@@ -291,6 +291,8 @@ def main(argv: list[str]) -> None:
     if trainer.args.do_train:
         try:
             metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        except NotResumable as error:
+            sys.exit(f"error: {error}")
         except pickle.UnpicklingError:
             sys.exit(f"{NO_PICKLES} It is in {checkpoint}.")
         if trainer.interruption.agreed:

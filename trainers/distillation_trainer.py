@@ -31,6 +31,7 @@ from .losses import (
 from .metrics import retrieval_metrics
 from .retrieval_evaluation import across_figures
 from .run import distributed
+from .run.checkpoints import NotResumable
 from .teacher_pca import load_pca, save_pca
 from .training_args import DSMDTrainingArguments
 
@@ -347,7 +348,7 @@ class DSMDTrainer(RetrievalTrainer):
     def load_extra_state(self, checkpoint: Path) -> None:
         path = checkpoint / STATE_FILE
         if not path.is_file():
-            raise ValueError(
+            raise NotResumable(
                 f"{checkpoint} has no {STATE_FILE}: it is no checkpoint of a distillation to resume from."
             )
         projection = load_pca(checkpoint)
@@ -355,7 +356,7 @@ class DSMDTrainer(RetrievalTrainer):
         if (projection is None) != (own is None) or (
             projection is not None and not torch.allclose(projection, own.cpu(), atol=1e-4)
         ):
-            raise ValueError(
+            raise NotResumable(
                 f"{checkpoint} was trained on teacher features with another projection: resume with its dataset."
             )
         if projection is not None:  # fitted anew it may differ in the last digits

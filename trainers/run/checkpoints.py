@@ -28,6 +28,10 @@ OLD = "_old-"  # and where the one goes whose name it gets
 REPLACED = "_replaced"  # where an old run lies until the one in its place has a checkpoint
 
 
+class NotResumable(ValueError):
+    """What a run is to go on from is damaged, or of another run: the message says which, and what to do."""
+
+
 def seal(folder: Path) -> None:
     """Writes down the size and digest of every file of a checkpoint, and flushes all to the disk.
 
@@ -145,18 +149,18 @@ def to_go_on_from(asked: str | bool | None, output_dir: str | os.PathLike) -> st
         asked: a checkpoint's folder; True for the last whole one in `output_dir`; None or False for none.
 
     Raises:
-        ValueError: it is damaged, or there is none.
+        NotResumable: it is damaged, or there is none.
     """
     if not asked:
         return None
     if asked is True:
         folder = last_whole(output_dir)
         if folder is None:
-            raise ValueError(f"There is no whole checkpoint in {output_dir} to go on from.")
+            raise NotResumable(f"There is no whole checkpoint in {output_dir} to go on from.")
         return str(folder)
     wrong = damage(Path(asked))
     if wrong is not None:
-        raise ValueError(
+        raise NotResumable(
             f"{asked} is damaged: {wrong}. Resume from the one before it; `--resume_from_checkpoint last` finds it."
         )
     return str(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pyarrow as pa
 import torch
 import transformers
 from transformers import PretrainedConfig, TrainingArguments
+
+from .checkpoints import NotResumable
 
 
 IDENTITY_FILE = "_run.json"
@@ -25,6 +28,7 @@ FREE = (
     "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "per_device_eval_batch_size", "project",
     "report_to", "run_name", "save_total_limit", "output_dir", "accelerator_config", "max_skipped_steps", "local_rank",
 )  # fmt: skip
+GLOBAL_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "number of processes")  # their product
 OF_STREAMS = ("dataloader_num_workers",)  # it decides their order
 OF_FILES = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
 
@@ -82,13 +86,13 @@ def check_identity(
         arguments_class: its fields are the settings.
 
     Raises:
-        ValueError: something differs and `allow_changes` is not set, or the checkpoint does not say what it is of.
+        NotResumable: something differs and `allow_changes` is not set, or the checkpoint does not say what it is of.
     """
     path = Path(checkpoint) / IDENTITY_FILE
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{checkpoint} has no {IDENTITY_FILE}: it is no checkpoint of this program.") from None
+        raise NotResumable(f"{checkpoint} has no {IDENTITY_FILE}: it is no checkpoint of this program.") from None
     saved = {**_defaults(arguments_class), **saved}
     known = now.keys() | {name for name in saved if name.startswith(f"{STUDENT}.")}
     lines = [
@@ -96,13 +100,29 @@ def check_identity(
         for name in sorted(known)
         if saved.get(name) != now.get(name)
     ]
+    lines += changed_batch(saved, now)
     if lines and not allow_changes:
         listed = "\n  ".join(lines)
-        raise ValueError(
+        raise NotResumable(
             f"{checkpoint} is of another run, so that the result could not be the same:\n  {listed}\n"
             "Resume with what it was started with, or say --allow_changes."
         )
     return lines
+
+
+def changed_batch(saved: dict[str, object], now: dict[str, object]) -> list[str]:
+    """A line on what another global batch does to a resumed run, where it has another, and on what would keep it."""
+    before, after = (math.prod(run.get(name) or 0 for name in GLOBAL_BATCH) for run in (saved, now))
+    if before == after or 0 in (before, after):
+        return []
+    line = f"rows in a step: {before} in the checkpoint, {after} now, so that the epochs made so far "
+    line += f"{'are taken back to' if after < before else 'count as'} {after / before:.3g} of what they were"
+    if now.get("max_steps", -1) < 0:
+        line += f", and the learning rate goes {'back' if after < before else 'ahead'} with them"
+    a_micro_step = after // now["gradient_accumulation_steps"]
+    if before % a_micro_step == 0:
+        line += f" (--gradient_accumulation_steps {before // a_micro_step} would keep the step)"
+    return [line]
 
 
 def _defaults(arguments_class: type[TrainingArguments]) -> dict[str, object]:

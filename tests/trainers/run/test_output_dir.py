@@ -189,6 +189,16 @@ def test_all_files_of_a_run_have_the_rights_that_the_umask_leaves(tmp_path, run_
     assert modes.keys() >= {"model.safetensors", *(f"checkpoint-4/{name}" for name in checkpoint)}
 
 
+@pytest.mark.parametrize("more", [["--learning_rate", "0.5"], ["--queue_size", "8"], ["damaged"]])
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_a_sentence_and_no_traceback(tmp_path, finished, run_data, more):
+    run = shutil.copytree(finished, tmp_path / "run")
+    if more == ["damaged"]:
+        cut(run / "checkpoint-4" / "optimizer.pt")
+        more = []
+    with pytest.raises(SystemExit, match="(?s)error: .*checkpoint-4 is (of another run|damaged)"):
+        train.main([*arguments(run, run_data, SAVED), *more, "--resume_from_checkpoint", str(run / "checkpoint-4")])
+
+
 @pytest.mark.soak
 def test_two_processes_agree_on_what_the_folder_holds(tmp_path, run_data):
     run = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ from conftest import make_rows, make_student
 from tiny_trainer import make_trainer
 
 from trainers.run import resumable_trainer
-from trainers.run.run_identity import IDENTITY_FILE, check_identity, describe_identity, rows_fingerprint
+from trainers.run.run_identity import IDENTITY_FILE, changed_batch, check_identity, describe_identity, rows_fingerprint
 
 
 SETTINGS = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -78,8 +79,10 @@ def test_what_changes_no_result_is_free(checkpoint, tmp_path, settings):
     ],
 )
 def test_each_difference_is_named(checkpoint, tmp_path, settings, line):
-    (found,) = differences(checkpoint, tmp_path, **settings)
+    found, *more = differences(checkpoint, tmp_path, **settings)
     assert found.startswith(line)
+    changes_step = settings.keys() & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert [part.partition(":")[0] for part in more] == ["rows in a step"] * bool(changes_step)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,61 @@ def test_more_processes_and_another_method_are_named(checkpoint, tmp_path, monke
     assert differences(checkpoint, tmp_path) == [
         'method: "distillation" in the checkpoint, "contrastive" now',
         "number of processes: 1 in the checkpoint, 2 now",
+        "rows in a step: 16 in the checkpoint, 32 now, so that the epochs made so far count as 2 of what they were",
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "factor", "keeps"),
+    [
+        ((16, 1, 1), (8, 1, 1), "are taken back to 0.5 of", 2),
+        ((16, 1, 1), (4, 1, 2), "are taken back to 0.5 of", 2),
+        ((8, 2, 2), (8, 2, 1), "are taken back to 0.5 of", 4),
+        ((8, 2, 1), (8, 2, 2), "count as 2 of", 1),
+        ((8, 1, 1), (8, 3, 1), "count as 3 of", 1),
+        ((16, 1, 1), (6, 1, 1), "are taken back to 0.375 of", None),
+        ((8, 1, 1), (16, 1, 1), "count as 2 of", None),
+        ((8, 2, 1), (16, 1, 1), None, None),
+        ((8, 1, 2), (4, 4, 1), None, None),
+    ],
+)
+def test_another_global_batch_is_named_with_what_would_keep_it(before, after, factor, keeps):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "number of processes")
+    lines = changed_batch(*(dict(zip(names, run)) | {"max_steps": -1} for run in (before, after)))
+    assert len(lines) == (factor is not None)
+    if factor is not None:
+        assert factor in lines[0] and "the learning rate goes " in lines[0]
+        assert ("--gradient_accumulation_steps" in lines[0]) == (keeps is not None)
+        if keeps is not None:
+            assert f"--gradient_accumulation_steps {keeps} would keep" in lines[0]
+            assert after[0] * keeps * after[2] == math.prod(before)
+
+
+def test_what_another_global_batch_is_said_to_do_is_what_trainer_does(tmp_path, caplog):
+    """16 rows for 4 epochs: with 8 in a step the 4th ends the second epoch, with 4 the first."""
+    settings = {"num_train_epochs": 4, "max_steps": -1, "save_strategy": "steps", "save_steps": 4}
+    first = make_trainer(tmp_path / "first", make_rows(16), per_device_train_batch_size=8, **settings)
+    first.train()
+    of_first = {entry["step"]: entry for entry in first.state.log_history if "learning_rate" in entry}
+    more = {"per_device_train_batch_size": 4, "allow_changes": True, **settings}
+    resumed = make_trainer(tmp_path / "resumed", make_rows(16), **more)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    assert (
+        "rows in a step: 8 in the checkpoint, 4 now, so that the epochs made so far are taken back to 0.5"
+        in caplog.text
+    )
+    assert "(--gradient_accumulation_steps 2 would keep the step)" in caplog.text
+    of_resumed = {entry["step"]: entry for entry in resumed.state.log_history if "learning_rate" in entry}
+    assert of_first[4]["epoch"] == 2 and of_resumed[8]["epoch"] == 2 and resumed.state.max_steps == 16
+    assert of_resumed[8]["learning_rate"] > of_first[5]["learning_rate"]
+    caplog.clear()
+    kept = make_trainer(tmp_path / "kept", make_rows(16), gradient_accumulation_steps=2, **more)
+    with caplog.at_level(logging.WARNING):
+        kept.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    assert "rows in a step" not in caplog.text and kept.state.max_steps == 8
+    rates = [entry["learning_rate"] for entry in kept.state.log_history if "learning_rate" in entry]
+    assert rates == [entry["learning_rate"] for entry in of_first.values()]
 
 
 def test_it_is_refused_with_every_difference_and_goes_where_told(checkpoint, tmp_path, caplog):
