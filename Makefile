@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)  ## make .venv and install the project into it
 
 quickstart: $(INSTALLED)  ## distil a student on the icons and evaluate it
-	$(BIN)/accelerate launch train.py --config recipes/icons.yaml
+	$(BIN)/accelerate launch -q train.py --config recipes/icons.yaml
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
@@ -50,14 +50,14 @@ style: $(INSTALLED)  ## format and mend lint
 icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its features (over half an hour)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
 	$(BIN)/python -m teachers.icons_towers --image_size 64 --output_dir runs/icons_towers
-	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml
+	$(BIN)/accelerate launch -q train.py --config recipes/icons_teacher.yaml
 	$(BIN)/python -m datasets_scripts.icons_teacher --model_name_or_path runs/icons_teacher --output runs/icons_teacher.safetensors
 
 emoji: $(INSTALLED)  ## make the emoji with a teacher's features, the study's second set: runs/emoji_taught
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
 	$(BIN)/python -m datasets_scripts.emoji --output_dir runs/emoji
 	$(BIN)/python -m teachers.icons_towers --image_size 64 --output_dir runs/icons_towers
-	$(BIN)/accelerate launch train.py --config recipes/icons_teacher.yaml --dataset_name runs/emoji \
+	$(BIN)/accelerate launch -q train.py --config recipes/icons_teacher.yaml --dataset_name runs/emoji \
 		--num_train_epochs 12 --output_dir runs/emoji_teacher
 	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset_name runs/emoji \
 		--teacher_model_name_or_path runs/emoji_teacher --output_dir runs/emoji_taught

@@ -1,7 +1,7 @@
 """Distils a student, trains one without a teacher, or evaluates a saved one.
 
-accelerate launch train.py --config recipes/icons.yaml [--any_field value]
-accelerate launch train.py --dataset_name icons --do_train False --do_eval --model_name_or_path runs/icons
+accelerate launch -q train.py --config recipes/icons.yaml [--any_field value]
+accelerate launch -q train.py --dataset_name icons --do_train False --do_eval --model_name_or_path runs/icons
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, Ret
 from trainers.base_trainer import RetrievalTrainer
 from trainers.report import RUN_FILES, pin_revision, report
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
-from trainers.run.distributed import use_the_cores
+from trainers.run.distributed import rank_is_first, run_launched, use_the_cores
 from trainers.run.output_dir import (
     FINISHED,
     INTERRUPTED,
@@ -161,7 +161,7 @@ def without_distillation(recipe: dict[str, object], argv: list[str]) -> dict[str
     if typed:
         raise ValueError(f"--method contrastive has no teacher: leave out {', '.join(typed)}.")
     passed_over = [name for name in recipe if name in of_distillation]
-    if passed_over and os.environ.get("RANK", "0") == "0":
+    if passed_over and rank_is_first():
         print(f"--method contrastive has no teacher, the recipe's {', '.join(passed_over)} not used.")
     return {name: value for name, value in recipe.items() if name not in of_distillation}
 
@@ -325,4 +325,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     # Tokenizers must not start threads in a process that forks loader workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(sys.argv[1:])
+    run_launched(lambda: main(sys.argv[1:]))

@@ -33,7 +33,7 @@ from datasets_scripts.opening import license_of, open_dataset
 from datasets_scripts.teacher_features import Encoding
 from rows.command_line import Command
 from teachers import load_teacher
-from trainers.run.distributed import use_the_cores
+from trainers.run.distributed import run_launched, use_the_cores
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -183,4 +183,4 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launched(main)

@@ -1,8 +1,10 @@
 """train.py: what it refuses, and one whole run on tiny data."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -136,6 +138,42 @@ def test_a_missing_split_is_refused(tmp_path, data):
 
 def test_a_missing_recipe_is_refused(tmp_path):
     assert "no such file" in refused(["--config", str(tmp_path / "none.yaml")])
+
+
+ROOT = Path(train.__file__).parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program"),
+    [
+        ([*LAUNCH, "-q"], "train.py"),
+        (LAUNCH, "train.py"),
+        ([sys.executable], "train.py"),
+        (LAUNCH, "datasets_scripts/add_teacher_features.py"),
+    ],
+    ids=["quiet", "plain", "none", "features"],
+)
+def test_what_a_user_sees_of_an_error_under_the_launcher(tmp_path, launcher, program):
+    wrong, sentence, status = ["--config", "none.yaml"], "error: --config none.yaml: there is no such file.", 1
+    if program != "train.py":
+        wrong, status = ["--batch_size", "0", "--dataset", "a", "--teacher", "b", "--output", "c"], 2
+        sentence = f"{Path(program).name}: error: --batch_size 0: expected 1 or more"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    seen = subprocess.run([*launcher, ROOT / program, *wrong], capture_output=True, text=True, env=environment)
+    lines = seen.stderr.strip().splitlines()
+    assert seen.returncode == (status if launcher == [sys.executable] else 1)
+    if launcher == LAUNCH:  # it cannot be kept from this; our line stands before it
+        place = lines.index(sentence)
+        assert "launcher's (`accelerate launch -q` prints none)" in lines[place + 1]
+        assert lines[place + 2].startswith("Traceback") and "CalledProcessError" in lines[-1]
+    else:
+        assert lines[-1] == sentence and "Traceback" not in seen.stderr
+
+
+def test_the_makefile_launches_quietly():
+    commands = [line for line in (ROOT / "Makefile").read_text().splitlines() if "accelerate launch" in line]
+    assert len(commands) == 3 and all("accelerate launch -q train.py" in line for line in commands)
 
 
 def test_command_line_wins_over_the_recipe(tmp_path, data):

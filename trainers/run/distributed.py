@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,41 @@ def use_the_cores(device: torch.device, processes: int) -> None:
     """`accelerate launch` leaves one thread on a CPU; a single process takes the cores it may use."""
     if device.type == "cpu" and processes == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def run_launched(main: Callable[[], None]) -> None:
+    """Runs a program that may have been started by `accelerate launch`, whose own traceback then follows any error: a
+    line says so after the program's sentence, or it would be lost above.
+
+    The launcher leaves the traceback out where it is told `-q` and starts one process. A program cannot tell it.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        line = _launchers_traceback()
+        if line is None or not (isinstance(stop.code, str) or stop.code == 2):  # 2: of argparse, which has printed
+            raise
+        print(*([stop.code] if isinstance(stop.code, str) else []), line, sep="\n", file=sys.stderr)
+        sys.exit(2 if stop.code == 2 else 1)
+
+
+def _launchers_traceback() -> str | None:
+    """What to say of the traceback that the launcher will print; None where it will print none."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # not Linux
+        return None
+    if not any(Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words[:4]):
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "The traceback that follows is the launcher's, and says no more." if rank_is_first() else None
+    quiet = {"-q", "--quiet"} & set(words)
+    return None if quiet else "The traceback that follows is the launcher's (`accelerate launch -q` prints none)."
+
+
+def rank_is_first() -> bool:
+    """Whether this is the first process of those that a launcher has started, connected yet or not."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def world_size() -> int:
