@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.compute as pc
-from datasets import DatasetDict, DatasetInfo, Features, Image, List, Value, load_from_disk
-from datasets.arrow_writer import ArrowWriter
+from datasets import DatasetDict, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
-from PIL import Image as PILImage
-from tqdm.auto import tqdm
 
 from model_cards.tables import as_text
 from rows.command_line import Command
-from rows.files import printable, write_beside
-from rows.images import open_image, to_rgb
+from rows.files import write_beside
+
+from .arrow_files import Row, fold, write_rows
+from .splits import SPLITS as SPLITS
 
 
 # A split's usual names, and Karpathy's second part of the training images -> the split.
@@ -35,47 +28,7 @@ SPLIT_OF = {
     "dev": "validation",
     "test": "test",
 }
-SPLITS = ("train", "validation", "test")
-IMAGES_AT_ONCE = 32
 BROKEN_SHOWN = 20
-
-
-@dataclass
-class Row:
-    """A row to be written. Its image stays where it is until `read` is called."""
-
-    image_id: str
-    captions: list[str]
-    read: Callable[[], bytes]
-    group_id: str | None = None
-
-
-def fold(caption: str) -> str:
-    """The caption without blanks around it, its lines joined by a space."""
-    return " ".join(filter(None, map(str.strip, caption.splitlines())))
-
-
-def rgb_bytes(data: bytes) -> bytes:
-    """An image file as an RGB file: the same bytes where it is an upright RGB JPEG or PNG, else written anew.
-
-    A JPEG stays one (quality 95), all else becomes PNG. Orientation from EXIF is applied, transparent parts become
-    white, 16-bit grey is scaled to 8 bits. Decodes the whole image.
-
-    Raises:
-        Exception: of many types, where the file is broken or a decompression bomb.
-    """
-    image = open_image(io.BytesIO(data))
-    file_format = image.format
-    upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
-    if file_format in ("JPEG", "PNG") and image.mode == "RGB" and upright and not image.has_transparency_data:
-        return data
-    buffer = io.BytesIO()
-    rgb = to_rgb(image)
-    if file_format in ("JPEG", "MPO"):
-        rgb.save(buffer, format="JPEG", quality=95)
-    else:
-        rgb.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def parse_arguments(parser: Command, arguments: list[str] | None) -> argparse.Namespace:
@@ -130,7 +83,7 @@ def build(
     """
     _check_rows(parts)
     with write_beside(output) as beside:
-        broken = _write_rows(parts, beside, license)
+        broken = write_rows(parts, beside, license)
         _report_broken(broken, output.with_name(f"{output.name}.broken.txt"), skip_broken)
         dataset = load_from_disk(beside)
         if empty := [split for split, part in dataset.items() if part.num_rows == 0]:
@@ -214,61 +167,6 @@ def _check_rows(parts: dict[str, list[Row]]) -> None:
             row.captions = captions
     if dropped:
         print(f"{dropped:,} empty captions dropped")
-
-
-def _write_rows(parts: dict[str, list[Row]], folder: Path, license: str) -> list[str]:
-    """Writes what `DatasetDict.save_to_disk` would, image by image. Returns what could not be read, with reasons."""
-    features = Features({"image": Image(), "captions": List(Value("string")), "image_id": Value("string")})
-    if any(row.group_id is not None for rows in parts.values() for row in rows):
-        features["group_id"] = Value("string")
-    broken = []
-    for split, rows in parts.items():
-        (folder / split).mkdir()
-        name = "data-00000-of-00001.arrow"
-        content = hashlib.blake2b(digest_size=8)
-        with ArrowWriter(features=features, path=str(folder / split / name), writer_batch_size=16) as writer:
-            for row, image, reason in _read_images(rows, split):
-                if reason is not None:
-                    broken.append(f"{split} {printable(row.image_id)}: {reason}")
-                    continue
-                # A path beside the bytes would win over them where a file of that name lies in the working folder.
-                example = {"image": {"bytes": image, "path": None}}
-                example |= {column: getattr(row, column) for column in features if column != "image"}
-                writer.write(example)
-                content.update(image)
-                content.update(json.dumps([row.captions, row.image_id, row.group_id]).encode())
-            writer.finalize()
-        DatasetInfo(features=features, license=license).write_to_directory(str(folder / split))
-        state = {
-            "_data_files": [{"filename": name}],
-            "_fingerprint": content.hexdigest(),
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": split,
-        }
-        (folder / split / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(parts)}), encoding="utf-8")
-    return broken
-
-
-def _read_images(rows: list[Row], split: str) -> Iterator[tuple[Row, bytes | None, str | None]]:
-    """Rows in order, each with its RGB file or the reason why there is none."""
-    with ThreadPoolExecutor() as pool, tqdm(total=len(rows), desc=split, unit=" images", disable=None) as bar:
-        for start in range(0, len(rows), IMAGES_AT_ONCE):
-            some = rows[start : start + IMAGES_AT_ONCE]
-            for row, (image, reason) in zip(some, pool.map(_read_image, some)):
-                yield row, image, reason
-                bar.update()
-
-
-def _read_image(row: Row) -> tuple[bytes | None, str | None]:
-    try:
-        return rgb_bytes(row.read()), None
-    except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
-        reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
-        return None, fold(f"{type(error).__name__}: {reason}")
 
 
 def _report_broken(broken: list[str], report: Path, skip_broken: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 from image_files import decoded, encoded, picture
 from PIL import Image
 
-from datasets_scripts import building
+from datasets_scripts import arrow_files, building
 from datasets_scripts.building import Row
 
 
@@ -24,13 +24,13 @@ def build(parts, output, **settings):
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 def test_an_upright_rgb_file_keeps_its_bytes(file_format):
     data = encoded(picture(1), file_format)
-    assert building.rgb_bytes(data) == data
+    assert arrow_files.rgb_bytes(data) == data
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpegs_of_other_modes_become_rgb_jpegs(mode):
     data = encoded(picture(1, mode), quality=95)
-    result = decoded(building.rgb_bytes(data))
+    result = decoded(arrow_files.rgb_bytes(data))
     assert (result.format, result.mode) == ("JPEG", "RGB")
     expected = np.asarray(decoded(data).convert("RGB")).astype(int)
     assert np.abs(np.asarray(result) - expected).mean() < 3
@@ -42,7 +42,7 @@ def test_jpegs_of_other_modes_become_rgb_jpegs(mode):
 )
 def test_other_files_become_pngs_with_the_same_pixels(mode, file_format):
     data = encoded(picture(2, mode), file_format)
-    result = decoded(building.rgb_bytes(data))
+    result = decoded(arrow_files.rgb_bytes(data))
     assert (result.format, result.mode) == ("PNG", "RGB")
     assert np.array_equal(np.asarray(result), np.asarray(decoded(data).convert("RGB")))
 
@@ -51,7 +51,7 @@ def test_transparent_parts_become_white():
     pixels = np.zeros((4, 4, 4), dtype=np.uint8)  # black and transparent: black on black without care
     pixels[0, 0] = (200, 100, 0, 255)
     pixels[0, 1] = (0, 0, 0, 51)
-    result = np.asarray(decoded(building.rgb_bytes(encoded(Image.fromarray(pixels), "PNG"))))
+    result = np.asarray(decoded(arrow_files.rgb_bytes(encoded(Image.fromarray(pixels), "PNG"))))
     assert result[0, 0].tolist() == [200, 100, 0]
     assert result[0, 1].tolist() == [204] * 3
     assert (result[1:] == 255).all()
@@ -59,7 +59,7 @@ def test_transparent_parts_become_white():
 
 def test_16_bit_grey_is_scaled_not_clipped():
     grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    result = np.asarray(decoded(building.rgb_bytes(encoded(Image.fromarray(grey), "PNG"))))
+    result = np.asarray(decoded(arrow_files.rgb_bytes(encoded(Image.fromarray(grey), "PNG"))))
     assert np.array_equal(result, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
 
 
@@ -71,7 +71,7 @@ def test_orientation_is_applied(orientation):
     data = encoded(image, "PNG", exif=exif)
     # What a reader of the dataset would see of the original.
     expected = datasets.Image(mode="RGB").decode_example({"bytes": data, "path": None})
-    written = building.rgb_bytes(data)
+    written = arrow_files.rgb_bytes(data)
     assert np.array_equal(np.asarray(decoded(written)), np.asarray(expected))
     assert decoded(written).size == (image.size if orientation < 5 else image.size[::-1])
     assert (written == data) == (orientation == 1)
@@ -80,7 +80,7 @@ def test_orientation_is_applied(orientation):
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(picture(0))[:300], encoded(picture(0), "PNG")[:2000]])
 def test_broken_files_raise(data):
     with pytest.raises((OSError, SyntaxError, ValueError)):
-        building.rgb_bytes(data)
+        arrow_files.rgb_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -170,15 +170,15 @@ def test_broken_images_are_listed(tmp_path, monkeypatch, capsys):
 
 
 def test_few_images_are_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "IMAGES_AT_ONCE", 4)
+    monkeypatch.setattr(arrow_files, "IMAGES_AT_ONCE", 4)
     read, most = [], []
-    written = building.ArrowWriter.write
+    written = arrow_files.ArrowWriter.write
 
     def write(self, example):
         written(self, example)
         most.append(len(read) - len(most) - 1)
 
-    monkeypatch.setattr(building.ArrowWriter, "write", write)
+    monkeypatch.setattr(arrow_files.ArrowWriter, "write", write)
     data = encoded(picture(0))
     rows = [Row(str(i), ["a"], lambda: read.append(1) or data) for i in range(40)]
     assert build({"train": rows}, tmp_path / "data")["train"]["image_id"] == [str(i) for i in range(40)]
@@ -190,7 +190,7 @@ def test_nothing_is_left_of_a_run_that_stopped(tmp_path, monkeypatch, error):
     def stop(self):
         raise error
 
-    monkeypatch.setattr(building.ArrowWriter, "finalize", stop)
+    monkeypatch.setattr(arrow_files.ArrowWriter, "finalize", stop)
     with pytest.raises(error):
         build({"train": [row("a")]}, tmp_path / "deep" / "data")
     assert os.listdir(tmp_path / "deep") == []

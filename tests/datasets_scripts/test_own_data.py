@@ -334,16 +334,6 @@ def test_splits_do_not_depend_on_order_or_other_images(tmp_path):
     assert set(fewer["test"]["image_id"]) >= {name_of(i) for i in range(15)} & set(built["test"]["image_id"])
 
 
-def test_shares():
-    rows = [own_data.Row(str(i), ["x"], bytes) for i in range(20_000)]
-    parts = own_data.assign_splits({None: rows}, 0.1, 0.2)
-    assert abs(len(parts["validation"]) - 2000) < 150 and abs(len(parts["test"]) - 4000) < 200
-    assert sum(map(len, parts.values())) == 20_000
-    # With a test split of its own, only validation is taken, and from training alone.
-    parts = own_data.assign_splits({"train": rows[:10_000], "test": rows[10_000:]}, 0.1, 0.2)
-    assert parts["test"] == rows[10_000:] and abs(len(parts["validation"]) - 1000) < 100
-
-
 def test_captions_are_kept_once_and_in_order(tmp_path):
     rows = [{"file_name": name_of(i), "captions": ["b", " a\n", "b", "", "a", "c"]} for i in range(COUNT)]
     built = build(simple(tmp_path / "data", rows), tmp_path / "out")
@@ -526,8 +516,8 @@ def test_output_that_is_there_and_bad_shares(tmp_path, capsys):
 
 def test_killed_while_writing(tmp_path):
     folder = simple(tmp_path / "data", image_rows(COUNT))
-    program = "import os, signal\nfrom datasets_scripts import building, own_data\n"
-    program += "building.ArrowWriter.finalize = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+    program = "import os, signal\nfrom datasets_scripts import arrow_files, own_data\n"
+    program += "arrow_files.ArrowWriter.finalize = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
     program += f"own_data.main([{str(folder)!r}, '--output', {str(tmp_path / 'out')!r}])"
     root = Path(own_data.__file__).parents[1]
     killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(root)})
