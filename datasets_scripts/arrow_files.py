@@ -6,11 +6,13 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import DatasetInfo, Features, Image, List, Value
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image as PILImage
@@ -20,17 +22,21 @@ from rows.files import printable
 from rows.images import open_image, to_rgb
 
 
+KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF")  # a GIF has a palette, and becomes PNG
 IMAGES_AT_ONCE = 32
+ROWS_AT_ONCE = 16  # in memory, of an arrow file that is written or read
+FILE_NAME = "data-00000-of-00001.arrow"
 
 
 @dataclass
 class Row:
-    """A row to be written. Its image stays where it is until `read` is called."""
+    """A row to be written. Its image stays where it is until `read` is called; `pixels` is their hash from then on."""
 
     image_id: str
     captions: list[str]
     read: Callable[[], bytes]
     group_id: str | None = None
+    pixels: bytes | None = None
 
 
 def fold(caption: str) -> str:
@@ -38,54 +44,114 @@ def fold(caption: str) -> str:
     return " ".join(filter(None, map(str.strip, caption.splitlines())))
 
 
-def rgb_bytes(data: bytes) -> bytes:
-    """An image file as an RGB file: the same bytes where it is an upright RGB JPEG or PNG, else written anew.
+def rgb_file(data: bytes) -> tuple[bytes, bytes]:
+    """An image file as an RGB file, and a hash of its size and RGB pixels: equal for equal pictures in any format.
 
-    A JPEG stays one (quality 95), all else becomes PNG. Orientation from EXIF is applied, transparent parts become
-    white, 16-bit grey is scaled to 8 bits. Decodes the whole image.
+    The file keeps its bytes where it is JPEG, PNG, WebP or AVIF, upright, RGB, of one frame and without transparency.
+    Else it is written anew: a JPEG stays one (quality 95), all else becomes PNG. Orientation from EXIF is applied,
+    transparent parts become white, 16-bit grey is scaled to 8 bits. Decodes the whole image.
 
     Raises:
         Exception: of many types, where the file is broken or a decompression bomb.
     """
     image = open_image(io.BytesIO(data))
-    file_format = image.format
-    upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
-    if file_format in ("JPEG", "PNG") and image.mode == "RGB" and upright and not image.has_transparency_data:
-        return data
-    buffer = io.BytesIO()
     rgb = to_rgb(image)
-    if file_format in ("JPEG", "MPO"):
+    pixels = hashlib.blake2b(f"{rgb.width} x {rgb.height}:".encode(), digest_size=16)
+    pixels.update(rgb.tobytes())
+    upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
+    plain = image.mode == "RGB" and upright and not image.has_transparency_data
+    if plain and image.format in KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
+        return data, pixels.digest()
+    buffer = io.BytesIO()
+    if image.format in ("JPEG", "MPO"):
         rgb.save(buffer, format="JPEG", quality=95)
     else:
         rgb.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return buffer.getvalue(), pixels.digest()
 
 
-def write_rows(parts: dict[str, list[Row]], folder: Path, license: str) -> list[str]:
-    """Writes what `DatasetDict.save_to_disk` would, image by image. Returns what could not be read, with reasons."""
+def read_images(parts: dict[str | None, list[Row]], broken: list[str]) -> Iterator[tuple[Row, bytes]]:
+    """Rows in order with their RGB files; their `pixels` are set. What cannot be read is added to `broken` instead."""
+    for split, rows in parts.items():
+        with ThreadPoolExecutor() as pool, tqdm(total=len(rows), desc=split, unit=" images", disable=None) as bar:
+            for start in range(0, len(rows), IMAGES_AT_ONCE):
+                some = rows[start : start + IMAGES_AT_ONCE]
+                for row, (image, reason) in zip(some, pool.map(_read_image, some)):
+                    if reason is None:
+                        yield row, image
+                    else:
+                        broken.append(f"{name_of(row, split)}: {reason}")
+                    bar.update()
+
+
+def name_of(row: Row, split: str | None) -> str:
+    """How a row is named to the user."""
+    return printable(row.image_id) if split is None else f"{split} {printable(row.image_id)}"
+
+
+def _read_image(row: Row) -> tuple[bytes | None, str | None]:
+    try:
+        image, row.pixels = rgb_file(row.read())
+        return image, None
+    except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
+        row.pixels = None
+        reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+        return None, fold(f"{type(error).__name__}: {reason}")
+
+
+def store_images(images: Iterable[tuple[Row, bytes]], path: Path) -> None:
+    """Writes images into a file for [`stored_images`]."""
+    features = Features({"image": Value("large_binary")})
+    with ArrowWriter(features=features, path=str(path), writer_batch_size=ROWS_AT_ONCE) as writer:
+        for _, image in images:
+            writer.write({"image": image})
+        writer.finalize()
+
+
+def stored_images(path: Path) -> Iterator[bytes]:
+    """The images of a file that `store_images` wrote, in order."""
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        for batch in batches:
+            yield from batch.column("image").to_pylist()
+
+
+def write_splits(images: Iterable[tuple[Row, bytes]], parts: dict[str, list[Row]], folder: Path, license: str) -> None:
+    """Writes what `DatasetDict.save_to_disk` would, image by image; fingerprints are of the content.
+
+    Args:
+        images: rows with their RGB files, in the order in which they are written; those in none of `parts` are not.
+        parts: split -> rows, of which some may be missing in `images`. Their `group_id` is a column where one has it.
+        folder: exists; holds nothing of the names of the splits.
+        license: kept in the dataset's info.
+    """
     features = Features({"image": Image(), "captions": List(Value("string")), "image_id": Value("string")})
     if any(row.group_id is not None for rows in parts.values() for row in rows):
         features["group_id"] = Value("string")
-    broken = []
-    for split, rows in parts.items():
-        (folder / split).mkdir()
-        name = "data-00000-of-00001.arrow"
-        content = hashlib.blake2b(digest_size=8)
-        with ArrowWriter(features=features, path=str(folder / split / name), writer_batch_size=16) as writer:
-            for row, image, reason in _read_images(rows, split):
-                if reason is not None:
-                    broken.append(f"{split} {printable(row.image_id)}: {reason}")
-                    continue
-                # A path beside the bytes would win over them where a file of that name lies in the working folder.
-                example = {"image": {"bytes": image, "path": None}}
-                example |= {column: getattr(row, column) for column in features if column != "image"}
-                writer.write(example)
-                content.update(image)
-                content.update(json.dumps([row.captions, row.image_id, row.group_id]).encode())
+    split_of = {row.image_id: split for split, rows in parts.items() for row in rows}
+    contents = {split: hashlib.blake2b(digest_size=8) for split in parts}
+    with ExitStack() as stack:
+        writers = {}
+        for split in parts:
+            (folder / split).mkdir()
+            path = str(folder / split / FILE_NAME)
+            writers[split] = ArrowWriter(features=features, path=path, writer_batch_size=ROWS_AT_ONCE)
+            stack.enter_context(writers[split])
+        for row, image in images:
+            split = split_of.get(row.image_id)
+            if split is None:
+                continue
+            # A path beside the bytes would win over them where a file of that name lies in the working folder.
+            example = {"image": {"bytes": image, "path": None}}
+            example |= {column: getattr(row, column) for column in features if column != "image"}
+            writers[split].write(example)
+            contents[split].update(image)
+            contents[split].update(json.dumps([row.captions, row.image_id, row.group_id]).encode())
+        for writer in writers.values():
             writer.finalize()
+    for split, content in contents.items():
         DatasetInfo(features=features, license=license).write_to_directory(str(folder / split))
         state = {
-            "_data_files": [{"filename": name}],
+            "_data_files": [{"filename": FILE_NAME}],
             "_fingerprint": content.hexdigest(),
             "_format_columns": None,
             "_format_kwargs": {},
@@ -95,22 +161,3 @@ def write_rows(parts: dict[str, list[Row]], folder: Path, license: str) -> list[
         }
         (folder / split / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(parts)}), encoding="utf-8")
-    return broken
-
-
-def _read_images(rows: list[Row], split: str) -> Iterator[tuple[Row, bytes | None, str | None]]:
-    """Rows in order, each with its RGB file or the reason why there is none."""
-    with ThreadPoolExecutor() as pool, tqdm(total=len(rows), desc=split, unit=" images", disable=None) as bar:
-        for start in range(0, len(rows), IMAGES_AT_ONCE):
-            some = rows[start : start + IMAGES_AT_ONCE]
-            for row, (image, reason) in zip(some, pool.map(_read_image, some)):
-                yield row, image, reason
-                bar.update()
-
-
-def _read_image(row: Row) -> tuple[bytes | None, str | None]:
-    try:
-        return rgb_bytes(row.read()), None
-    except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
-        reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
-        return None, fold(f"{type(error).__name__}: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -14,8 +15,19 @@ from model_cards.tables import as_text
 from rows.command_line import Command
 from rows.files import write_beside
 
-from .arrow_files import Row, fold, write_rows
+from .arrow_files import Row, fold, name_of, read_images, store_images, stored_images, write_splits
+from .duplicates import (
+    in_several_splits,
+    join_groups,
+    leave_out_of_train,
+    say_frequent,
+    say_repeated,
+    say_several_splits,
+    say_shared_captions,
+)
+from .left_out import LeftOut
 from .splits import SPLITS as SPLITS
+from .splits import assign_splits, given_splits
 
 
 # A split's usual names, and Karpathy's second part of the training images -> the split.
@@ -28,7 +40,6 @@ SPLIT_OF = {
     "dev": "validation",
     "test": "test",
 }
-BROKEN_SHOWN = 20
 
 
 def parse_arguments(parser: Command, arguments: list[str] | None) -> argparse.Namespace:
@@ -56,13 +67,19 @@ def push(dataset: DatasetDict, card: DatasetCard, repo_id: str) -> None:
 
 
 def build(
-    parts: dict[str, list[Row]],
+    parts: dict[str | None, list[Row]],
     output: Path,
     title: str,
     how_made: str,
     license: str,
     skip_broken: bool = False,
     repo_id: str | None = None,
+    *,
+    shares: tuple[float, float] | None = None,
+    left_out: Iterable[str] = (),
+    failed: Iterable[str] = (),
+    max_skipped: float | None = None,
+    duplicates: str = "leave_out",
 ) -> DatasetDict:
     """Writes rows as a dataset folder (save_to_disk) of the row contract, with its card, and prints its counts.
 
@@ -70,28 +87,58 @@ def build(
     once. Only a few images are in memory at a time.
 
     Args:
-        parts: split -> rows, in the order in which they are written.
+        parts: split -> rows, in the order in which they are written; None holds rows whose split is not known.
         output: the folder; written beside and renamed.
         title, how_made: for the card.
         license: an identifier of the Hub or plain words; kept in the dataset's info and on the card.
-        skip_broken: leave out images that are missing or cannot be decoded. They are listed in
-            `<output>.broken.txt` either way.
+        skip_broken: leave out images that are missing or cannot be decoded, rows without a caption, and those of
+            `left_out`. They are listed in `<output>.broken.txt` either way.
         repo_id: also push to this Hub dataset.
+        shares: of validation and test, each in (0, 1), where `parts` lack them, see [`assign_splits`]; rows of the
+            same picture then get one `group_id` and one split. None: `parts` are the splits of a published protocol,
+            and are written as they are.
+        left_out: rows that the reader could not use, a line each.
+        failed: rows that the source marks as failed, a line each: left out, listed and counted, never an error.
+        max_skipped: the largest share of rows that `skip_broken` leaves out, in [0, 1], not counting `failed`; None:
+            any.
+        duplicates: with `shares`, of pictures in several of the source's own splits: 'leave_out' of train, then of
+            validation, or 'keep'.
 
     Raises:
-        ValueError: an image_id occurs twice, an image has no caption, images are broken, a split is left empty.
+        ValueError: an image_id occurs twice, rows cannot be used, a split is left empty.
     """
-    _check_rows(parts)
+    out = LeftOut(output.with_name(f"{output.name}.broken.txt"), skip_broken, max_skipped, [*left_out], [*failed])
+    parts = _usable_rows(parts, out.rows)
     with write_beside(output) as beside:
-        broken = write_rows(parts, beside, license)
-        _report_broken(broken, output.with_name(f"{output.name}.broken.txt"), skip_broken)
+        # Before hours of reading.
+        out.check(len(_all(parts)))
+        if shares is not None:
+            given_splits(parts)
+        images, stored = read_images(parts, out.images), beside / "images.arrow"
+        if shares is None:
+            write_splits(images, parts, beside, license)
+        else:
+            store_images(images, stored)
+        parts = {split: [row for row in rows if row.pixels is not None] for split, rows in parts.items()}
+        read = _all(parts)
+        out.check(len(read))
+        how_made += out.on_card()
+        say_frequent(read)
+        if shares is None:
+            say_several_splits(in_several_splits(parts), None)
+            say_repeated(parts, False)
+        else:
+            parts, note = _draw_splits(parts, shares, duplicates)
+            how_made += note
+            write_splits(zip(read, stored_images(stored)), parts, beside, license)
+            stored.unlink()
+        say_shared_captions(_all(parts))
         dataset = load_from_disk(beside)
         if empty := [split for split, part in dataset.items() if part.num_rows == 0]:
             raise ValueError(f"no image is left for the split {', '.join(empty)}")
-        if broken:
-            how_made += f"\n\n{len(broken):,} images were missing or broken and are left out."
         card = dataset_card(dataset, title, how_made, license)
         (beside / "README.md").write_text(str(card), encoding="utf-8")
+    out.say(len(read))
     print(f"{counts_table(dataset)}\nlicence: {license}\nwritten to {output}")
     dataset = load_from_disk(output)
     if repo_id:
@@ -142,40 +189,54 @@ Of the data: {as_text(license)}
     )
 
 
-def _check_rows(parts: dict[str, list[Row]]) -> None:
-    """Folds the captions, and refuses what would be found out after hours of writing otherwise."""
-    if not any(parts.values()):
-        raise ValueError("there are no rows; expected some in one of the splits")
-    split_of_id: dict[str, str] = {}
+def _draw_splits(
+    parts: dict[str | None, list[Row]], shares: tuple[float, float], duplicates: str
+) -> tuple[dict[str, list[Row]], str]:
+    """Train, validation and test of rows that were read, no picture in two of them, and a paragraph for the card."""
+    parts, note = given_splits(parts), ""
+    several, left_out = in_several_splits(parts), None
+    if several and duplicates == "leave_out":
+        parts, left_out = leave_out_of_train(parts)
+        note = f"\n\n{sum(left_out.values()):,} rows whose picture is in another split too are left out."
+    say_several_splits(several, left_out)
+    join_groups(_all(parts))
+    say_repeated(parts, True)
+    return assign_splits(parts, *shares), note
+
+
+def _all(parts: dict[str | None, list[Row]]) -> list[Row]:
+    return [row for rows in parts.values() for row in rows]
+
+
+def _usable_rows(parts: dict[str | None, list[Row]], left_out: list[str]) -> dict[str | None, list[Row]]:
+    """The rows with their captions folded. Those without a caption are named in `left_out` instead.
+
+    Raises:
+        ValueError: an image_id occurs twice, or text is not Unicode.
+    """
+    split_of_id: dict[str, str | None] = {}
+    usable: dict[str | None, list[Row]] = {split: [] for split in parts}
     dropped = 0
     for split, rows in parts.items():
         for row in rows:
+            of_split = "" if split is None else f" of {split}"
             if row.image_id in split_of_id:
                 where = f"in {split_of_id[row.image_id]} and in {split}"
                 raise ValueError(f"the image_id {row.image_id!r} occurs twice, {where}; make it unique")
             split_of_id[row.image_id] = split
             captions = list(filter(None, map(fold, row.captions)))
-            if not captions:
-                raise ValueError(f"the image {row.image_id!r} of {split} has no caption; add one or drop the image")
             try:
                 "".join([row.image_id, row.group_id or "", *captions]).encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"the image {row.image_id!r} of {split} has text that is not Unicode: {error}"
+                    f"the image {row.image_id!r}{of_split} has text that is not Unicode: {error}"
                 ) from None
+            if not captions:
+                left_out.append(f"{name_of(row, split)}: it has no caption")
+                continue
             dropped += len(row.captions) - len(captions)
             row.captions = captions
+            usable[split].append(row)
     if dropped:
         print(f"{dropped:,} empty captions dropped")
-
-
-def _report_broken(broken: list[str], report: Path, skip_broken: bool) -> None:
-    if not broken:
-        report.unlink(missing_ok=True)  # of an earlier run
-        return
-    report.write_text("\n".join(broken) + "\n", encoding="utf-8")
-    shown = "\n  ".join(broken[:BROKEN_SHOWN])
-    message = f"{len(broken):,} images are missing or broken, all listed in {report}; the first:\n  {shown}"
-    if not skip_broken:
-        raise ValueError(f"{message}\nMend them, or leave them out with --skip_broken.")
-    print(f"left out: {message}")
+    return usable

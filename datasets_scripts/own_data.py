@@ -30,7 +30,7 @@ from model_cards.tables import as_code
 from rows.command_line import Command, run_program
 
 from .building import build, fold, parse_arguments
-from .splits import assign_splits
+from .left_out import share
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -65,6 +65,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data_license", help="Licence of the data (default: what the source says, or 'unknown').")
     parser.add_argument("--skip_broken", action="store_true", help="Leave out missing and broken images.")
+    parser.add_argument(
+        "--duplicates",
+        choices=["leave_out", "keep"],
+        default="leave_out",
+        help="Pictures in several of the source's own splits: left out of train, then of validation, or kept.",
+    )
+    parser.add_argument(
+        "--max_skipped",
+        type=share,
+        metavar="SHARE",
+        help="Share of rows that --skip_broken leaves out at most, such as 0.01 (default: any).",
+    )
     options = parse_arguments(parser, arguments)
     if (options.source is None) == (options.dataset_name is None):
         parser.error("name the source once: --dataset_name SOURCE")
@@ -119,8 +131,20 @@ def main(arguments: list[str] | None = None) -> None:
         # Of a path, only the last part is published.
         how_made = f"Made from {as_code(name if is_on_hub else Path(name).resolve().name)}."
         license = options.data_license or license_of_source(name) or "unknown"
-        parts = assign_splits(found.parts, options.validation_share, options.test_share)
-        build(parts, output, output.name, how_made, license, options.skip_broken, options.push_to_hub)
+        build(
+            found.parts,
+            output,
+            output.name,
+            how_made,
+            license,
+            options.skip_broken,
+            options.push_to_hub,
+            shares=(options.validation_share, options.test_share),
+            left_out=found.left_out,
+            failed=source.failed,
+            max_skipped=options.max_skipped,
+            duplicates=options.duplicates,
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 from .arrow_files import Row
 
@@ -10,46 +11,97 @@ from .arrow_files import Row
 SPLITS = ("train", "validation", "test")
 
 
+def given_splits(parts: dict[str | None, list[Row]]) -> dict[str, list[Row]]:
+    """The splits that a source has, train among them; one of one split only, whatever its name, is all train.
+
+    Args:
+        parts: split -> rows; None holds those whose split is not known.
+
+    Raises:
+        ValueError: there are no rows, some have a split and some not, or none are for training.
+    """
+    parts = {split: rows for split, rows in parts.items() if rows or split is not None}
+    if not any(parts.values()):
+        raise ValueError("there are no rows; expected some in one of the splits")
+    if len(parts) == 1:
+        return {"train": next(iter(parts.values()))}
+    if None in parts:
+        raise ValueError(f"the image {parts[None][0].image_id!r} has no split, others have; put it into one")
+    if "train" not in parts:
+        raise ValueError(f"the source has the splits {', '.join(parts)} and none for training")
+    return parts
+
+
 def assign_splits(
     parts: dict[str | None, list[Row]], validation_share: float, test_share: float
 ) -> dict[str, list[Row]]:
     """Train, validation and test; what the source lacks is taken from its training images by a hash of their id.
 
-    A source of one split only, whatever its name, counts as not split. Images of one group stay together.
+    Images of one group stay together. A hash is a number in [0, 1) and a split an interval of it: more images move
+    none. Only a split that would be empty takes the image or group whose number is nearest to its interval.
 
     Args:
-        parts: as `rows_by_split` gives them.
+        parts: as for [`given_splits`].
         validation_share, test_share: in (0, 1), of the images that are distributed.
 
     Raises:
-        ValueError: some images have a split and some not, or a split is empty.
+        ValueError: as [`given_splits`], or there are fewer images or groups than splits to fill.
     """
-    if not parts:
-        raise ValueError("the source has no rows")
-    if len(parts) == 1:
-        parts = {"train": next(iter(parts.values()))}
-    if None in parts:
-        raise ValueError(f"the image {parts[None][0].image_id!r} has no split, others have; put it into one")
-    if "train" not in parts:
-        raise ValueError(f"the source has the splits {', '.join(parts)} and none for training")
+    parts = given_splits(parts)
     shares = {"test": test_share, "validation": validation_share}
     shares = {split: share for split, share in shares.items() if split not in parts}
     result: dict[str, list[Row]] = {split: parts.get(split, []) for split in SPLITS}
-    result["train"] = []
-    for row in parts["train"]:
-        key = (row.group_id or row.image_id).encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
-        split = "train"
-        for name, share in shares.items():
-            if number < share:
-                split = name
-                break
-            number -= share
-        result[split].append(row)
     if shares:
+        numbers = {key: _number(key) for key in map(_group, parts["train"])}
+        split_of = {key: _split_at(number, shares) for key, number in numbers.items()}
+        _fill_empty_splits(split_of, numbers, shares)
+        for split in (*shares, "train"):
+            result[split] = [row for row in parts["train"] if split_of[_group(row)] == split]
         print(f"{' and '.join(shares)} taken from {len(parts['train']):,} images by a hash of their ids")
     counts = ", ".join(f"{split}: {len(rows):,} images" for split, rows in result.items())
     print(counts)
     if not all(result.values()):
-        raise ValueError(f"a split is empty ({counts}); larger --validation_share and --test_share may help")
+        raise ValueError(f"a split is empty ({counts}); expected images in each")
     return result
+
+
+def _group(row: Row) -> str:
+    return row.group_id or row.image_id
+
+
+def _number(key: str) -> float:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _split_at(number: float, shares: dict[str, float]) -> str:
+    for split, share in shares.items():
+        if number < share:
+            return split
+        number -= share
+    return "train"
+
+
+def _fill_empty_splits(split_of: dict[str, str], numbers: dict[str, float], shares: dict[str, float]) -> None:
+    """Changes `split_of` so that each split has a group."""
+    wanted = (*shares, "train")
+    if len(numbers) < len(wanted):
+        raise ValueError(
+            f"a split is empty: there are {len(numbers)} images, those of one group or picture counted once, for "
+            f"{', '.join(wanted)}; expected {len(wanted)} at least"
+        )
+    start = 0.0
+    for split in wanted:
+        end = start + shares.get(split, 1)
+        counts = Counter(split_of.values())
+        if not counts[split]:
+
+            def distance(key: str, start=start, end=end) -> tuple[float, str]:
+                return max(start - numbers[key], numbers[key] - end, 0.0), key
+
+            # Others are not emptied for it: there are as many groups as splits, so one of them has two.
+            nearest = min((key for key in numbers if counts[split_of[key]] > 1), key=distance)
+            print(
+                f"{split} would be empty: it takes what is nearest to it by hash, {nearest!r} of {split_of[nearest]}"
+            )
+            split_of[nearest] = split
+        start = end

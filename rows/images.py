@@ -18,13 +18,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # The formats that are read; without those for which Pillow starts other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # The most that an image's longer side may be times its shorter one: a processor that resizes the shorter side of a
 # strip to a fixed size would make the longer one too large for the memory.
 LONGEST_SIDES = 200
 # The most scans of a progressive JPEG with the most pixels allowed; a smaller one may have more. Ten are usual, and
 # each takes as long to decode as a whole image.
 SCANS = 20
+HEIC_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
 JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 
@@ -46,23 +47,51 @@ def open_image(file: BinaryIO) -> Image.Image:
     """Decodes an image file in its own mode; of an animated one, the first frame.
 
     Raises:
-        Exception: the file is broken, is in none of `FORMATS`, has more than `Image.MAX_IMAGE_PIXELS` pixels, is a
+        Exception: the file is broken, is in none of `FORMATS` (HEIC is read where `pi_heif` is
+            installed), has more than `Image.MAX_IMAGE_PIXELS` pixels, is a
             narrow strip, or would take very long to decode. The types are many: OSError, SyntaxError, ValueError and
             others of Pillow's decoders.
     """
-    image = Image.open(file, formats=FORMATS)
+    image = _heic_image(file) if _is_heic(file) else Image.open(file, formats=FORMATS)
+    _check_size(image)
     size, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if size > most:  # Pillow only warns, up to twice as many
-        raise ValueError(f"{image.width} x {image.height} pixels, expected {most:,} at most")
-    if max(image.size) > LONGEST_SIDES * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels, expected sides of 1 : {LONGEST_SIDES} at most")
     if image.format in ("JPEG", "MPO"):
         file.seek(0)
         scans = sum(1 for _ in JPEG_SCAN.finditer(file.read()))
         if scans * size > SCANS * most:
             raise ValueError(f"{image.width} x {image.height} pixels in {scans} JPEG scans take too long to decode")
     image.load()
+    _check_size(image)  # of a HEIC file, decoding may change it
     return image
+
+
+def _check_size(image: Image.Image) -> None:
+    most = Image.MAX_IMAGE_PIXELS
+    if image.width * image.height > most:  # Pillow only warns, up to twice as many
+        raise ValueError(f"{image.width} x {image.height} pixels, expected {most:,} at most")
+    if max(image.size) > LONGEST_SIDES * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, expected sides of 1 : {LONGEST_SIDES} at most")
+
+
+def _is_heic(file: BinaryIO) -> bool:
+    """Whether a file says that it is HEIC; the position stays at its start."""
+    file.seek(0)
+    start = file.read(4096)
+    file.seek(0)
+    if start[4:8] != b"ftyp":
+        return False
+    length = int.from_bytes(start[:4], "big")
+    brands = {start[i : i + 4] for i in (8, *range(16, min(length, len(start)), 4))}
+    # The last two say only that it is a picture or several; of HEIC or, where another brand says so, of AVIF.
+    return start[8:12] in HEIC_BRANDS and not brands & {b"avif", b"avis"}
+
+
+def _heic_image(file: BinaryIO) -> Image.Image:
+    try:
+        import pi_heif  # not registered with Pillow: nothing else is to open such files
+    except ImportError:
+        raise ValueError('a HEIC file, which needs a decoder of its own: pip install -e ".[heic]"') from None
+    return pi_heif.HeifImageFile(file)
 
 
 def load_rgb(image: dict) -> Image.Image:

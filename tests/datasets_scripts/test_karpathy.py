@@ -206,7 +206,7 @@ def test_other_files_are_refused(tmp_path, files, content):
 
 
 def test_images_without_captions_and_ids_of_two(tmp_path, files):
-    with pytest.raises(ValueError, match="'1002' of validation has no caption"):
+    with pytest.raises(ValueError, match="1 row cannot be used.*\n  validation 1002: it has no caption"):
         run(tmp_path, changed(files, sentences=[{"raw": " \n"}]), "--allow_other_counts")
     with pytest.raises(ValueError, match="image_id '1000' occurs twice, in train and in validation"):
         run(tmp_path, changed(files, cocoid=1000), "--allow_other_counts")

@@ -39,10 +39,11 @@ FIELDS = sorted(
 FIELDS = [name for name in FIELDS if name not in ("help", "deepspeed", "fsdp", "fsdp_config", "output_dir")]
 WAYS = ["flip", "cut", "add", "gone"]
 IMAGES = [
-    *(encoded(picture(0, size=(24, 16)), name) for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")),
+    *(encoded(picture(0, size=(24, 16)), name) for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF")),
     encoded(picture(0, "CMYK", (24, 16)), "JPEG", progressive=True),
     encoded(picture(0, "P", (24, 16)), "PNG", transparency=0),
     encoded(picture(0, size=(24, 16)), "TIFF", compression="tiff_lzw"),
+    encoded(picture(0, size=(24, 16)), "AVIF", save_all=True, append_images=[picture(1, size=(24, 16))]),
     encoded(picture(0, size=(24, 16)), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
 ]
 
@@ -153,7 +154,8 @@ def test_tars(times, tmp_path):
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as tar:
         for i in range(12):
-            for name, data in ((f"{i}.png", IMAGES[1]), (f"{i}.json", b'{"captions": ["a"]}')):
+            image = encoded(picture(i, size=(8, 8)), "PNG")
+            for name, data in ((f"{i}.png", image), (f"{i}.json", b'{"captions": ["a"]}')):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

@@ -46,6 +46,14 @@ def webp(width: int, height: int) -> bytes:
     return bytes(lossless)
 
 
+def avif(width: int, height: int, still: bytes | None = None) -> bytes:
+    """A small picture, or the given one, that says it has this size."""
+    data = bytearray(still or encoded(picture(0), "AVIF"))
+    at = data.index(b"ispe") + 8
+    data[at : at + 8] = struct.pack(">II", width, height)
+    return bytes(data)
+
+
 def many_scans() -> bytes:
     """A JPEG whose last scan, of a hundred bytes, stands there ten thousand times: hours of decoding."""
     data = encoded(Image.new("L", (9000, 9000), 128), "JPEG", progressive=True, quality=10)
@@ -69,6 +77,10 @@ BOMBS = {
     "tiff": tiff(60_000, 60_000, zeros(1 << 24)),
     "gif": b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + encoded(picture(0), "GIF")[13:],
     "webp": webp(16_384, 16_384),
+    "avif": avif(16_000, 16_000),
+    "avif just above the limit": avif(9460, 9460),
+    "avif strip": avif(30_000, 100),
+    "avif that is larger than it says": avif(64, 64, encoded(Image.new("L", (7000, 7000), 128), "AVIF", speed=10)),
     "ppm": b"P6 60000 60000 255\n",
     "bmp": encoded(picture(0), "BMP")[:18] + struct.pack("<ii", 60_000, 60_000) + encoded(picture(0), "BMP")[26:],
     "strip": encoded(Image.new("RGB", (100_000, 1)), "PNG"),
@@ -91,7 +103,7 @@ def test_a_bomb_takes_neither_memory_nor_time(name):
         except ValueError as error:
             assert re.search("pixels|bomb|Decompressed data too large", str(error)), error
         else:
-            assert name.startswith(("exif", "zipped")) and max(image.size) < 100
+            assert name.startswith(("exif", "zipped", "avif that")) and max(image.size) < 100
     assert memory("VmHWM") - before < 300_000  # KiB
 
 
@@ -105,6 +117,10 @@ def test_a_bomb_takes_neither_memory_nor_time(name):
         png(64, 64, zlib.compress(bytes(100))),  # fewer pixels than it says
         encoded(picture(0), "PNG")[:60],
         encoded(picture(0), "TIFF")[:100],
+        encoded(picture(0), "AVIF")[:-20],
+        encoded(picture(0), "AVIF")[:200],
+        encoded(picture(0), "AVIF")[:-500] + bytes(500),
+        encoded(picture(0), "AVIF", save_all=True, append_images=[picture(1)])[:600],
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
     ],
 )

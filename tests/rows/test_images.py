@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
+import sys
+import types
 
 import datasets
 import numpy as np
@@ -12,21 +15,126 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows
 from image_files import encoded, picture
-from PIL import Image
+from PIL import Image, ImageFile
 
+from datasets_scripts.arrow_files import rgb_file
 from datasets_scripts.opening import open_dataset
 from datasets_scripts.teacher_features import _chunks, _undecoded
 from rows.images import load_rgb
 from trainers.streaming import StreamedRetrievalDataset
 
 
-@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("file_format", ["AVIF", "GIF", "WEBP", "PNG", "TIFF"])
 def test_of_an_animation_the_first_frame_is_read(file_format):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue", "lime")]
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).n_frames == 3
     pixels = np.asarray(load_rgb({"bytes": data, "path": None})).astype(int)
     assert np.abs(pixels - [255, 0, 0]).max() < 10
+
+
+def test_avif_is_read_upright():
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    image = load_rgb({"bytes": encoded(picture(0), "AVIF", exif=exif), "path": None})
+    expected = np.rot90(np.asarray(picture(0)).astype(int), -1)
+    assert image.size == (64, 96) and np.abs(np.asarray(image) - expected).mean() < 6
+
+
+def ftyp(major: bytes, *compatible: bytes) -> bytes:
+    """The box that an HEIF or AVIF file starts with, and some bytes after it."""
+    brands = major + bytes(4) + b"".join(compatible)
+    return struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + b"\0\0\0\x08meta avif"
+
+
+HEIC = [
+    ftyp(b"heic", b"mif1", b"heic"),
+    ftyp(b"heix"),
+    ftyp(b"mif1", b"heic", b"miaf"),
+    ftyp(b"mif1"),
+    ftyp(b"msf1", b"hevc"),
+    ftyp(b"heic"),
+]
+
+
+@pytest.mark.parametrize("data", HEIC)
+def test_a_heic_file_says_what_to_install(monkeypatch, data):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r'unreadable image: a HEIC file, .*: pip install -e "\.\[heic\]"$'):
+        load_rgb({"bytes": data, "path": None})
+
+
+@pytest.mark.parametrize("major", [b"avif", b"mif1", b"msf1"])
+def test_an_avif_file_is_not_taken_for_heic(monkeypatch, major):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    data = encoded(picture(0), "AVIF")
+    assert data[4:12] == b"ftypavif"  # and among the compatible brands, as the standard asks
+    image = load_rgb({"bytes": data[:8] + major + data[12:], "path": None})
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(picture(0))).mean() < 6
+
+
+@pytest.mark.parametrize("data", [b"", b"ftyp", b"\0\0\0\x18ftyp", ftyp(b"isom", b"heic"), ftyp(b"jxl ")])
+def test_other_files_are_not_taken_for_heic(monkeypatch, data):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(ValueError, match="unreadable image: of no format that Pillow knows"):
+        load_rgb({"bytes": data, "path": None})
+
+
+class HeifImageFile(ImageFile.ImageFile):
+    """As that of pi_heif 1.4: lazy, upright already, its size known before it is decoded, when it may yet change."""
+
+    format = "HEIF"
+    size_before, decoded_to, loads = (6, 4), (6, 4), 0
+
+    def _open(self):
+        start = self.fp.read(12)
+        if start[8:12] not in (b"heic", b"mif1") or b"broken" in self.fp.read():
+            raise SyntaxError("Invalid input: No 'ftyp' box")
+        self._size, self._mode = type(self).size_before, "RGB"
+        self.info["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\1\0\0\0\0\0\0"
+        self.tile = []
+
+    def load(self):
+        type(self).loads += 1
+        self._size = type(self).decoded_to
+        self.load_prepare()
+        self.frombytes(bytes([255, 0, 0]) * (self.width * self.height), "raw", ("RGB", 0))
+        return super().load()
+
+
+@pytest.fixture
+def pi_heif(monkeypatch):
+    """Stands for the package of that name, which is not installed here."""
+    module = types.ModuleType("pi_heif")
+    module.HeifImageFile = type("HeifImageFile", (HeifImageFile,), {})
+    monkeypatch.setitem(sys.modules, "pi_heif", module)
+    return module.HeifImageFile
+
+
+def test_a_heic_file_is_read_where_its_decoder_is_installed(pi_heif):
+    image = load_rgb({"bytes": HEIC[0], "path": None})
+    assert image.mode == "RGB" and np.asarray(image).tolist() == [[[255, 0, 0]] * 6] * 4
+    with pytest.raises(ValueError, match="unreadable image: Invalid input"):
+        load_rgb({"bytes": HEIC[0] + b"broken", "path": None})
+    # Nothing else is to open them: the formats of Pillow are what they were.
+    assert "HEIF" not in Image.OPEN
+    file, _ = rgb_file(HEIC[0])
+    assert Image.open(io.BytesIO(file)).format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message", "loads"),
+    [
+        ((20_000, 20_000), (1, 1), "20000 x 20000 pixels", 0),
+        ((1000, 1), (1000, 1), "expected sides of 1 : 200", 0),
+        ((10, 10), (1000, 1), "expected sides of 1 : 200", 1),
+    ],
+)
+def test_the_limits_hold_for_heic_before_it_is_decoded(pi_heif, before, after, message, loads):
+    pi_heif.size_before, pi_heif.decoded_to = before, after
+    with pytest.raises(ValueError, match=message):
+        load_rgb({"bytes": HEIC[0], "path": None})
+    assert pi_heif.loads == loads
 
 
 def test_colour_profiles_of_junk_change_nothing():
