@@ -55,11 +55,11 @@ def rgb_file(data: bytes) -> tuple[bytes, bytes]:
         Exception: of many types, where the file is broken or a decompression bomb.
     """
     image = open_image(io.BytesIO(data))
-    rgb = to_rgb(image)
-    pixels = hashlib.blake2b(f"{rgb.width} x {rgb.height}:".encode(), digest_size=16)
-    pixels.update(rgb.tobytes())
     upright = image.getexif().get(PILImage.ExifTags.Base.Orientation, 1) == 1
     plain = image.mode == "RGB" and upright and not image.has_transparency_data
+    rgb = image if plain else to_rgb(image)
+    pixels = hashlib.blake2b(f"{rgb.width} x {rgb.height}:".encode(), digest_size=16)
+    pixels.update(rgb.tobytes())
     if plain and image.format in KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
         return data, pixels.digest()
     buffer = io.BytesIO()

@@ -75,10 +75,10 @@ def say_repeated(parts: dict[str | None, list[Row]], share_a_group: bool) -> Non
         share_a_group: whether such rows get one `group_id` and one split.
     """
     counts = [Counter(row.pixels for row in rows) for rows in parts.values()]
-    repeated = sum(number > 1 for of_split in counts for number in of_split.values())
+    repeated = {picture for of_split in counts for picture, number in of_split.items() if number > 1}
     if repeated:
         effect = ": they share a group_id and a split" if share_a_group else ""
-        print(f"{_pictures(repeated)} there under several names{effect}")
+        print(f"{_pictures(len(repeated))} there under several names{effect}")
 
 
 def say_frequent(rows: list[Row]) -> None:

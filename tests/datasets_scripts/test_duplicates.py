@@ -230,12 +230,14 @@ def test_a_picture_of_over_a_hundred_rows_is_named(tmp_path, capsys, count, name
 def test_a_published_split_is_written_as_it_is(tmp_path, capsys):
     """Without shares, as for Karpathy's splits: no row is left out, none gets a group."""
     parts = given_parts()
+    parts["validation"].append(row("val24", 24))
+    parts["validation"].append(row("val24b", 24))  # twice here and twice in test: one picture
     ids = {split: [one.image_id for one in rows] for split, rows in parts.items()}
     built = build(parts, tmp_path / "data", shares=None)
     assert {split: part["image_id"][:] for split, part in built.items()} == ids
     assert "group_id" not in built["train"].features
     printed = capsys.readouterr().out
-    assert "4 pictures are in several splits and stay there" in printed
+    assert "5 pictures are in several splits and stay there" in printed
     assert "4 pictures are there under several names\n" in printed  # 0, 3, 4 and 24
     assert karpathy.build is building.build
 

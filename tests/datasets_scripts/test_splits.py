@@ -130,3 +130,17 @@ def test_what_a_source_may_not_say():
     with pytest.raises(ValueError, match="a split is empty .*validation: 0 images"):
         assign_splits({"train": a, "validation": [], "test": b}, 0.1, 0.1)
     assert given_splits({"test": a}) == {"train": a} == given_splits({None: [], "dev": a})
+
+
+def test_nearest_is_nearest_to_the_whole_interval():
+    """To [0.1, 0.2), 0.205 is nearer than 0.09, though farther from where it starts."""
+
+    def name_at(place: float) -> str:
+        return next(name for name in map(str, range(10**6)) if abs(number(name) - place) < 0.001)
+
+    names = [name_at(place) for place in (0.03, 0.09, 0.205, 0.5, 0.8)]
+    parts = ids_of(assign_splits({None: rows_of(names)}, 0.1, 0.1))
+    assert parts == {"train": names[3:], "validation": names[2:3], "test": names[:2]}
+    names[2] = name_at(0.25)
+    parts = ids_of(assign_splits({None: rows_of(names)}, 0.1, 0.1))
+    assert parts == {"train": names[2:], "validation": names[1:2], "test": names[:1]}
