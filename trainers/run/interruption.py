@@ -8,12 +8,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 
 def epoch_ends(state: TrainerState) -> bool:
     """Whether the last step was an epoch's last, or the run's."""
     return state.epoch % 1 == 0 or state.global_step >= state.max_steps
+
+
+def evaluation_is_due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether an evaluation belongs to the last step and was not made: the run was interrupted there."""
+    step = state.global_step
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        since_last, passed = step % state.eval_steps, step
+    else:
+        since_last, passed = state.epoch % 1, state.epoch
+    due = since_last == 0 or step >= state.max_steps
+    entries = [entry for entry in state.log_history if entry["step"] == step]
+    is_made = any(name.startswith("eval_") and name.endswith("_runtime") for entry in entries for name in entry)
+    return args.eval_strategy != IntervalStrategy.NO and args.eval_delay <= passed and due and not is_made
 
 
 class StopOnSignal(TrainerCallback):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from rows.files import write_json
@@ -28,7 +28,7 @@ from rows.files import write_json
 from . import checkpoints, distributed
 from .callbacks import MarkBeginning, SaveAtEpochEnd
 from .hub_push import let_workers_fork, push_checkpoint, push_run, pushed_place, snapshot
-from .interruption import StopOnSignal
+from .interruption import StopOnSignal, evaluation_is_due
 from .loader_workers import name_killed_workers
 from .nonfinite import SkipNonFiniteSteps
 from .run_identity import IDENTITY_FILE, check_identity, describe_identity
@@ -262,18 +262,10 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged, self._total_loss_scalar = state["last_logged"], state["total"]
         self.unreadable = dict.fromkeys(state["unreadable"])
         self._find_best()
-        step, epoch = self.state.global_step, self.state.epoch
-        if self.args.eval_strategy == IntervalStrategy.STEPS:
-            since_last, passed = step % self.state.eval_steps, step
-        else:
-            since_last, passed = epoch % 1, epoch
-        due = since_last == 0 or step >= self.state.max_steps
-        entries = [entry for entry in self.state.log_history if entry["step"] == step]
-        is_made = any(name.startswith("eval_") and name.endswith("_runtime") for entry in entries for name in entry)
-        if self.args.eval_strategy != IntervalStrategy.NO and self.args.eval_delay <= passed and due and not is_made:
+        if evaluation_is_due(self.args, self.state):
             self._load_rng_state(self.resumed_from)  # for the checkpoint, which is written again
             self.control.should_evaluate = self.control.should_save = True
-            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, 0.0)
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Trainer loads by the names in the file, and loses towers that are saved under others (ViT, DINOv2, Swin)."""
