@@ -27,6 +27,7 @@ from rows.files import write_whole
 from rows.images import check_image_paths, load_rgb
 from rows.teacher_columns import feature_columns, teacher_columns
 from teachers import Teacher
+from trainers.run.loader_workers import shielded
 
 
 ROWS_IN_GROUP = 256  # of a parquet file: what a reader in random order has to decompress for one row
@@ -131,7 +132,7 @@ def encode_dataset(
     )
     with ThreadPoolExecutor(1) as writer:
         written: Future | None = None  # the file before is written while the next is encoded
-        for kind, prepared, stored_images in loader:
+        for kind, prepared, stored_images in shielded(loader):
             shard = pending[0]
             if kind == "error":
                 raise ValueError(_unreadable_row(shard, *prepared))

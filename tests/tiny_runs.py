@@ -53,13 +53,13 @@ def arguments(folder: Path, data: Path, settings: dict, **more) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
-def start(processes: int, *command) -> subprocess.Popen:
-    """A Python program, under torchrun where there are several processes; `stdout` has all that it says."""
+def start(processes: int, *command, **more) -> subprocess.Popen:
+    """A Python program, under torchrun where there are several processes; `stdout` has all that it says. `more` is
+    for Popen."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d"]
         launcher += ["--rdzv-endpoint", "localhost:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [*launcher, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*launcher, *map(str, command)], env=environment, **pipes, **more)

@@ -27,6 +27,7 @@ from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, tiny_batch, unused_parameters
 from .retrieval_evaluation import encode, recall_figures
 from .run.callbacks import SetEpoch
+from .run.loader_workers import shielded
 from .run.resumable_trainer import ResumableTrainer
 from .run.run_identity import rows_fingerprint
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
@@ -218,7 +219,7 @@ class RetrievalTrainer(ResumableTrainer):
         """
         if not self.streamed:
             return super().get_train_dataloader()
-        return DataLoader(
+        loader = DataLoader(
             self.train_dataset,
             batch_size=self.train_batch_size,
             collate_fn=self.data_collator,
@@ -227,6 +228,7 @@ class RetrievalTrainer(ResumableTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
+        return shielded(loader)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, counted: losses are means over the whole step.

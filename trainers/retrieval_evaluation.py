@@ -17,7 +17,7 @@ from rows.images import load_rgb
 
 from .metrics import fold_metrics, retrieval_metrics
 from .run import distributed
-from .run.loader_workers import name_killed_workers
+from .run.loader_workers import name_killed_workers, shielded
 from .training_args import RetrievalTrainingArguments
 
 
@@ -51,6 +51,7 @@ def encode(
         batch_size=args.eval_batch_size,
         collate_fn=ImageCollator(processor.image_processor),
         num_workers=args.dataloader_num_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
         generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
     )
     tokenizer = processor.tokenizer
@@ -69,7 +70,7 @@ def encode(
 
     with autocast(), name_killed_workers():
         image_embeds = []
-        for pixel_values in loader:
+        for pixel_values in shielded(loader):
             image_embeds.append(_in_memory(partial(embed, "image_embeds"), is_sharded, pixel_values=pixel_values))
             bar.update(len(image_embeds[-1]) * distributed.world_size())
         text_embeds = torch.empty((len(own), model.config.projection_dim), device=args.device)

@@ -45,7 +45,8 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the two signals until the end of the block; a second Ctrl-C does what it always does."""
+        """Takes the two signals until the end of the block; a second Ctrl-C does what it always does, a second SIGTERM
+        nothing: a scheduler sends one to the whole group, and a launcher another."""
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are the main thread's
             return
@@ -53,9 +54,10 @@ class StopOnSignal(TrainerCallback):
 
         def handle(number: int, frame) -> None:
             if os.getpid() == process:
-                self.received = number
-                signal.signal(number, previous[number])
-            elif number == signal.SIGTERM:  # a loader's worker, which was forked with this handler
+                self.received = self.received or number
+                if number == signal.SIGINT:
+                    signal.signal(number, previous[number])
+            elif number == signal.SIGTERM:  # a process that was forked with this handler
                 os._exit(143)
 
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

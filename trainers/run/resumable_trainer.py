@@ -18,6 +18,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -29,7 +30,7 @@ from . import checkpoints, distributed
 from .callbacks import MarkBeginning, SaveAtEpochEnd
 from .hub_push import let_workers_fork, push_checkpoint, push_run, pushed_place, snapshot
 from .interruption import StopOnSignal, evaluation_is_due
-from .loader_workers import name_killed_workers
+from .loader_workers import name_killed_workers, shielded
 from .nonfinite import SkipNonFiniteSteps
 from .run_identity import IDENTITY_FILE, check_identity, describe_identity
 from .sharding import prepare_sharding
@@ -128,6 +129,9 @@ class ResumableTrainer(Trainer):
                 if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
                     self._save_checkpoint(self.model_wrapped)
         return result
+
+    def get_train_dataloader(self) -> DataLoader:
+        return shielded(super().get_train_dataloader())
 
     def _run_epoch(self, **kwargs):
         """Trainer takes one step more of a run that is resumed at its end, if that is no epoch's; and a stream has no

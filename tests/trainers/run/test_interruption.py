@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from test_kill import contents, differences
 from tiny_runs import ROOT, VISION, arguments, start
 from tiny_trainer import largest_difference, make_trainer
 from transformers import TrainerCallback
@@ -187,3 +188,76 @@ def test_train_py_saves_pushes_and_leaves(tmp_path, run_data, hub, number, proce
     checkpoint = last_whole(tmp_path / "run")
     assert checkpoint.name == f"checkpoint-{step}" and damage(checkpoint) is None
     assert f'"global_step": {step}' in hub.files("user/student")["last-checkpoint/trainer_state.json"].decode()
+
+
+def group_case(number, moment, at, workers, context=None, streamed=False, processes=1):
+    settings = {"max_steps": 8, "logging_steps": 3, "per_device_train_batch_size": 4 // processes}
+    settings |= {"eval_strategy": "steps", "eval_steps": 4, "dataloader_num_workers": workers}
+    settings |= {"vision_config": json.dumps(VISION["vit"]), "random_shift": 0.2, "captions_per_image": 2}
+    if context is not None:
+        settings |= {"dataloader_multiprocessing_context": context}
+    if streamed:
+        settings |= {"streaming": True, "shuffle_buffer_size": 5}
+    if processes > 1:
+        settings["ddp_backend"] = "gloo"
+    name = f"{number.name}-{moment}{at}-{workers}{context or ''}{'-streamed' * streamed}-{processes}"
+    return pytest.param(number, moment, at, processes, settings, id=name)
+
+
+def in_soak(case):
+    return pytest.param(*case.values, id=case.id, marks=pytest.mark.soak)
+
+
+GROUP_CASES = [
+    group_case(signal.SIGTERM, "step", 2, 2),
+    *map(
+        in_soak,
+        [
+            group_case(signal.SIGTERM, "step", 2, 0),
+            group_case(signal.SIGINT, "step", 5, 2),
+            group_case(signal.SIGTERM, "start", 4, 2),  # the last of an evaluation's
+            group_case(signal.SIGTERM, "start", 6, 2, "spawn"),  # and of the second epoch's
+            group_case(signal.SIGTERM, "step", 2, 2, "fork", streamed=True),
+            *(
+                group_case(number, moment, at, 2, context, streamed)
+                for context in ("spawn", "forkserver")
+                for streamed in (False, True)
+                for number, moment, at in ((signal.SIGINT, "start", 2), (signal.SIGTERM, "step", 2))
+            ),
+            group_case(signal.SIGTERM, "start", 4, 2, "forkserver"),
+            group_case(signal.SIGTERM, "step", 2, 2, processes=2),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("number", "moment", "at", "processes", "settings"), GROUP_CASES)
+def test_a_signal_to_the_whole_group_loses_nothing(tmp_path, run_data, number, moment, at, processes, settings):
+    """As schedulers and terminals send it: to loader workers, fork servers and launchers too."""
+    unbroken, broken = (arguments(tmp_path / name, run_data, settings) for name in ("unbroken", "broken"))
+    order = {"unbroken": unbroken, "broken": broken, "number": number, "moment": moment, "at": at}
+    worker = Path(__file__).with_name("signal_worker.py")
+    process = start(processes, worker, json.dumps(order), start_new_session=True)
+    output = process.communicate()[0]
+    step = int(re.search(r"Interrupted after step (\d+), which is saved", output)[1])
+    assert 1 < step < 8 and last_whole(tmp_path / "broken").name == f"checkpoint-{step}"
+    if processes == 1:  # torchrun calls it a failure whatever its processes say
+        assert process.returncode == {signal.SIGTERM: 0, signal.SIGINT: 130}[number], output[-3000:]
+    assert not left_of(tmp_path)
+    more = arguments(tmp_path / "broken", run_data, settings)
+    process = start(processes, ROOT / "train.py", *more, "--resume_from_checkpoint", "last")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-5000:]
+    assert not differences(contents(tmp_path / "unbroken"), contents(tmp_path / "broken"))
+
+
+def left_of(folder: Path) -> list[psutil.Process]:
+    """Processes of runs in a folder that have not left after some seconds."""
+    running = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and str(folder) in " ".join([*process.cmdline(), *process.environ()]):
+                running.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            pass
+    return psutil.wait_procs(running, timeout=20)[1]
