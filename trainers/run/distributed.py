@@ -7,9 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+
+T = TypeVar("T")
 
 
 def use_the_cores(device: torch.device, processes: int) -> None:
@@ -111,6 +115,32 @@ def in_order_of_batches(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tenso
     ranks, batches = counts.shape
     parts = rows.split(counts.flatten().tolist())
     return torch.cat([parts[rank * batches + batch] for batch in range(batches) for rank in range(ranks)])
+
+
+def decided_by_first_rank(decide: Callable[[], T]) -> T:
+    """What the first rank makes of its disk, on every rank: those of other machines may see another.
+
+    Args:
+        decide: called on the first rank alone; gives something small.
+
+    Raises:
+        ValueError: on every rank, where the first one's call raises it or an OSError (which it raises itself).
+    """
+    if world_size() == 1:
+        return decide()
+    decided, refusal = None, None
+    if rank() == 0:
+        try:
+            decided = decide()
+        except (OSError, ValueError) as error:
+            refusal = error
+    said = [decided, refusal and str(refusal)]
+    dist.broadcast_object_list(said, 0, group=_host_group())
+    if refusal is not None:
+        raise refusal
+    if said[1] is not None:
+        raise ValueError(said[1])
+    return said[0]
 
 
 def from_first_rank(value: torch.Tensor) -> torch.Tensor:

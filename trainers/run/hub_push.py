@@ -165,13 +165,10 @@ def pushed_place(strategy: HubStrategy, checkpoint: str) -> str | None:
     return Path(checkpoint).name if strategy == HubStrategy.ALL_CHECKPOINTS else None
 
 
-def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> str:
+def fetch_last_checkpoint(repo_id: str, output_dir: str) -> str:
     """Downloads `last-checkpoint` of a repository as the run's own `checkpoint-N`, and returns that folder.
 
     Where the best checkpoint so far was another, it stayed where the run was: which is the best is then forgotten.
-
-    Args:
-        write: False where another process has written the folder already.
 
     Raises:
         ValueError: the repository has no `last-checkpoint`, or a damaged one.
@@ -189,8 +186,6 @@ def fetch_last_checkpoint(repo_id: str, output_dir: str, write: bool = True) -> 
         )
     state = json.loads((source / "trainer_state.json").read_text())
     folder = Path(output_dir) / f"checkpoint-{state['global_step']}"
-    if not write:
-        return str(folder)
     best = state["best_model_checkpoint"] and Path(output_dir) / Path(state["best_model_checkpoint"]).name
     if best and best != folder and not best.is_dir():
         logger.warning(f"The best checkpoint so far, {best.name}, is not in {repo_id}: the best is chosen anew.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 
 from rows.files import named, write_json
 
-from .checkpoints import last_whole
+from . import distributed
+from .checkpoints import MANIFEST, last_whole, to_go_on_from
 from .hub_push import fetch_last_checkpoint
 from .replacing import COMMAND_FILE, LOCK, OF_THE_MOMENT, is_a_runs, move_aside, settle, strangers
 
@@ -35,11 +36,14 @@ def prepare_output_dir(args: TrainingArguments, overwrite: bool, own: Sequence[s
         own: patterns of paths from the folder, of what a run leaves there besides what any does.
 
     Raises:
-        ValueError: the folder cannot be written to, or another run is writing to it; it holds what no run leaves, or
-            a run that is neither to be gone on from nor to be replaced.
+        ValueError: on every process: the folder cannot be written to, or another run is writing to it; it holds what
+            no run leaves, or a run that is neither to be gone on from nor to be replaced.
     """
-    if not args.do_train or args.process_index != 0:
-        return
+    if args.do_train:
+        distributed.decided_by_first_rank(lambda: _take(args, overwrite, own))
+
+
+def _take(args: TrainingArguments, overwrite: bool, own: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
@@ -116,18 +120,48 @@ def last_checkpoint(args: TrainingArguments, interrupted: bool = False) -> str |
 
     Args:
         interrupted: the run goes on from its last whole one though it was not told to, see [`enter`].
+
+    Raises:
+        ValueError: on every process, see [`seen_by_all`].
     """
     if args.resume_from_hub is not None:
-        with args.main_process_first(desc="checkpoint"):
-            return fetch_last_checkpoint(args.resume_from_hub, args.output_dir, write=args.process_index == 0)
+        return seen_by_all(lambda: fetch_last_checkpoint(args.resume_from_hub, args.output_dir))
     asked = "last" if interrupted else args.resume_from_checkpoint
     if asked is None or str(asked).lower() not in ("last", "true"):
-        return asked
-    with args.main_process_first(desc="last checkpoint"):
-        checkpoint = last_whole(args.output_dir)
-    if checkpoint is None:
+        return seen_by_all(lambda: to_go_on_from(asked, args.output_dir))
+    checkpoint = seen_by_all(lambda: last_whole(args.output_dir))
+    if checkpoint is None and args.process_index == 0:
         print(f"There is no whole checkpoint in {args.output_dir}: the run starts from the beginning.")
-    return checkpoint and str(checkpoint)
+    return checkpoint
+
+
+def seen_by_all(find: Callable[[], Path | str | None]) -> str | None:
+    """The checkpoint that the first process finds, where all read it; None where it finds none.
+
+    Raises:
+        ValueError: on every process, what `find` raises, or one of them does not see that checkpoint.
+    """
+
+    def look() -> tuple[str, bytes] | None:
+        folder = find()
+        return folder and (str(folder), (Path(folder) / MANIFEST).read_bytes())
+
+    found = distributed.decided_by_first_rank(look)
+    if found is None:
+        return None
+    folder, manifest = found
+    try:
+        sees = (Path(folder) / MANIFEST).read_bytes() == manifest
+    except OSError:
+        sees = False
+    blind = (~distributed.gather_counts([[int(sees)]]).bool()).flatten().nonzero().flatten().tolist()
+    if blind:
+        raise ValueError(
+            f"{folder} is on the disk of process 0, and {len(blind)} of {distributed.world_size()} processes "
+            f"({', '.join(map(str, blind[:8]))}) do not see it there: all go on from the files of one folder, so "
+            "resume with an --output_dir on a disk that all machines share, or on one machine."
+        )
+    return folder
 
 
 def _holds_a_run(folder: Path) -> bool:

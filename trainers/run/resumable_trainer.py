@@ -32,6 +32,7 @@ from .hub_push import let_workers_fork, push_checkpoint, push_run, pushed_place,
 from .interruption import StopOnSignal, evaluation_is_due
 from .loader_workers import name_killed_workers, shielded
 from .nonfinite import SkipNonFiniteSteps
+from .output_dir import seen_by_all
 from .run_identity import IDENTITY_FILE, check_identity, describe_identity
 from .sharding import prepare_sharding
 
@@ -113,20 +114,22 @@ class ResumableTrainer(Trainer):
             ValueError: the checkpoint is damaged, or of another run (see `allow_changes`); too many steps in a row
                 whose gradient is not finite.
         """
-        self.resumed_from = checkpoints.to_go_on_from(resume_from_checkpoint, self.args.output_dir)
+        output_dir = self.args.output_dir
+        self.resumed_from = seen_by_all(lambda: checkpoints.to_go_on_from(resume_from_checkpoint, output_dir))
         if self.resumed_from is not None:
             changes = (self.identity(), self.arguments_class, self.resumed_from, self.args.allow_changes)
             for line in check_identity(*changes):
                 logger.warning(f"Resumed with a change, {line}.")
         if self.is_world_process_zero():
-            for left in Path(self.args.output_dir).glob("_push-*"):  # of a run that was killed in a push
+            for left in Path(output_dir).glob("_push-*"):  # of a run that was killed in a push
                 shutil.rmtree(left, ignore_errors=True)
         with self.interruption.listening(), name_killed_workers():
             result = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
             received = int(distributed.gather_counts([[self.interruption.received]]).max())
             if received and not self.interruption.agreed:  # after the last step
                 self.interruption.agreed = received
-                if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
+                last = Path(output_dir) / f"checkpoint-{self.state.global_step}"
+                if not distributed.decided_by_first_rank(last.is_dir):
                     self._save_checkpoint(self.model_wrapped)
         return result
 
@@ -254,7 +257,7 @@ class ResumableTrainer(Trainer):
         if not step or (by_steps and step % save_steps and step < self.state.max_steps):
             return
         best = Path(self.args.output_dir) / f"checkpoint-{step}"
-        if best == written or best.is_dir():
+        if best == written or distributed.decided_by_first_rank(best.is_dir):
             self.state.best_model_checkpoint = str(best)
 
     def go_on(self) -> None:
@@ -272,18 +275,20 @@ class ResumableTrainer(Trainer):
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Trainer loads by the names in the file, and loses towers that are saved under others (ViT, DINOv2, Swin)."""
-        saved = self.model_class.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        """Trainer loads by the names in the file, on each process's disk, and loses towers saved under other names."""
+        weights = {}
+        if self.is_world_process_zero():
+            weights = self.model_class.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
         # Into a sharded model too.
-        set_model_state_dict(self.model, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.world_size() > 1)
+        set_model_state_dict(self.model, weights, options=options)
 
     def _load_best_model(self) -> None:
         """The same fault as in `_load_from_checkpoint`."""
-        wrong = checkpoints.damage(Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        wrong = distributed.decided_by_first_rank(lambda: checkpoints.damage(best))
         if wrong is not None:
-            logger.warning(
-                f"{self.state.best_model_checkpoint}, the best, is damaged: {wrong}. The last step's counts."
-            )
+            logger.warning(f"{best}, the best, is damaged: {wrong}. The last step's counts.")
             self.state.best_model_checkpoint = None
             return
         self._load_from_checkpoint(self.state.best_model_checkpoint)

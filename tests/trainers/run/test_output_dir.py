@@ -11,6 +11,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import ROOT, VISION, arguments, start
 
 import train
@@ -213,3 +215,49 @@ def test_two_processes_agree_on_what_the_folder_holds(tmp_path, run_data):
         output = process.communicate()[0]
         assert (process.returncode == 0) == (status == 0) and said in output, output[-3000:]
         assert {path.name for path in run.glob("_*")} <= {"_lock", "_command.json"}
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory, run_data):
+    """Two processes with an output folder each: for each its folder, weights, and what it refused."""
+    folder = tmp_path_factory.mktemp("disks")
+    settings = {**SMALL, "per_device_train_batch_size": 2, "max_steps": 2, "ddp_backend": "gloo"}
+    options = arguments("", run_data, settings)
+    del options[(place := options.index("--output_dir")) : place + 2]
+    process = start(2, Path(__file__).with_name("disks_worker.py"), folder, json.dumps(options))
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output[-6000:]
+    return [
+        (folder / f"rank-{rank}", load_file(folder / f"weights-{rank}.safetensors"), json.loads(said.read_text()))
+        for rank, said in ((rank, folder / f"said-{rank}.json") for rank in range(2))
+    ]
+
+
+def of_run(weights: dict[str, torch.Tensor], run: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{run}/"): t for name, t in weights.items() if name.startswith(f"{run}/")}
+
+
+def test_processes_without_a_shared_disk_end_with_the_first_ones_best_weights(apart):
+    (folder, first, said), (_, second, _) = apart
+    assert said["interrupted"] == "15"  # after the last step, where one of them sees no checkpoint to be there
+    for run in ("best", "damaged", "shared"):
+        assert all(torch.equal(tensor, of_run(second, run)[name]) for name, tensor in of_run(first, run).items())
+    third = load_file(folder / "run" / "checkpoint-3" / "model.safetensors")
+    best = of_run(first, "best")
+    assert not all(torch.equal(third[name], best[name]) for name in third.keys() & best.keys())
+    shared = load_file(folder.parent / "shared" / "checkpoint-2" / "model.safetensors")
+    common = shared.keys() & best.keys()
+    assert len(common) > 10 and all(torch.equal(shared[name], best[name]) for name in common)
+    assert all((t == 1.0).all() for name, t in of_run(first, "damaged").items() if name.endswith("weight"))
+
+
+def test_processes_that_do_not_see_the_checkpoint_refuse_to_go_on_together(apart):
+    for rank, (_, _, said) in enumerate(apart):
+        assert said["no checkpoint"].startswith("ValueError: There is no whole checkpoint in ")
+        for case in ("resumed", "named"):
+            assert said[case].startswith("ValueError: run/checkpoint-3 is on the disk of process 0, and 1 of 2"), rank
+            assert "(1) do not see it there" in said[case], rank
+        assert said["command"].startswith("SystemExit: error: ") and "(1) do not see it there" in said["command"]
+        assert "output_dir" in said["not empty"] and "is not empty" in said["not empty"], rank
+        assert said["fresh"] is None  # what another run left on the second one's disk counts for nothing
+    assert (apart[0][0] / "command" / "all_results.json").is_file()
