@@ -31,6 +31,7 @@ import torch
 import yaml
 
 from trainers.run.checkpoints import of_run
+from trainers.run.distributed import usable_cores
 
 from .common import machine
 
@@ -218,7 +219,7 @@ class Study:
         folder = self.ablation.runs / key
         call = [sys.executable, "-m", "benchmarks.ablation", "--one", json.dumps(settings)]
         call += ["--recipe", self.ablation.recipe, "--folder", str(folder)]
-        call += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.jobs))]
+        call += ["--threads", str(max(1, usable_cores() // self.jobs))]
         output = subprocess.run(call, stdout=subprocess.PIPE, text=True)
         if output.returncode:
             self.failed = True

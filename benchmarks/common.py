@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -18,6 +17,7 @@ import torch
 
 from trainers import DSMDTrainer
 from trainers.base_trainer import RetrievalTrainer
+from trainers.run.distributed import usable_cores
 
 
 @dataclass
@@ -63,7 +63,7 @@ def measured(measure: Callable[[], list[Row]]) -> list[Row]:
 def machine() -> str:
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     name = names[0] if names else platform.machine()
-    return f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {name}, torch {torch.__version__}"
+    return f"{datetime.date.today()}, {usable_cores()} cores of {name}, torch {torch.__version__}"
 
 
 def _lines(path: str) -> list[str]:

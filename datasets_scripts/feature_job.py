@@ -27,6 +27,7 @@ from datasets_scripts.teacher_features import Encoding, encode_dataset
 from rows.files import named, write_whole
 from rows.teacher_columns import TEACHER_COLUMNS
 from teachers import Teacher, load_teacher
+from trainers.run.distributed import usable_cores
 from trainers.teacher_pca import PCA_FILE
 
 
@@ -249,7 +250,7 @@ def default_dtype() -> torch.dtype:
 
 def default_workers() -> int:
     """Loader workers of a process: its share of the cores, 8 at most."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // PartialState().num_processes))
+    return max(1, min(8, usable_cores() // PartialState().num_processes))
 
 
 def _discard(partial: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
-import os
 import time
 from collections.abc import Iterable
 
@@ -18,6 +17,7 @@ from transformers import BertConfig, VisionTextDualEncoderProcessor, ViTConfig, 
 
 from modeling_dsmd import DSMDModel
 from trainers import DSMDTrainer, DSMDTrainingArguments
+from trainers.run.distributed import usable_cores
 from trainers.student import train_tokenizer
 
 
@@ -126,7 +126,7 @@ def device_name() -> str:
 
 def print_table(figures: Iterable[tuple[str, str]]) -> None:
     """Prints a Markdown table of (measure, figure), row by row, so that a failure does not lose earlier rows."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     print(f"{datetime.date.today()}, {device_name()}, {cores} CPU cores, torch {torch.__version__}, bf16 autocast\n")
     if not torch.cuda.is_available():
         print("No GPU here: peak memory, FLOP utilisation and synchronisations are left out.\n")

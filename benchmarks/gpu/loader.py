@@ -8,7 +8,6 @@ tokenised. The batches are copied to the device; nothing trains meanwhile.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from trainers import DSMDTrainer
+from trainers.run.distributed import usable_cores
 
 from .common import make_trainer, parser, print_table
 from .training import measure, prepare
@@ -53,7 +53,7 @@ def figures(tiny: bool, images: int, workers: list[int]) -> Iterator[tuple[str, 
 
 def default_workers() -> list[int]:
     """Half of this machine's cores, and all of them."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return sorted({max(1, cores // 2), cores})
 
 

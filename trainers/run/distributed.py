@@ -19,7 +19,14 @@ T = TypeVar("T")
 def use_the_cores(device: torch.device, processes: int) -> None:
     """`accelerate launch` leaves one thread on a CPU; a single process takes the cores it may use."""
     if device.type == "cpu" and processes == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say (macOS, Windows)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_launched(main: Callable[[], None]) -> None:
