@@ -158,7 +158,7 @@ def test_what_a_user_sees_of_an_error_under_the_launcher(tmp_path, launcher, pro
     wrong, sentence, status = ["--config", "none.yaml"], "error: --config none.yaml: there is no such file.", 1
     if program != "train.py":
         wrong, status = ["--batch_size", "0", "--dataset", "a", "--teacher", "b", "--output", "c"], 2
-        sentence = f"{Path(program).name}: error: --batch_size 0: expected 1 or more"
+        sentence = "python -m datasets_scripts.add_teacher_features: error: --batch_size 0: expected 1 or more"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     seen = subprocess.run([*launcher, ROOT / program, *wrong], capture_output=True, text=True, env=environment)
     lines = seen.stderr.strip().splitlines()

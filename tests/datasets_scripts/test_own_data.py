@@ -488,7 +488,7 @@ def test_a_cut_tar_and_a_sample_without_image(tmp_path):
     files = [file for i in range(COUNT) for file in sample(i, f"{i:04d}")]
     write_tar(tmp_path / "data.tar", [*files, ("alone.json", b'{"captions": ["x"]}')])
     whole = (tmp_path / "data.tar").read_bytes()
-    with pytest.raises(ValueError, match="(?s)1 images.*sample alone has no image"):
+    with pytest.raises(ValueError, match=r"(?s)1 row cannot be used.*\(data/alone\): there is no image"):
         build(tmp_path / "data.tar", tmp_path / "out")
     (tmp_path / "data.tar").write_bytes(whole[: len(whole) // 3])
     with pytest.raises(ValueError, match="data.tar.*unexpected end of data"):

@@ -141,12 +141,13 @@ def decided_by_first_rank(decide: Callable[[], T]) -> T:
             decided = decide()
         except (OSError, ValueError) as error:
             refusal = error
-    said = [decided, refusal and str(refusal)]
+    kind = type(refusal) if isinstance(refusal, ValueError) else ValueError
+    said = [decided, refusal and (kind, str(refusal))]
     dist.broadcast_object_list(said, 0, group=_host_group())
     if refusal is not None:
         raise refusal
     if said[1] is not None:
-        raise ValueError(said[1])
+        raise said[1][0](said[1][1])
     return said[0]
 
 

@@ -253,7 +253,7 @@ def test_processes_without_a_shared_disk_end_with_the_first_ones_best_weights(ap
 
 def test_processes_that_do_not_see_the_checkpoint_refuse_to_go_on_together(apart):
     for rank, (_, _, said) in enumerate(apart):
-        assert said["no checkpoint"].startswith("ValueError: There is no whole checkpoint in ")
+        assert said["no checkpoint"].startswith("NotResumable: There is no whole checkpoint in ")
         for case in ("resumed", "named"):
             assert said[case].startswith("ValueError: run/checkpoint-3 is on the disk of process 0, and 1 of 2"), rank
             assert "(1) do not see it there" in said[case], rank
