@@ -230,7 +230,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     trainer.facts = RunFacts(
         dataset_name=Path(name).name if Path(name).is_dir() else name,
         splits={"eval": data_args.validation_split, "test": data_args.test_split},
-        data=data_facts(rows, data_args) if args.do_train else {},
+        data=data_facts(rows, data_args) if args.do_train and args.should_save else {},  # for those who write cards
         data_license=data_args.data_license or license_of(rows, name),
         towers=[start for start in starts if start is not None and not Path(start).is_dir()],
         teacher=teacher_description(rows) if data_args.method == "distillation" else None,

@@ -1,26 +1,35 @@
 """Computes what runs cost, from Flickr30k on one GPU to 400 million pairs on 64: the tables of docs/scale.md.
 
-python -m benchmarks.scale
+python -m benchmarks.scale [--start_rows 1000000]
 
-The student is ViT-B/16 at 224 with BERT-base, the teacher a CLIP ViT-L/14 of width 768. How many images a core decodes
-and how many rows it checks is measured here; all else is arithmetic on the constants below. Those that are assumptions
-are printed with the tables.
+Models: ViT-B/16 at 224 and BERT-base under a CLIP ViT-L/14 teacher of width 768. Measured here is how many images a
+core decodes and how many rows it checks; what is assumed stands in capitals below and is printed. With `--start_rows`
+it also makes so many rows in a temporary folder (3 kB each) and times what a run does with them before its first step.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from rows.checks import check_rows
+from model_cards import describe_captions
+from rows.checks import check_images, check_repeats, check_rows, check_share
+from rows.columns import caption_lists
 from rows.images import load_rgb
+from trainers.batches import RetrievalDataset
+from trainers.row_checks import check_together
+from trainers.run.run_identity import rows_fingerprint
 
 
 PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, as its maker states
@@ -131,6 +140,65 @@ def rows_checked_per_core(rows: int = 5000, captions: int = 5, seconds: float = 
     return count / (time.process_time() - started)
 
 
+def made_rows(path: Path, rows: int, at_once: int = 10_000) -> datasets.Dataset:
+    """Rows of the contract with one caption each and features of width `DIM`, mapped from a file that is made here."""
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    one_each = pa.array(np.arange(at_once + 1, dtype=np.int32))
+    features = [pa.array(rng.normal(size=at_once * DIM).astype(np.float16)) for _ in range(2)]
+    image, text = (pa.FixedSizeListArray.from_arrays(values, DIM) for values in features)
+    columns = {
+        "image": pa.array([{"bytes": buffer.getvalue(), "path": None}] * at_once),
+        "teacher_image_embeds": image,
+        "teacher_text_embeds": pa.ListArray.from_arrays(one_each, text),
+    }
+    writer = None
+    with open(path, "wb") as file:
+        for start in range(0, rows, at_once):
+            numbers = range(start, start + at_once)
+            captions = pa.array([f"a caption of ten words, of the photo with number {i}" for i in numbers])
+            columns["captions"] = pa.ListArray.from_arrays(one_each, captions)
+            columns["image_id"] = pa.array([f"photo {i}" for i in numbers])
+            batch = pa.record_batch(columns).slice(0, min(at_once, rows - start))
+            writer = writer or pa.ipc.new_stream(file, batch.schema)
+            writer.write_batch(batch)
+        writer.close()
+    return datasets.Dataset.from_file(str(path)).cast_column("image", datasets.Image())
+
+
+def start_table(rows: int) -> str:
+    """Seconds that a run's start takes for what grows with the rows: measured, and counted for ten times as many."""
+    seconds = {}
+
+    def timed(name: str, work):
+        started = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    with tempfile.TemporaryDirectory(prefix="dsmd-") as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        dataset = timed("made", lambda: made_rows(Path(folder) / "rows.arrow", rows))
+        hashes = timed("each row", lambda: check_share(dataset, "train", DIM))
+        timed("repeats", lambda: check_repeats(dataset, "train", DIM, hashes))
+        timed("images", lambda: check_images(dataset, "train"))
+        check_together(dataset, "train", DIM)
+        timed("stamp", lambda: check_together(dataset, "train", DIM))
+        timed("captions", lambda: describe_captions(caption_lists(dataset)))
+        timed("fingerprint", lambda: rows_fingerprint(dataset))
+        order = timed("order", lambda: torch.randperm(rows).tolist())
+        timed("batch", lambda: RetrievalDataset(dataset, with_teacher=True).__getitems__(order[:256]))
+    lines = ["| rows | processes | first start | of it the check | again |", "|---" * 5 + "|"]
+    for times, processes in ((1, 1), (1, 8), (10, 1), (10, 8)):
+        check = times * (seconds["each row"] / processes + seconds["repeats"]) + seconds["images"] / processes
+        rest = times * (seconds["captions"] + seconds["order"]) + seconds["fingerprint"] + seconds["batch"]
+        cells = [f"{times * rows:,}", str(processes), *(f"{x:.1f} s" for x in (check + rest, check))]
+        lines.append("| " + " | ".join([*cells, f"{rest + seconds['stamp']:.1f} s"]) + " |")
+    shown = ", ".join(f"{name} {of:.2f}" for name, of in seconds.items())
+    lines += ["", f"Measured, in seconds, of {rows:,} rows on one process, read from memory: {shown}. Else counted."]
+    return "\n".join(lines)
+
+
 def size(number: float) -> str:
     """A number of bytes with its unit, to three digits."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -179,5 +247,11 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start_rows", type=int, default=0, help="Time the start of a run on so many rows.")
+    start_rows = parser.parse_args().start_rows
+    if start_rows < 0:
+        parser.error(f"--start_rows {start_rows}: expected 0 or more rows.")
     print(tables())
+    if start_rows:
+        print("", start_table(start_rows), sep="\n")

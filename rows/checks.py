@@ -36,7 +36,14 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
     Raises:
         ValueError: at the first fault, naming the row, what was expected and what to do.
     """
-    needed = ("image", "captions", "image_id", *(TEACHER_COLUMNS if teacher_dim is not None else ()))
+    check_columns(dataset, split, teacher_dim)
+    check_repeats(dataset, split, teacher_dim, check_share(dataset, split, teacher_dim))
+    check_images(dataset, split)
+
+
+def check_columns(dataset: datasets.Dataset, split: str, teacher_dim: int | None) -> None:
+    """The part of [`check_dataset`] that reads no row."""
+    needed = _needed(teacher_dim)
     missing = [column for column in needed if column not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -46,32 +53,72 @@ def check_dataset(dataset: datasets.Dataset, split: str, teacher_dim: int | None
         )
     if len(dataset) == 0:
         raise ValueError(f"The {split} split is empty.")
-    optional = ("group_id", *(TEACHER_SCALES if teacher_dim is not None else ()))
-    plain = dataset.select_columns([*needed, *(name for name in optional if name in dataset.column_names)])
-    plain = plain.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
-    without_images = plain.remove_columns("image")
-    hashes = np.empty(len(dataset), np.int64)  # 8 bytes a row; a dict of strings takes over 100
-    for start in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc=f"check {split}", leave=False, disable=None):
-        table = without_images[start : start + ROWS_AT_ONCE]
+
+
+def check_share(
+    dataset: datasets.Dataset, split: str, teacher_dim: int | None, rank: int = 0, ranks: int = 1
+) -> np.ndarray:
+    """The part of [`check_dataset`] that looks at each row for itself, on the `rank`-th of `ranks` shares.
+
+    Shares are runs of whole tables of `ROWS_AT_ONCE` rows, in order, so that the first share with a fault has the
+    fault that is found first where all rows are one share.
+
+    Returns:
+        The hashes of the share's image_ids, int64 `[n]`: 8 bytes a row; a dict of strings takes over 100.
+    """
+    rows = _checked_columns(dataset, teacher_dim).remove_columns("image")
+    starts = range(0, len(dataset), ROWS_AT_ONCE)
+    starts = starts[len(starts) * rank // ranks : len(starts) * (rank + 1) // ranks]
+    hashes = [np.empty(0, np.int64)]
+    for start in tqdm(starts, desc=f"check {split}", leave=False, disable=None):
+        table = rows[start : start + ROWS_AT_ONCE]
         check_rows(table, split, teacher_dim, start)
-        hashes[start : start + len(table)] = [id_hash(image_id) for image_id in table["image_id"].to_pylist()]
+        ids = table["image_id"].to_pylist()
+        hashes.append(np.fromiter(map(id_hash, ids), np.int64, len(ids)))
+    return np.concatenate(hashes)
+
+
+def check_repeats(dataset: datasets.Dataset, split: str, teacher_dim: int | None, hashes: np.ndarray) -> None:
+    """The part of [`check_dataset`] that compares rows of one image_id.
+
+    Args:
+        hashes: `[N]`, of the image_ids of all rows, see [`check_share`].
+    """
+    rows = _checked_columns(dataset, teacher_dim)
     first_row: dict[int, int] = {}
     for i in _rows_alike(hashes):
         first = first_row.setdefault(hashes[i], i)
-        if first != i and plain[first].to_pylist() != plain[i].to_pylist():
+        if first != i and rows[first].to_pylist() != rows[i].to_pylist():
             raise ValueError(
-                f"Row {i} of the {split} split (image_id {plain[i]['image_id'][0].as_py()!r}): row {first} has this "
+                f"Row {i} of the {split} split (image_id {rows[i]['image_id'][0].as_py()!r}): row {first} has this "
                 "image_id and other content. Give each row an image_id of its own."
             )
-    sample = random.Random(0).sample(range(len(dataset)), min(IMAGES_DECODED, len(dataset)))
-    for i in tqdm(sorted(sample), desc=f"decode {split}", leave=False, disable=None):
-        row = plain[i]
+
+
+def check_images(dataset: datasets.Dataset, split: str, rank: int = 0, ranks: int = 1) -> None:
+    """The part of [`check_dataset`] that decodes images, on the `rank`-th of `ranks` shares of its sample."""
+    rows = _checked_columns(dataset, None).select_columns(["image", "image_id"])
+    sample = sorted(random.Random(0).sample(range(len(dataset)), min(IMAGES_DECODED, len(dataset))))
+    share = sample[len(sample) * rank // ranks : len(sample) * (rank + 1) // ranks]
+    for i in tqdm(share, desc=f"decode {split}", leave=False, disable=None):
+        row = rows[i]
         try:
             load_rgb(row["image"][0].as_py())
         except ValueError as error:
             raise ValueError(
                 f"Row {i} of the {split} split (image_id {row['image_id'][0].as_py()!r}): {error}. Drop it."
             ) from error
+
+
+def _needed(teacher_dim: int | None) -> tuple[str, ...]:
+    return ("image", "captions", "image_id", *(TEACHER_COLUMNS if teacher_dim is not None else ()))
+
+
+def _checked_columns(dataset: datasets.Dataset, teacher_dim: int | None) -> datasets.Dataset:
+    """The columns that are checked, as arrow, images undecoded."""
+    optional = ("group_id", *(TEACHER_SCALES if teacher_dim is not None else ()))
+    names = [*_needed(teacher_dim), *(name for name in optional if name in dataset.column_names)]
+    return dataset.select_columns(names).cast_column("image", datasets.Image(decode=False)).with_format("arrow")
 
 
 def _rows_alike(hashes: np.ndarray) -> list[int]:

@@ -128,6 +128,15 @@ def test_a_run_stopped_before_its_first_checkpoint_is_resumed_from_the_beginning
     assert checkpoint is None and "from the beginning" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("writes_cards", [True, False])
+def test_captions_are_counted_by_the_process_that_writes_the_card(tmp_path, data, monkeypatch, writes_cards):
+    monkeypatch.setattr(RetrievalTrainingArguments, "should_save", writes_cards)
+    counted = []
+    monkeypatch.setattr(train, "data_facts", lambda rows, args: counted.append(rows) or {"train": {}})
+    trainer, *_ = train.prepare(write_recipe(tmp_path, data))
+    assert len(counted) == writes_cards and trainer.facts.data == ({"train": {}} if writes_cards else {})
+
+
 def test_a_tower_that_is_not_named_is_refused(tmp_path, data):
     assert "Which text tower" in refused(write_recipe(tmp_path, data, text_config=None))
 

@@ -6,8 +6,7 @@ import datasets
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
-from rows.checks import check_dataset
-
+from .row_checks import check_together
 from .training_args import RetrievalTrainingArguments
 
 
@@ -57,8 +56,13 @@ def check_student(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no {lacks}: give a DSMDModel, or a model with its interface.")
 
 
-def check_evaluated(evaluated: dict[str, datasets.Dataset], several: bool, args: RetrievalTrainingArguments) -> None:
+def check_evaluated(
+    evaluated: dict[str, datasets.Dataset], several: bool, args: RetrievalTrainingArguments, remember: bool
+) -> None:
     """Refuses datasets that cannot be evaluated on, by name, and a choice of the best by a figure there is not.
+
+    Args:
+        remember: see [`check_together`].
 
     Raises:
         ValueError: which, and what to do.
@@ -70,7 +74,7 @@ def check_evaluated(evaluated: dict[str, datasets.Dataset], several: bool, args:
             raise ValueError(
                 f"eval_dataset ({name}) is a {type(rows).__name__}: give a datasets.Dataset, not streamed."
             )
-        check_dataset(rows, name, None)
+        check_together(rows, name, None, remember)
     chosen = (args.metric_for_best_model or "").removeprefix("eval_")
     if several and args.eval_strategy != IntervalStrategy.NO and chosen:
         if not any(chosen.startswith(f"{name}_") for name in evaluated):

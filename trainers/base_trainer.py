@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import speed_metrics
 
 from model_cards import RunFacts, RunRecord
-from rows.checks import check_dataset
 from rows.columns import rows_and_captions
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
@@ -26,6 +25,7 @@ from .card import describe_run, write_readme
 from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, tiny_batch, unused_parameters
 from .retrieval_evaluation import encode, recall_figures
+from .row_checks import check_together
 from .run.callbacks import SetEpoch
 from .run.loader_workers import shielded
 from .run.resumable_trainer import ResumableTrainer
@@ -91,10 +91,10 @@ class RetrievalTrainer(ResumableTrainer):
                 f"One process sees {args.n_gpu} GPUs, and DataParallel would tear images from their captions. "
                 f"Type `accelerate launch --num_processes {args.n_gpu} train.py ...`, or set CUDA_VISIBLE_DEVICES=0."
             )
+        streamed = isinstance(train_dataset, datasets.IterableDataset)
         if train_dataset is not None:
-            streamed = isinstance(train_dataset, datasets.IterableDataset)
             known = stream_head(train_dataset) if streamed else train_dataset
-            check_dataset(known, "train", teacher_dim)
+            check_together(known, "train", teacher_dim, remember=not streamed)
             self.data_fingerprint = rows_fingerprint(known)
             step = args.per_device_train_batch_size * args.world_size
             if not streamed and len(train_dataset) < step:
@@ -118,7 +118,7 @@ class RetrievalTrainer(ResumableTrainer):
         several = isinstance(eval_dataset, dict)
         evaluated = eval_dataset if several else {"validation": eval_dataset}
         if eval_dataset is not None:
-            check_evaluated(evaluated, several, args)
+            check_evaluated(evaluated, several, args, remember=not streamed)
         fingerprints = {name: rows and rows_fingerprint(rows) for name, rows in evaluated.items()}
         self.eval_fingerprint = fingerprints if several else fingerprints["validation"]
         if args.freeze is not None:

@@ -18,11 +18,13 @@ from benchmarks import (
     common,
     loader,
     retrieval_speed,
+    scale,
     start_up,
     step_cost,
     teacher_features,
 )
 from benchmarks.gpu.common import make_trainer
+from rows.checks import check_dataset
 from trainers.metrics import ranks
 
 
@@ -150,6 +152,17 @@ def test_ranks_by_sorting_are_ours():
 def test_retrieval_speed():
     check(retrieval_speed.beside_the_loop(images=30, captions=160, dim=8, some=10, rounds=1), ratios=False)
     check(retrieval_speed.at_scale(side=200, dim=8), ratios=False)
+
+
+def test_the_start_of_a_run_is_timed_on_rows_of_the_contract(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    made = scale.made_rows(tmp_path / "rows.arrow", 250, at_once=100)
+    assert len(made) == len(set(made["image_id"])) == 250 and made[249]["image"].size == (8, 8)
+    check_dataset(made, "train", scale.DIM)
+    lines = scale.start_table(250).splitlines()
+    one, eight, _, _ = ([float(x) for x in re.findall(r"([\d.]+) s", line)] for line in lines[2:6])
+    assert one[0] >= eight[0] and one[0] >= one[1] >= 0
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["250", "250", "2,500", "2,500"]
 
 
 def test_start_up_waits_for_the_sign_and_ends_the_program():

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 
 T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 def use_the_cores(device: torch.device, processes: int) -> None:
@@ -86,6 +88,42 @@ def gather_counts(counts: list[list[int]]) -> torch.Tensor:
     gathered = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(gathered, own, group=_host_group())
     return torch.stack(gathered)
+
+
+def gather_arrays(own: np.ndarray) -> list[np.ndarray]:
+    """The arrays `[n]` of all ranks, of one type and any lengths, on every rank; no device takes part."""
+    if world_size() == 1:
+        return [own]
+    counts = gather_counts([[len(own)]]).flatten().tolist()
+    padded = torch.from_numpy(np.pad(own, (0, max(counts) - len(own))))
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=_host_group())
+    return [part[:count].numpy() for part, count in zip(gathered, counts)]
+
+
+def agree(work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank. Where it fails on any rank, it fails on all with the first such rank's words.
+
+    To be called on every rank.
+
+    Raises:
+        ValueError, OSError: as `work` did; an error of another type is a RuntimeError on the other ranks.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:  # the others must not wait for this rank
+        error = raised
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+    text = "" if error is None else f"{kind.__name__} {error}"
+    texts = [part.tobytes().decode() for part in gather_arrays(np.frombuffer(text.encode(), np.uint8).copy())]
+    first = next((text for text in texts if text), None)
+    if error is not None and first == text:
+        raise error
+    if first is not None:
+        name, message = first.split(" ", 1)
+        raise {"ValueError": ValueError, "OSError": OSError}.get(name, RuntimeError)(message)
+    return result
 
 
 def gather_rows(rows: torch.Tensor, counts: list[int], differentiable: bool = False) -> torch.Tensor:
