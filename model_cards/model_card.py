@@ -10,6 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from modeling_dsmd.configuration_dsmd import OLDEST_TRANSFORMERS
+
 from . import tables
 from .record import RunRecord
 
@@ -31,8 +33,7 @@ def render_card(record: RunRecord) -> str:
     template = Path(__file__).with_name("template.md").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"as_text": tables.as_text, "fenced": tables.fenced}
-    fill = environment.from_string(template).render
-    text = fill(
+    text = environment.from_string(template).render(
         record=record,
         distilled=distilled,
         front_matter=front_matter(record, metrics),
@@ -54,6 +55,7 @@ def render_card(record: RunRecord) -> str:
         environment=_environment(record),
         changed=tables.bullets(record.changed),
         settings=yaml.safe_dump(record.settings, width=1000).strip(),
+        oldest_transformers=OLDEST_TRANSFORMERS,
         limits=key and _limits(metrics, key, split, facts.baseline),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -68,8 +70,7 @@ def front_matter(record: RunRecord, metrics: dict[str, float]) -> str:
         language=facts.languages,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=["image-text-retrieval", "dual-encoder", "custom_code"]
-        + ["distillation"] * (record.method == "distillation"),
+        tags=TAGS[record.method],
         datasets=[name] if name and "/" in name else None,
         base_model=facts.towers or None,
         metrics=["recall"] if found else None,
@@ -117,11 +118,10 @@ for caption, cosine in zip(captions, output.text_embeds @ output.image_embeds[0]
 
 
 def _how_trained(record: RunRecord) -> str:
-    facts = record.facts
     how = "trained on pairs of images and captions"
     if record.method == "distillation":
-        how = f"distilled from {tables.as_text((facts.teacher or {}).get('id', 'the features of a teacher'))}"
-    return f"{how}, on {tables.as_code(facts.dataset_name)}" if facts.dataset_name else how
+        how = f"distilled from {tables.as_text((record.facts.teacher or {}).get('id', 'the features of a teacher'))}"
+    return f"{how}, on {tables.as_code(record.facts.dataset_name)}" if record.facts.dataset_name else how
 
 
 def _status(record: RunRecord) -> str:

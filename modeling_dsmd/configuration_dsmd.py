@@ -3,13 +3,21 @@
 import transformers
 
 
-try:
-    from transformers import AutoConfig, PreTrainedConfig
-    from transformers.configuration_utils import SubConfigSpec
-except ImportError as error:
+# Older ones have other names for the weights of some towers (CLIP, DINOv3), which would be random with only a warning.
+OLDEST_TRANSFORMERS = "5.9"
+
+
+def _major_and_minor(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
+
+
+if _major_and_minor(transformers.__version__) < _major_and_minor(OLDEST_TRANSFORMERS):
     raise ImportError(
-        f"DSMD needs a newer transformers (5.23 is known to work); this is {transformers.__version__}."
-    ) from error
+        f"DSMD needs transformers {OLDEST_TRANSFORMERS} or later, this is {transformers.__version__}: "
+        "`pip install --upgrade transformers`."
+    )
+
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402 (older ones have not all of it)
 
 
 POOLINGS = ("cls", "mean", "pooler")
@@ -35,10 +43,7 @@ class DSMDConfig(PreTrainedConfig):
     """
 
     model_type = "dsmd"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: PreTrainedConfig | dict | None = None
     text_config: PreTrainedConfig | dict | None = None
@@ -48,6 +53,8 @@ class DSMDConfig(PreTrainedConfig):
     logit_scale_init_value: float = 2.6592
 
     def __post_init__(self, **kwargs):
+        self.vision_config = _tower_config(self.vision_config, "vit")
+        self.text_config = _tower_config(self.text_config, "bert")
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         for name in ("vision_pooling", "text_pooling"):
@@ -55,6 +62,18 @@ class DSMDConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(POOLINGS)}.")
         if not isinstance(self.projection_dim, int) or self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim!r}: expected a positive integer.")
-        # A tower's local path would be published with the checkpoint.
-        for tower in (self.vision_config, self.text_config):
-            tower._name_or_path = ""
+
+    def to_diff_dict(self) -> dict:
+        """What is saved: of the towers too only what is not every configuration's default."""
+        saved = super().to_diff_dict()
+        for name in self.sub_configs:
+            saved[name] = getattr(self, name).to_diff_dict()
+            saved[name].pop("transformers_version", None)
+        return saved
+
+
+def _tower_config(config: PreTrainedConfig | dict | None, default_type: str) -> PreTrainedConfig:
+    if not isinstance(config, PreTrainedConfig):
+        config = AutoConfig.for_model(**{"model_type": default_type, **(config or {})})
+    config._name_or_path = ""  # a local path would be published with the checkpoint
+    return config

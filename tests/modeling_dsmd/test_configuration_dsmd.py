@@ -48,13 +48,25 @@ def test_the_origin_of_a_tower_is_not_saved(tmp_path):
     assert str(tmp_path) not in (tmp_path / "student" / "config.json").read_text()
 
 
-def test_an_old_transformers_is_named(tmp_path):
-    (tmp_path / "transformers.py").write_text("__version__ = '4.40.0'\n")
-    (tmp_path / "configuration_dsmd.py").write_bytes(
+def imported_under(version: str, folder: Path) -> str:
+    """What importing the configuration ends with, in a process with a transformers that has its version alone."""
+    (folder / "transformers.py").write_text(f"__version__ = {version!r}\n")
+    (folder / "configuration_dsmd.py").write_bytes(
         Path(modeling_dsmd.__file__).with_name("configuration_dsmd.py").read_bytes()
     )
     result = subprocess.run(
-        [sys.executable, "-c", "import configuration_dsmd"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", "import configuration_dsmd"], cwd=folder, capture_output=True, text=True
     )
     assert result.returncode != 0
-    assert "needs a newer transformers" in result.stderr.splitlines()[-1] and "4.40.0" in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("version", ["4.40.0", "4.57.6", "5.0.0rc1", "5.8.1"])
+def test_an_old_transformers_is_named(version, tmp_path):
+    message = imported_under(version, tmp_path)
+    assert "needs transformers 5.9 or later" in message and version in message and "pip install" in message
+
+
+@pytest.mark.parametrize("version", ["5.9.0", "5.10.0.dev0", "5.24.0", "6.0.0"])
+def test_a_newer_transformers_is_taken(version, tmp_path):
+    assert "cannot import name" in imported_under(version, tmp_path)  # the stand-in has no classes

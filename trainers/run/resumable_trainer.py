@@ -33,7 +33,7 @@ from .interruption import StopOnSignal, evaluation_is_due
 from .loader_workers import name_killed_workers, shielded
 from .nonfinite import SkipNonFiniteSteps
 from .output_dir import seen_by_all
-from .run_identity import IDENTITY_FILE, check_identity, describe_identity
+from .run_identity import IDENTITY_FILE, check_identity, describe_identity, warn_of_untried_transformers
 from .sharding import prepare_sharding
 
 
@@ -121,6 +121,7 @@ class ResumableTrainer(Trainer):
             for line in check_identity(*changes):
                 logger.warning(f"Resumed with a change, {line}.")
         if self.is_world_process_zero():
+            warn_of_untried_transformers()
             for left in Path(output_dir).glob("_push-*"):  # of a run that was killed in a push
                 shutil.rmtree(left, ignore_errors=True)
         with self.interruption.listening(), name_killed_workers():

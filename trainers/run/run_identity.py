@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -13,11 +14,15 @@ import datasets
 import pyarrow as pa
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PretrainedConfig, TrainingArguments
 
 from .checkpoints import NotResumable
 
 
+logger = logging.getLogger(__name__)
+
+NEWEST_TRIED = "5.24"  # of transformers, by `make soak`; pyproject.toml admits no newer one
 IDENTITY_FILE = "_run.json"
 STUDENT = "student"  # the prefix of what the model's config says
 FINGERPRINT_ROWS = 256
@@ -31,6 +36,16 @@ FREE = (
 GLOBAL_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "number of processes")  # their product
 OF_STREAMS = ("dataloader_num_workers",)  # it decides their order
 OF_FILES = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
+
+
+def warn_of_untried_transformers() -> None:
+    """Warns where transformers is newer than any that the overrides of its private methods were tried with."""
+    if Version(transformers.__version__).release[:2] > Version(NEWEST_TRIED).release:
+        logger.warning(
+            f"transformers {transformers.__version__} is newer than {NEWEST_TRIED}, the newest that training was "
+            f"tried on: checkpoints and resuming may fail. `pip install 'transformers=={NEWEST_TRIED}.*'`, or run "
+            "`python -m pytest tests/trainers/run tests/test_train.py` first."
+        )
 
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:

@@ -12,7 +12,14 @@ from conftest import make_rows, make_student
 from tiny_trainer import make_trainer
 
 from trainers.run import resumable_trainer
-from trainers.run.run_identity import IDENTITY_FILE, changed_batch, check_identity, describe_identity, rows_fingerprint
+from trainers.run.run_identity import (
+    IDENTITY_FILE,
+    NEWEST_TRIED,
+    changed_batch,
+    check_identity,
+    describe_identity,
+    rows_fingerprint,
+)
 
 
 SETTINGS = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -232,3 +239,25 @@ def test_the_fingerprint_is_of_values(tmp_path):
     )
     assert rows_fingerprint(rows) != rows_fingerprint(rows.select(range(299)))
     assert rows_fingerprint(rows) != rows_fingerprint(make_rows(300, seed=1))
+
+
+def test_a_transformers_that_was_not_tried_is_warned_of_once_and_says_what_to_do(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, logger="trainers")
+    major, minor = NEWEST_TRIED.split(".")
+    warned = {}
+    for version in (f"{NEWEST_TRIED}.7", "5.9.1", f"{major}.{int(minor) + 1}.0", f"{int(major) + 1}.0.0.dev0"):
+        trainer = make_trainer(tmp_path / version, make_rows(16))
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers, "__version__", version)
+            caplog.clear()
+            trainer.train()
+        warned[version] = [text for text in caplog.messages if "newer than" in text]
+    known, old, newer, next_major = warned.values()
+    assert not known and not old and len(newer) == len(next_major) == 1
+    assert f"pip install 'transformers=={NEWEST_TRIED}.*'" in newer[0] and f"{major}.{int(minor) + 1}.0" in newer[0]
+
+
+def test_pyproject_admits_what_was_tried_and_nothing_newer():
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    major, minor = NEWEST_TRIED.split(".")
+    assert f',<{major}.{int(minor) + 1}",' in next(line for line in project.splitlines() if '"transformers>=' in line)
