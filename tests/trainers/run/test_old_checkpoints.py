@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from tiny_runs import VISION, arguments
 
@@ -57,6 +58,8 @@ def test_a_checkpoint_of_8b01c16_is_gone_on_from(tmp_path, run_data, method):
     )
     start = load_file(HERE / method / "model.safetensors")
     assert any(not torch.equal(start[name], resumed[name]) for name in resumed)
+    if Version(torch.__version__).release[:2] < (2, 13):
+        pytest.skip(f"torch {torch.__version__} draws other initial weights than 2.13, which the checkpoint is of")
     for name, tensor in unbroken.items():  # processors round alike, but for the last digits
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=2e-5)
     last = [next(entry for entry in reversed(entries) if "loss" in entry) for entries in log]
