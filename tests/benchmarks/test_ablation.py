@@ -284,7 +284,8 @@ def test_a_real_run_and_its_test(tmp_path):
     """Trained, evaluated on validation alone; the student is left, its checkpoints are not; then the test split."""
     recipe = tmp_path / "recipe.yaml"
     data = write_data(tmp_path / "data") / "mapped"
-    fields = {**SETTINGS, "vision_config": VISION["vit"], "dataset_name": str(data), "output_dir": "elsewhere"}
+    fields = {**SETTINGS, "vision_config": VISION["vit"], "dataset_name": str(data)}
+    fields |= {"output_dir": str(tmp_path / "elsewhere")}
     fields |= {"text_config": json.loads(SETTINGS["text_config"]), "per_device_train_batch_size": 4}
     fields |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     recipe.write_text(yaml.safe_dump(fields))
