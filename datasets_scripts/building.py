@@ -26,20 +26,7 @@ from .duplicates import (
     say_shared_captions,
 )
 from .left_out import LeftOut
-from .splits import SPLITS as SPLITS
 from .splits import assign_splits, given_splits
-
-
-# A split's usual names, and Karpathy's second part of the training images -> the split.
-SPLIT_OF = {
-    "train": "train",
-    "restval": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
 
 
 def parse_arguments(parser: Command, arguments: list[str] | None) -> argparse.Namespace:

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from rows.command_line import Command, run_program
 
-from .building import SPLITS, Row, build, parse_arguments
+from .building import Row, build, parse_arguments
 from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
+from .splits import SPLITS
 
 
 # Drawings -> distribution, its version, its module, the font, and how it is drawn.

@@ -22,8 +22,9 @@ from rows.command_line import Command, run_program
 from rows.files import write_beside
 
 from . import glyphs
-from .building import SPLITS, parse_arguments, push
+from .building import parse_arguments, push
 from .glyphs import IMAGE_SIZE, GlyphDrawer, components, package_folder, png
+from .splits import SPLITS
 
 
 QTAWESOME_VERSION = "1.4.2"

@@ -15,9 +15,11 @@ from model_cards.tables import as_code
 from rows.command_line import Command
 from rows.files import file_in, read_file
 
-from .building import SPLIT_OF, SPLITS, Row, build, parse_arguments
+from .building import Row, build, parse_arguments
 from .source_rows import Columns, rows_by_split
 from .sources import Source
+from .split_words import SPLIT_NAMES
+from .splits import SPLITS
 
 
 # Counts of training images that come of a well-known mistake.
@@ -76,7 +78,7 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
             if entry["imgid"] in seen:
                 raise ValueError("this imgid occurs twice")
             seen.add(entry["imgid"])
-            if entry["split"] not in SPLIT_OF:
+            if entry["split"] not in SPLIT_NAMES:
                 raise ValueError(f"unknown split {entry['split']!r}, expected train, restval, val or test")
             captions = [sentence["raw"] for sentence in entry["sentences"]]
             if not all(isinstance(caption, str) for caption in captions):
@@ -87,7 +89,7 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
             what = f"has no {error}" if isinstance(error, KeyError) else error
             name = entry.get("filename") if isinstance(entry, dict) else entry
             raise ValueError(f"{path.name}: images[{i}] ({name!r}): {what}") from None
-        parts[SPLIT_OF[entry["split"]]].append(row)
+        parts[SPLIT_NAMES[entry["split"]]].append(row)
     return parts
 
 

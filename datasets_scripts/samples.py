@@ -20,10 +20,9 @@ from datasets_scripts.source_rows import (
     find_columns,
     is_missing,
 )
-from datasets_scripts.split_words import split_of_path
 
 
-LONGEST_TEXT = 1 << 20  # bytes, of a .txt or .json in a tar
+LONGEST_TEXT = 1 << 20  # bytes, of a .txt or .json in a tar or beside an image
 
 
 def captions_of_sample(described: dict | None, text: str | None) -> list[str]:
@@ -46,6 +45,16 @@ def id_of_sample(described: dict | None, key: str, tar: PurePosixPath) -> str:
     """
     named = (described or {}).get(next((name for name in ID_NAMES if name in (described or {})), ""))
     return str(named) if not is_missing(named) else (tar.with_suffix("") / key).as_posix()
+
+
+def row_of_sample(image: object, described: dict | None, text: str | None, key: str, tar: PurePosixPath) -> dict:
+    """The cells of a sample in a [`Table`]: what its .json says, and `__image__`, `__captions__` and `__id__`."""
+    return {
+        **(described or {}),
+        "__image__": image,
+        "__captions__": captions_of_sample(described, text),
+        "__id__": id_of_sample(described, key, tar),
+    }
 
 
 def place_of_tar(url: str, root: str) -> PurePosixPath:
@@ -81,14 +90,8 @@ def table_of_tar(file: Path, root: Path, columns: Columns, failed: list[str]) ->
             failed.append(f"{place}, sample {key}: {status}")
             continue
         names |= (described or {}).keys()
-        rows.append(
-            {
-                **(described or {}),
-                "__image__": sample.get("image"),
-                "__captions__": captions_of_sample(described, sample.get("txt")),
-                "__id__": id_of_sample(described, key, PurePosixPath(place.as_posix())),
-            }
-        )
+        tar = PurePosixPath(place.as_posix())
+        rows.append(row_of_sample(sample.get("image"), described, sample.get("txt"), key, tar))
     if columns.captions is None and not any(row["__captions__"] for row in rows):
         kinds = sorted({kind for sample in samples.values() for kind in sample["files"]})
         raise ValueError(
@@ -145,11 +148,6 @@ def _read_slice(file: Path, offset: int, size: int) -> bytes:
     with file.open("rb") as tar:
         tar.seek(offset)
         return tar.read(size)
-
-
-def split_of_tar(place: Path) -> tuple[str | None, str | None]:
-    """The split that a tar's name or folder says, and which name said it."""
-    return split_of_path(place, is_table=True)
 
 
 def image_names(names: list[str]) -> Iterator[str]:

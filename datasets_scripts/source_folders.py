@@ -6,13 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from datasets_scripts.samples import captions_of_sample
+from datasets_scripts.samples import LONGEST_TEXT, captions_of_sample
 from datasets_scripts.source_files import TEXT_SUFFIXES, suffix_of
 from datasets_scripts.source_rows import IMAGE_SUFFIXES, Columns, ImageFolder, Table
 from datasets_scripts.split_words import split_of_name
-
-
-LONGEST_SIDECAR = 1 << 20  # bytes
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -108,8 +105,8 @@ def _read_json(path: Path) -> object:
 
 
 def _read(path: Path) -> str:
-    if path.stat().st_size > LONGEST_SIDECAR:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, expected {LONGEST_SIDECAR:,} at most")
+    if path.stat().st_size > LONGEST_TEXT:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, expected {LONGEST_TEXT:,} at most")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ import datasets
 from huggingface_hub import constants
 
 from datasets_scripts.opening import license_on_card, readable
-from datasets_scripts.samples import captions_of_sample, id_of_sample, image_names, place_of_tar, table_of_tar
+from datasets_scripts.samples import image_names, place_of_tar, row_of_sample, table_of_tar
 from datasets_scripts.source_files import TEXT_SUFFIXES, read_text_table, suffix_of
 from datasets_scripts.source_folders import has_sidecars, list_images, table_of_classes, table_of_sidecars, tables_in
 from datasets_scripts.source_rows import Columns, ImageFolder, Table, find_columns
@@ -87,7 +87,7 @@ class Source:
         return tables
 
     def _tables_of_folder(self, path: Path) -> list[Table]:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if _is_saved(path):
             with readable(self.name):
                 return self.tables_of_datasets(datasets.load_from_disk(path))
         if files := sorted(file for file in path.rglob("metadata.*") if file.name in METADATA):
@@ -189,13 +189,9 @@ class Source:
         def rows() -> Iterator[dict]:
             for i, cells in enumerate(_plain_rows(texts)):
                 described = cells.get("json") if isinstance(cells.get("json"), dict) else None
+                image = partial(_read_cell, images, i, found[0])
                 tar = place_of_tar(cells["__url__"], self.name)
-                yield {
-                    **(described or {}),
-                    "__image__": partial(_read_cell, images, i, found[0]),
-                    "__captions__": captions_of_sample(described, cells.get("txt")),
-                    "__id__": id_of_sample(described, cells["__key__"], tar),
-                }
+                yield row_of_sample(image, described, cells.get("txt"), cells["__key__"], tar)
 
         columns = Columns("__image__", captions or ("__captions__",), self.columns.id, self.columns.group)
         return Table(name, columns, rows(), template=self.template)
@@ -245,6 +241,11 @@ class Source:
             print(f"{what} no row and stay out; the first: {lost[0]}")
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder: a dataset, or a single split."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def _without_split(rows) -> Iterator[dict]:
     for cells in rows:
         yield {name: cell for name, cell in cells.items() if name != "split"}
@@ -289,7 +290,7 @@ def _read_cell(images: datasets.Dataset, i: int, column: str) -> bytes:
 def license_of_source(source: str) -> str | None:
     """What a dataset or a folder's card says of its licence; None for other sources."""
     path = Path(source)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved(path):
         loaded = datasets.load_from_disk(source)
         part = loaded if isinstance(loaded, datasets.Dataset) else next(iter(loaded.values()))
         return part.info.license or None

@@ -6,18 +6,17 @@ import re
 from pathlib import PurePath
 
 
-# `restval` is Karpathy's second part of the training images.
-SPLIT_OF = {
+# What published files call their splits; `restval` is Karpathy's second part of the training images.
+SPLIT_NAMES = {
     "train": "train",
-    "training": "train",
     "restval": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
     "test": "test",
-    "testing": "test",
 }
+SPLIT_OF = {**SPLIT_NAMES, "training": "train", "testing": "test"}
 
 
 def split_of_word(word: str) -> str | None:
