@@ -281,14 +281,11 @@ class DSMDTrainer(RetrievalTrainer):
             weighted = history.prod(dim=1)
             shares = weighted / weighted.sum(dim=1, keepdim=True).clamp(min=1e-12)
             rows = torch.cat([history, shares[:, None]], dim=1)
-            # A skipped step's losses may not be finite.
-            means = torch.where(torch.isfinite(rows), rows, torch.nan).nanmean(dim=0).tolist()  # one sync
-            for kind, values in zip(("loss", "weight", "share"), means):
+            for kind, values in zip(("loss", "weight", "share"), mean_of_finite(rows)):
                 logs.update({f"{kind}_{name}": value for name, value in zip(self.args.losses, values)})
             self._history.clear()
         if "loss" in logs and self._pair_history:
-            pairs = torch.stack(self._pair_history)  # [steps, m]
-            means = torch.where(torch.isfinite(pairs), pairs, torch.nan).nanmean(dim=0).tolist()
+            means = mean_of_finite(torch.stack(self._pair_history))
             logs.update({f"loss_{name}": value for name, value in zip(self.pair_names, means)})
             self._pair_history.clear()
         super().log(logs, start_time)
@@ -376,6 +373,11 @@ class DSMDTrainer(RetrievalTrainer):
 def summed(terms: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
     """Each loss as the sum of its pairs, `[n]`."""
     return torch.stack([sum(of_pairs.values()) for of_pairs in terms.values()])
+
+
+def mean_of_finite(values: torch.Tensor) -> list:
+    """Means over the steps of `[steps, ...]`, in one sync: a skipped step's losses may not be finite."""
+    return torch.where(torch.isfinite(values), values, torch.nan).nanmean(dim=0).tolist()
 
 
 class _UpdateBalancer(TrainerCallback):

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 
-T = TypeVar("T")
 Result = TypeVar("Result")
 
 
@@ -162,7 +161,7 @@ def in_order_of_batches(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tenso
     return torch.cat([parts[rank * batches + batch] for batch in range(batches) for rank in range(ranks)])
 
 
-def decided_by_first_rank(decide: Callable[[], T]) -> T:
+def decided_by_first_rank(decide: Callable[[], Result]) -> Result:
     """What the first rank makes of its disk, on every rank: those of other machines may see another.
 
     Args:

@@ -65,11 +65,10 @@ def _take(args: TrainingArguments, overwrite: bool, own: Sequence[str]) -> None:
                 f"output_dir {folder} holds {named(names)} and no run of this program: give another --output_dir, "
                 "in which nothing is written over."
             )
-    else:
-        if overwrite:
-            _check_ours(folder, own)
-        elif not (folder / COMMAND_FILE).is_file():
-            raise ValueError(_another(folder))
+    elif overwrite:
+        _check_ours(folder, own)
+    elif not (folder / COMMAND_FILE).is_file():
+        raise ValueError(_another(folder))
 
 
 def digest_of(*parts: dict[str, object]) -> str:
