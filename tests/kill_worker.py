@@ -91,4 +91,4 @@ def main(unbroken: list[str], broken: list[str], kind: str, place: float, rank: 
 
 
 if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    distributed.run_launched(lambda: main(**json.loads(sys.argv[1])))

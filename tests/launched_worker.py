@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import train
+from trainers.run.distributed import run_launched
 from trainers.student import build_student
 
 
@@ -53,4 +54,4 @@ def main(folder: Path, recipe: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    run_launched(lambda: main(Path(sys.argv[1]), sys.argv[2]))

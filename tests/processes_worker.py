@@ -273,4 +273,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    distributed.run_launched(lambda: main(Path(sys.argv[1])))

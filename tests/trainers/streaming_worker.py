@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from test_streaming import full_state, make_trainer
 from transformers import Trainer
 
+from trainers.run.distributed import run_launched
+
 
 def main(folder: Path) -> None:
     names = sorted(map(str, (folder / "rows").glob("*.parquet")))
@@ -49,4 +51,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_launched(lambda: main(Path(sys.argv[1])))

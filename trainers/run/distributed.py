@@ -44,6 +44,9 @@ def run_launched(main: Callable[[], None]) -> None:
             raise
         print(*([stop.code] if isinstance(stop.code, str) else []), line, sep="\n", file=sys.stderr)
         sys.exit(2 if stop.code == 2 else 1)
+    # Gloo's threads, where they are left to the interpreter's end, now and then abort a process that is done.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _launchers_traceback() -> str | None:

@@ -103,4 +103,4 @@ def main(folder: Path, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    distributed.run_launched(lambda: main(Path(sys.argv[1]), json.loads(sys.argv[2])))

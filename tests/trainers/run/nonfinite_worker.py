@@ -26,4 +26,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    distributed.run_launched(lambda: main(Path(sys.argv[1])))

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 
 import train
 from trainers.base_trainer import RetrievalTrainer
+from trainers.run.distributed import run_launched
 
 
 def to_the_group(number: int) -> None:
@@ -55,4 +56,4 @@ def main(unbroken: list[str], broken: list[str], number: int, moment: str, at: i
 
 
 if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    run_launched(lambda: main(**json.loads(sys.argv[1])))
