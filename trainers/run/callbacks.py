@@ -1,4 +1,4 @@
-"""What a run does at its beginning and at an epoch's: Trainer calls these."""
+"""Callbacks: what a run does when it begins, and when an epoch begins or ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .interruption import epoch_ends
 
 
 class MarkBeginning(TrainerCallback):
-    """Tells the trainer that training begins, and leaves in the log, for the card, that a run was resumed."""
+    """Tells the trainer that training begins. Of a resumed run it also notes that in the log, which the card reads."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -21,8 +21,8 @@ class MarkBeginning(TrainerCallback):
 
 
 class SaveAtEpochEnd(TrainerCallback):
-    """At an epoch's last step saves after what the epoch's end logs and evaluates: a resumed run does not come back
-    to it."""
+    """Postpones a save that is due at an epoch's last step until the epoch's end has logged and evaluated: a run that
+    is resumed from it does neither again."""
 
     postponed = False
 
@@ -36,7 +36,7 @@ class SaveAtEpochEnd(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the dataset the epoch: a run resumed in mid-epoch does not (accelerate's skipping loader forgets to)."""
+    """Tells the dataset which epoch begins: in an epoch that is resumed midway, accelerate's loader does not."""
 
     def __init__(self, dataset):
         self.dataset = dataset

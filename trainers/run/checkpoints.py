@@ -19,17 +19,17 @@ from rows.files import give_rights, write_whole
 
 logger = logging.getLogger(__name__)
 
-NOT_THE_DISKS = (torch.OutOfMemoryError, torch.distributed.DistError)  # RuntimeErrors too, but of memory and network
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for the disk's
+NOT_THE_DISKS = (torch.OutOfMemoryError, torch.distributed.DistError)  # RuntimeErrors that are no fault of the disk
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors raise their own for a disk that is full
 MANIFEST = "_manifest.json"  # sizes and digests; the underscore keeps it out of the model repository's root
 BESIDE = "_checkpoint"  # where a checkpoint is written
 WRITING = "_writing"  # where the files of a student are written before they are moved into its folder
-OLD = "_old-"  # and where the one goes whose name it gets
+OLD = "_old-"  # prefix of a checkpoint that is being replaced, until the new one has its name
 REPLACED = "_replaced"  # where an old run lies until the one in its place has a checkpoint
 
 
 class NotResumable(ValueError):
-    """What a run is to go on from is damaged, or of another run: the message says which, and what to do."""
+    """The checkpoint to resume from is damaged or of another run; the message says which, and what to do."""
 
 
 def seal(folder: Path) -> None:
@@ -48,7 +48,7 @@ def seal(folder: Path) -> None:
 
 
 def reseal(folder: Path, name: str) -> None:
-    """Notes that one file of a sealed checkpoint was written anew. Of a manifest that is a link the original stays."""
+    """Updates a checkpoint's manifest for one rewritten file. The original of a hard-linked manifest stays."""
     files = json.loads((folder / MANIFEST).read_text())
     files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
     with write_whole(folder / MANIFEST) as beside:
@@ -56,7 +56,7 @@ def reseal(folder: Path, name: str) -> None:
 
 
 def copy_sealed(source: Path, target: Path) -> None:
-    """Copies a sealed checkpoint, and nothing that lies beside its files."""
+    """Copies the files that a checkpoint's manifest names, and nothing else that lies in its folder."""
     sealed = json.loads((source / MANIFEST).read_text())
     for path in [*_files(source), source / MANIFEST]:
         name = path.relative_to(source).as_posix()
@@ -66,7 +66,7 @@ def copy_sealed(source: Path, target: Path) -> None:
 
 
 def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
-    """Moves the files of one folder into another, each whole, those named last in this order; removes the one."""
+    """Renames every file of `beside` into `folder`, those in `last` at the end, in its order; removes `beside`."""
     give_rights(beside)
     names = [path.relative_to(beside).as_posix() for path in _files(beside)]
     for name in sorted(names, key=lambda name: (last.index(name) + 1 if name in last else 0, name)):
@@ -77,8 +77,8 @@ def move_files(beside: Path, folder: Path, last: tuple[str, ...]) -> None:
 
 
 def publish(beside: Path, folder: Path) -> None:
-    """Gives a sealed checkpoint its name; one that has the name already, of an earlier attempt, goes. A folder that is
-    no checkpoint of ours gets another name."""
+    """Renames a sealed checkpoint to `folder`. A checkpoint that an earlier attempt left there is deleted; a
+    folder that is no checkpoint of ours is renamed."""
     give_rights(beside)
     old = folder.with_name(f"{OLD}{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
@@ -96,11 +96,11 @@ def publish(beside: Path, folder: Path) -> None:
 
 
 def discard_replaced(output_dir: Path) -> None:
-    """Deletes the run that lies aside: the one in its place has a checkpoint, or its final student."""
+    """Deletes the old run that was moved aside. Called once the new one has a checkpoint or its final student."""
     old = output_dir / f"{OLD}run"
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed
     if (output_dir / REPLACED).is_dir():
-        (output_dir / REPLACED).rename(old)  # killed meanwhile, no part of it is left that looks like a run
+        (output_dir / REPLACED).rename(old)  # first, so that a kill in mid-delete leaves nothing that looks like a run
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -131,7 +131,7 @@ def of_run(output_dir: str | os.PathLike) -> list[Path]:
 
 def last_whole(output_dir: str | os.PathLike) -> Path | None:
     """The last whole checkpoint of a run; damaged ones after it are named and passed over."""
-    for old in Path(output_dir).glob(f"{OLD}checkpoint-*"):  # killed before another had its name
+    for old in Path(output_dir).glob(f"{OLD}checkpoint-*"):  # left by a kill between the renames of `publish`
         if not (folder := old.with_name(old.name.removeprefix(OLD))).exists():
             old.rename(folder)
     for folder in reversed(of_run(output_dir)):
@@ -143,7 +143,7 @@ def last_whole(output_dir: str | os.PathLike) -> Path | None:
 
 
 def to_go_on_from(asked: str | bool | None, output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint that a run goes on from; None where it begins.
+    """The checkpoint to resume from, checked to be whole; None where the run starts from the beginning.
 
     Args:
         asked: a checkpoint's folder; True for the last whole one in `output_dir`; None or False for none.
@@ -167,7 +167,7 @@ def to_go_on_from(asked: str | bool | None, output_dir: str | os.PathLike) -> st
 
 
 def cannot_write(what: str, error: Exception, output_dir: str | os.PathLike) -> OSError:
-    """An error that says which checkpoint there is where the disk refuses another."""
+    """The error for a disk that refuses a checkpoint; it names the last one there is."""
     before = of_run(output_dir)
     return OSError(
         f"{what} could not be written: {error_line(error)}. The last checkpoint is "
@@ -181,8 +181,8 @@ def error_line(error: Exception) -> str:
 
 
 def rotate(output_dir: str | os.PathLike, limit: int | None, newest: Path, best: str | None) -> None:
-    """Deletes the oldest checkpoints over the limit, by their steps: clocks are set back. Never the one just written,
-    which is whole, nor the best, nor what has no manifest, which this program did not write."""
+    """Deletes the oldest checkpoints over the limit: by step and not by time, since clocks are set back. It spares the
+    newest, the best, and folders without a manifest, which this program did not write."""
     kept = {newest} if best is None else {newest, Path(best)}
     older = [folder for folder in of_run(output_dir) if folder not in kept and (folder / MANIFEST).is_file()]
     for folder in older[: max(0, len(older) + len(kept) - limit)] if limit else []:
@@ -203,7 +203,7 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Writes what the system still holds of a file, or of a folder's names, to the disk."""
+    """Forces a file, or the list of a folder's names, from the system's cache to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folder
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Rows of all ranks, in rank order, where every rank may hold another number of them."""
+"""Several processes: rows, errors and decisions that all ranks share, and what a launcher changes for a program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def use_the_cores(device: torch.device, processes: int) -> None:
-    """`accelerate launch` leaves one thread on a CPU; a single process takes the cores it may use."""
+    """Lets a single process on a CPU use all its cores: `accelerate launch` sets OMP_NUM_THREADS to 1."""
     if device.type == "cpu" and processes == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(usable_cores())
 
@@ -31,20 +31,20 @@ def usable_cores() -> int:
 
 
 def run_launched(main: Callable[[], None]) -> None:
-    """Runs a program that may have been started by `accelerate launch`, whose own traceback then follows any error: a
-    line says so after the program's sentence, or it would be lost above.
+    """Runs a program; where `accelerate launch` started it, a line after an error's sentence explains the launcher's
+    own traceback, which follows and would hide it.
 
-    The launcher leaves the traceback out where it is told `-q` and starts one process. A program cannot tell it.
+    The launcher prints none with `-q` and one process; the program itself cannot switch it off.
     """
     try:
         main()
     except SystemExit as stop:
         line = _launchers_traceback()
-        if line is None or not (isinstance(stop.code, str) or stop.code == 2):  # 2: of argparse, which has printed
+        if line is None or not (isinstance(stop.code, str) or stop.code == 2):  # 2: argparse has printed
             raise
         print(*([stop.code] if isinstance(stop.code, str) else []), line, sep="\n", file=sys.stderr)
         sys.exit(2 if stop.code == 2 else 1)
-    # Gloo's threads, where they are left to the interpreter's end, now and then abort a process that is done.
+    # Gloo's threads, if they live until the interpreter ends, now and then abort a process that is done.
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -78,12 +78,12 @@ def rank() -> int:
 
 @functools.cache
 def _host_group() -> dist.ProcessGroup | None:
-    """Processes that talk without their devices; None where they do so anyway."""
+    """A group of all processes that talks by gloo, without the GPUs; None where the default group does."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def gather_counts(counts: list[list[int]]) -> torch.Tensor:
-    """The counts `[A, ...]` of all ranks, `[W, A, ...]` on the CPU: no device is waited for."""
+    """The counts `[A, ...]` of all W ranks as `[W, A, ...]`, on the CPU: no GPU is waited for."""
     own = torch.tensor(counts)
     if world_size() == 1:
         return own[None]
@@ -104,7 +104,7 @@ def gather_arrays(own: np.ndarray) -> list[np.ndarray]:
 
 
 def agree(work: Callable[[], Result]) -> Result:
-    """What `work` returns on this rank. Where it fails on any rank, it fails on all with the first such rank's words.
+    """What `work` returns on this rank. Where it fails on any rank, it fails on all, with the first such rank's words.
 
     To be called on every rank.
 
@@ -165,13 +165,13 @@ def in_order_of_batches(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tenso
 
 
 def decided_by_first_rank(decide: Callable[[], Result]) -> Result:
-    """What the first rank makes of its disk, on every rank: those of other machines may see another.
+    """What `decide` returns on the first rank, on every rank: ranks on other machines may see another disk.
 
     Args:
-        decide: called on the first rank alone; gives something small.
+        decide: called on the first rank alone; returns something small.
 
     Raises:
-        ValueError: on every rank, where the first one's call raises it or an OSError (which it raises itself).
+        ValueError: on every rank, where `decide` raises it or an OSError; the first rank raises the OSError itself.
     """
     if world_size() == 1:
         return decide()
@@ -200,7 +200,7 @@ def from_first_rank(value: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's tensor, a constant."""
+    """The sum of all ranks' tensors, without gradient."""
     value = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(value)

@@ -22,9 +22,9 @@ from .checkpoints import copy_sealed, damage, error_line, publish, reseal
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
-# Of a checkpoint, what only resuming needs; the rest is the student as `from_pretrained` takes it.
+# Files of a checkpoint that only resuming needs; the others are the student that `from_pretrained` loads.
 RESUME_FILE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|_.*")
-# Nor what codecarbon writes: where on earth the machine stands.
+# Files of a run's folder that are never pushed: emissions.csv says where on earth the machine stands.
 NOT_THE_STUDENTS = ("_*", "checkpoint-*/*", "*.part", "emissions.csv")
 
 
@@ -48,8 +48,8 @@ def let_workers_fork() -> None:
 
 
 def snapshot(checkpoint: Path, folder: Path) -> None:
-    """The checkpoint's files under a new folder, as hard links where the disk has them: it may be rotated away
-    before it is pushed. The path of the best checkpoint on this machine becomes its name.
+    """The checkpoint's files in a new folder, as hard links where the disk has them: the checkpoint may be rotated
+    away before it is pushed. Of the best checkpoint's path on this machine only the name is kept.
 
     Raises:
         OSError: the disk refuses.
@@ -81,11 +81,11 @@ def push_checkpoint(
     private,
     optional: Sequence[str] = (),
 ) -> None:
-    """One commit, so that every revision is whole: the student at the root, and all files under `place` to resume.
-    Files of an earlier run that are not this one's go, where they would be taken for its own.
+    """Pushes a checkpoint in one commit, so that every revision is whole: the student at the root, and all files under
+    `place` to resume from. Files of an earlier run are deleted where they would be taken for this run's.
 
     Args:
-        folder: of [`snapshot`]; removed at the end.
+        folder: made by [`snapshot`]; removed at the end.
         place: `last-checkpoint` or `checkpoint-N` in the repository; None to push the student alone.
         optional: names of files that not every student has.
     """
@@ -106,7 +106,7 @@ def push_checkpoint(
             if name not in added and (name in optional or (place is not None and name.startswith(f"{place}/")))
         ]
         api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    except Exception as error:  # of many classes: no repository, permission, connection or disk may end a training
+    except Exception as error:  # of any class: no failure of the Hub, the network or the disk may end a training
         logger.warning(
             f"Push to {repo_id} failed ({message}): {error_line(error)}. Training goes on; the next save pushes."
         )
@@ -117,10 +117,10 @@ def push_checkpoint(
 def push_run(
     folder: str, repo_id: str, message: str, revision: str | None, private: bool | None, optional: Sequence[str] = ()
 ):
-    """The finished run's folder, checkpoints apart. A failure is reported with the command that completes the push.
+    """Pushes the finished run's folder without its checkpoints. A failure is printed with the command to complete it.
 
     Args:
-        optional: names of files that not every student has: those of an earlier run go, this run's own stay.
+        optional: names of files that not every student has: an earlier run's are deleted, this run's own stay.
 
     Returns:
         The commit, or None where the push failed.
@@ -134,7 +134,7 @@ def push_run(
             folder_path=folder,
             commit_message=message,
             revision=revision,
-            ignore_patterns=list(NOT_THE_STUDENTS),  # it adds to the list
+            ignore_patterns=list(NOT_THE_STUDENTS),  # a copy: the call appends to it
             delete_patterns=list(optional),
         )
     except Exception as error:  # as in `push_checkpoint`
@@ -159,7 +159,7 @@ def forget_host(folder: Path) -> None:
 
 
 def pushed_place(strategy: HubStrategy, checkpoint: str) -> str | None:
-    """Where a checkpoint's files to resume from go in the repository; None where they do not."""
+    """The repository's folder for a checkpoint's files to resume from; None where they are not pushed."""
     if strategy == HubStrategy.CHECKPOINT:
         return LAST_CHECKPOINT
     return Path(checkpoint).name if strategy == HubStrategy.ALL_CHECKPOINTS else None
@@ -168,7 +168,7 @@ def pushed_place(strategy: HubStrategy, checkpoint: str) -> str | None:
 def fetch_last_checkpoint(repo_id: str, output_dir: str) -> str:
     """Downloads `last-checkpoint` of a repository as the run's own `checkpoint-N`, and returns that folder.
 
-    Where the best checkpoint so far was another, it stayed where the run was: which is the best is then forgotten.
+    The best checkpoint so far may be another one, which is not on the Hub: then it is forgotten which was the best.
 
     Raises:
         ValueError: the repository has no `last-checkpoint`, or a damaged one.

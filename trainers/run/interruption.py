@@ -45,10 +45,10 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the two signals until the end of the block; a second Ctrl-C does what it always does, a second SIGTERM
-        nothing: a scheduler sends one to the whole group, and a launcher another."""
+        """Handles both signals within the block. A second Ctrl-C does what it always does; a second SIGTERM does
+        nothing, since a scheduler sends one to the whole process group and a launcher another."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
+            yield  # only the main thread may set handlers
             return
         process = os.getpid()
 

@@ -1,4 +1,4 @@
-"""Worker processes of a data loader."""
+"""Worker processes of a data loader: they outlive a signal to the whole group, and not their parent."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ HELD_BACK = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigtimedwait") e
 
 
 def shielded(loader: DataLoader) -> DataLoader:
-    """Lets a loader's worker processes leave with their parent, and for no signal but its own.
+    """Makes a loader's worker processes exit with their parent, and at no signal but the parent's.
 
-    A scheduler's SIGTERM and a terminal's Ctrl-C reach the whole process group. What the training does about them is
-    the main process's to decide: a worker that dies of them takes the step with it, and the run.
+    A scheduler's SIGTERM and a terminal's Ctrl-C reach the whole process group. The main process decides what to do
+    about them: a worker that died of one would end the step, and the run.
 
     Args:
         loader: one of torch's, or as accelerate has prepared it; it is changed.
@@ -40,7 +40,7 @@ def shielded(loader: DataLoader) -> DataLoader:
 
 
 def _quiet_process(kind: type[multiprocessing.Process], *args, **kwargs) -> multiprocessing.Process:
-    """A process that is started with the signals held back: it inherits that, from before its first instruction."""
+    """A process that is started with the signals blocked: it inherits that, and is safe from the first instruction."""
     process = kind(*args, **kwargs)
     start = process.start
 
@@ -59,10 +59,10 @@ def _quiet_process(kind: type[multiprocessing.Process], *args, **kwargs) -> mult
 
 
 class StayWithParent:
-    """What a worker does first: from then on it leaves when its parent is gone or says so, in mid-batch too.
+    """What a worker does first: from then on it exits when its parent is gone or terminates it, in mid-batch too.
 
     Args:
-        then: what else is to be done in a worker, given its number.
+        then: called next in the worker, with its number.
     """
 
     def __init__(self, then: Callable[[int], None] | None):
@@ -90,9 +90,10 @@ def _leave_with_parent() -> None:
 
 @contextmanager
 def name_killed_workers() -> Iterator[None]:
-    """Says what to do where a process of a data loader was killed: torch says so anywhere, and not why.
+    """Gives torch's errors about a killed loader worker one sentence with the cause and what to do.
 
-    Where it dies while it hands over a batch, torch passes on the broken connection, if the process is not gone yet.
+    Torch raises them at any line, without a cause; a worker killed while it hands over a batch shows as a broken
+    connection.
     """
     try:
         yield

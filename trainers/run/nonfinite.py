@@ -30,8 +30,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.pending: list[tuple] = []  # of the steps since the last look: step, skipped [], losses [n], rows
 
     def note_rows(self, names: list[str], broken: torch.Tensor) -> None:
-        """Names of a micro-batch's rows, and `[N]` bool on the device: whether what the model made of each is not
-        finite."""
+        """Notes the names of a micro-batch's rows, and which have embeddings that are not finite: bool `[N]`."""
         self.rows.append((names, broken))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -41,7 +40,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.pending.append((state.global_step + 1, skipped, self.trainer.latest_losses().clone(), self.rows))
         self.rows = []
         if self.trainer.accelerator.scaler is not None:
-            return  # it skips by itself
+            return  # the scaler of fp16 skips by itself
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = skipped.float()

@@ -20,20 +20,20 @@ from .hub_push import fetch_last_checkpoint
 from .replacing import COMMAND_FILE, LOCK, OF_THE_MOMENT, is_a_runs, move_aside, settle, strangers
 
 
-LOCK_SECONDS = 15  # loader workers of a run that was killed hold it until they notice
+LOCK_SECONDS = 15  # of waiting for the lock: loader workers of a killed run hold it until they notice
 # What a run may find in its folder.
 NOTHING, TO_REPLACE, TO_GO_ON, INTERRUPTED, FINISHED = "nothing", "to replace", "to go on", "interrupted", "finished"
 
 
 def prepare_output_dir(args: TrainingArguments, overwrite: bool, own: Sequence[str] = ()) -> None:
-    """Refuses at once to write a run where it would harm what is another's. Of two runs at once the second stops.
+    """Refuses at once a folder in which this run would harm another's files. Of two runs at once the second stops.
 
-    Deletes and moves nothing but what an earlier start left undone, see [`settle`]; [`enter`] does, once all else is
-    known to be right.
+    It only finishes what an earlier start left undone, see [`settle`]; [`enter`] moves an old run aside, once all
+    input is known to be right.
 
     Args:
         overwrite: the run that the folder holds is to be replaced.
-        own: patterns of paths from the folder, of what a run leaves there besides what any does.
+        own: patterns (relative paths) of the files that a run of this method leaves there beside those of any run.
 
     Raises:
         ValueError: on every process: the folder cannot be written to, or another run is writing to it; it holds what
@@ -53,7 +53,7 @@ def _take(args: TrainingArguments, overwrite: bool, own: Sequence[str]) -> None:
         raise ValueError(f"Another run is writing to {folder}: wait for it, or give another --output_dir.") from None
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written to: {error}. Give another --output_dir.") from None
-    atexit.register(lock.release)  # held until then
+    atexit.register(lock.release)  # held until the program ends
     goes_on = bool(args.resume_from_checkpoint or args.resume_from_hub)
     settle(folder, own, goes_on and overwrite)
     if not _holds_a_run(folder):
@@ -87,15 +87,14 @@ def enter(args: TrainingArguments, overwrite: bool, own: Sequence[str], command:
         command: [`digest_of`] the run.
 
     Returns:
-        INTERRUPTED where the folder holds this very run, to be gone on from; FINISHED where that run has come to its
-        end, and nothing is to be done.
+        What the folder holds, one of the five constants above: INTERRUPTED and FINISHED are said of this very run.
 
     Raises:
         ValueError: it holds another run.
     """
     folder = Path(args.output_dir)
     found = [_standing(args, overwrite, command) if args.process_index == 0 else None]
-    broadcast_object_list(found)  # and no process reads the old run any more
+    broadcast_object_list(found)  # all processes are here: none reads the old run any more
     if found[0] is None:
         raise ValueError(_another(folder))
     if args.process_index == 0 and found[0] != FINISHED:
@@ -114,11 +113,12 @@ def note_finished(args: TrainingArguments, command: str) -> None:
 
 
 def last_checkpoint(args: TrainingArguments, interrupted: bool = False) -> str | None:
-    """The checkpoint to go on from: that of `--resume_from_hub`, or of `--resume_from_checkpoint`: a folder, or for
-    'last' or 'True' the run's last whole one, None where it was stopped before its first.
+    """The checkpoint that `--resume_from_hub` or `--resume_from_checkpoint` asks for.
+
+    'last' and 'True' stand for the run's last whole one, which is None where it was stopped before its first.
 
     Args:
-        interrupted: the run goes on from its last whole one though it was not told to, see [`enter`].
+        interrupted: as if 'last' were asked for, see [`enter`].
 
     Raises:
         ValueError: on every process, see [`seen_by_all`].
@@ -135,7 +135,7 @@ def last_checkpoint(args: TrainingArguments, interrupted: bool = False) -> str |
 
 
 def seen_by_all(find: Callable[[], Path | str | None]) -> str | None:
-    """The checkpoint that the first process finds, where all read it; None where it finds none.
+    """The checkpoint that the first process finds, once every process has read it; None where it finds none.
 
     Raises:
         ValueError: on every process, what `find` raises, or one of them does not see that checkpoint.
@@ -164,7 +164,7 @@ def seen_by_all(find: Callable[[], Path | str | None]) -> str | None:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether there is more than scraps of a run that was killed at its start: a run's, or another's."""
+    """Whether the folder holds more than the scraps of a run that was killed at its start."""
     is_scrap = (OF_THE_MOMENT.fullmatch(path.name) and path.name != COMMAND_FILE for path in folder.iterdir())
     return not all(is_scrap)
 

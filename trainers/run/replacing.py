@@ -1,5 +1,4 @@
-"""A new run in the place of an old one: the old one is ours, is moved aside, and goes when there is a result to
-replace it."""
+"""Replaces an old run by a new one: the old one is moved aside, and deleted once the new one has a result."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from .hub_push import RESUME_FILE
 
 
 LOCK = "_lock"  # in output_dir, while a run writes there
-COMMAND_FILE = "_command.json"  # in output_dir: which command the run is of, and what it left at its end
+COMMAND_FILE = "_command.json"  # in output_dir: a digest of the run's command, and the weights that it ended with
 MOVING = "_moving"  # while the old run is moved aside or back
 ARGUMENTS_FILE = "training_args.json"
-# What transformers saves of any student, and trackers in the folder of its run.
+# Files that transformers saves with any model, and trackers in a run's folder.
 FILES = (
     "README.md", "config.json", ARGUMENTS_FILE, "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
@@ -29,17 +28,18 @@ FILES = (
 )  # fmt: skip
 CODE_NAMED_IN = ("config.json", "processor_config.json", "tokenizer_config.json")
 EVENTS = "events.out.tfevents.*"
+# What stands in a run's folder only while something is written or moved.
 OF_THE_MOMENT = re.compile(
     rf"{LOCK}|{BESIDE}(-\d+)?|{WRITING}|_push-\d+|{OLD}.+|{re.escape(COMMAND_FILE)}(\.part)?|{REPLACED}|{MOVING}"
 )
 
 
 def strangers(folder: Path, own: Sequence[str]) -> list[str]:
-    """What lies in a run's folder and no run leaves there: paths from the folder, sorted; files by name, and of a
-    checkpoint what its manifest does not name.
+    """Files in a run's folder that no run leaves there, as sorted relative paths: of a checkpoint those that its
+    manifest does not name, others judged by their names.
 
     Args:
-        own: what a run of this method leaves besides: patterns of paths from the folder.
+        own: patterns (relative paths) of the files that a run of this method leaves beside those of any run.
     """
     sealed = {name for checkpoint in of_run(folder) for name in _sealed(checkpoint)}
     names = {name for name in sealed if "/" not in name and not RESUME_FILE.fullmatch(name)} | _code(folder)
@@ -56,7 +56,7 @@ def is_a_runs(folder: Path) -> bool:
 
 
 def move_aside(folder: Path) -> None:
-    """Moves the run in the folder into `_replaced`. Killed meanwhile, `put_back` finds what was moved."""
+    """Moves the run in the folder into `_replaced`. After a kill midway, `put_back` finds what was moved."""
     moving = folder / MOVING
     moving.mkdir()
     for path in _content(folder):
@@ -65,13 +65,13 @@ def move_aside(folder: Path) -> None:
 
 
 def put_back(folder: Path, own: Sequence[str]) -> bool:
-    """Undoes `move_aside` where the new run has left nothing to go on from; whether it did.
+    """Undoes `move_aside` where the new run has left nothing to go on from; returns whether it did.
 
     Args:
         own: see [`strangers`].
 
     Raises:
-        ValueError: a file of another's lies in the way.
+        ValueError: a file that no run leaves lies in the way.
     """
     replaced, moving = folder / REPLACED, folder / MOVING
     if not moving.is_dir():
@@ -96,11 +96,11 @@ def put_back(folder: Path, own: Sequence[str]) -> bool:
 
 
 def settle(folder: Path, own: Sequence[str], goes_on: bool) -> None:
-    """What an earlier start that was to replace a run, and died, left to do: the old one goes or comes back.
+    """Finishes what a start left undone that died while it replaced a run: the old run goes or comes back.
 
     Args:
         own: see [`strangers`].
-        goes_on: the new run is to be gone on from its beginning, where it has no checkpoint.
+        goes_on: the new run is resumed; where it has no checkpoint, it begins again and the old one stays aside.
     """
     if of_run(folder) or (folder / "config.json").is_file():  # the new run's, which is whole
         if not (folder / MOVING).is_dir():
@@ -141,6 +141,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _literally(name: str) -> str:
+    """A pattern of `fnmatch` that matches this name alone."""
     return re.sub(r"([\[*?])", r"[\1]", name)
 
 

@@ -40,7 +40,7 @@ from .sharding import prepare_sharding
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "_log.json"  # of a checkpoint: what is not logged yet
-PUSH_SECONDS = 20  # what an interrupted run gives a push that is on its way
+PUSH_SECONDS = 20  # how long an interrupted run waits for a push that is on its way
 
 
 class ResumableTrainer(Trainer):
@@ -58,7 +58,7 @@ class ResumableTrainer(Trainer):
         resumed_from: the checkpoint that the run went on from; None where it began at its beginning.
         interruption: its `agreed` is the signal that ended the training, 0 where none did.
         unreadable: lines about inputs that were left out, kept over resumes; a subclass adds to them.
-        arguments_class: its fields are the settings of the method; `args` may have others, which count for nothing.
+        arguments_class: its fields are the method's settings; other fields of `args` are not published or compared.
         optional_files: names of files that not every student has: a push deletes those of an earlier one.
     """
 
@@ -138,7 +138,7 @@ class ResumableTrainer(Trainer):
         return shielded(super().get_train_dataloader())
 
     def _run_epoch(self, **kwargs):
-        """Trainer takes one step more of a run that is resumed at its end, if that is no epoch's; and a stream has no
+        """Takes no step after the last. Resumed there, Trainer takes one more where no epoch ends, and a stream has no
         last epoch."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
@@ -146,20 +146,20 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
 
     def _finalize_training(self, *args):
-        """With a limit of 1 Trainer deletes the last checkpoint where another is the best: then nothing goes on."""
+        """Trainer, limited to 1 checkpoint, deletes the last where another is the best: nothing could be resumed."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         result = super()._finalize_training(*args)
         self.args.save_total_limit = limit
         return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A loss that is not finite, whose step is skipped, must not blot out those that are logged with it."""
+        """Logs a loss that is not finite as 0: its step is skipped, and it must not spoil the mean that is logged."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._latest_loss = loss
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Kept for what skips steps: no callback is told of it."""
+        """Keeps the norm for [`SkipNonFiniteSteps`]: Trainer tells it to no callback."""
         self.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.gradient_norm
 
@@ -168,7 +168,7 @@ class ResumableTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's `train_loss` is a mean over the steps since the run was resumed."""
+        """Makes `train_loss` the mean over all steps; Trainer's is over those since the run was resumed."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         try:
@@ -177,7 +177,7 @@ class ResumableTrainer(Trainer):
             raise checkpoints.cannot_write("The log", error, self.args.output_dir) from error
 
     def gather_step(self, counts: list[list[int]]) -> torch.Tensor:
-        """Counts of every rank's micro-batches of one step, `[W, A, n]` on the CPU, from this rank's `[A, n]`.
+        """Counts of every rank's micro-batches of one step, `[W ranks, A, n]` on the CPU, from this rank's `[A, n]`.
 
         To be called once a step: with the counts the ranks tell each other whether any of them was told to stop.
         """
@@ -197,15 +197,15 @@ class ResumableTrainer(Trainer):
         return {name: value for name, value in self.args.to_dict().items() if name in names}
 
     def identity(self) -> dict[str, object]:
-        """All that the run's result follows from: a checkpoint of a run with another is not gone on from."""
+        """All that the run's result follows from; a checkpoint with another identity is refused."""
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
         return describe_identity(self.settings(), self.args, self.model.config, streamed, self.identity_facts())
 
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
-        """Trainer's writes in place, in parts: a run killed meanwhile leaves what looks like a checkpoint. It also
-        rotates by the clock."""
+        """Trainer writes in place, file by file: a killed run leaves what looks like a checkpoint. It also rotates by
+        the clock."""
         self.store_flos()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         beside = folder.with_name(checkpoints.BESIDE)
@@ -251,8 +251,8 @@ class ResumableTrainer(Trainer):
             )
 
     def _find_best(self, written: Path | None = None) -> None:
-        """Where the best checkpoint is: in this run's folder, which may have moved. One that is there only because the
-        run was interrupted does not count: the unbroken run has it not."""
+        """Sets the best checkpoint's path: in this run's folder, which may have moved. One that was saved only because
+        the run was interrupted does not count: the unbroken run does not have it."""
         step, save_steps = self.state.best_global_step, self.state.save_steps
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         if not step or (by_steps and step % save_steps and step < self.state.max_steps):
@@ -262,8 +262,8 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def go_on(self) -> None:
-        """What Trainer forgets of a resumed run: the losses that are not logged yet, where the best checkpoint is, and
-        an evaluation that was due when the run was interrupted."""
+        """Restores what Trainer forgets of a resumed run: losses that are not logged yet, the best checkpoint's path,
+        and makes an evaluation that was due when the run was interrupted."""
         state = json.loads((Path(self.resumed_from) / LOG_FILE).read_text())
         if self.args.process_index < len(state["losses"]):
             self._tr_loss += state["losses"][self.args.process_index]
@@ -276,7 +276,7 @@ class ResumableTrainer(Trainer):
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Trainer loads by the names in the file, on each process's disk, and loses towers saved under other names."""
+        """Trainer loads by the names in the file, which loses renamed towers, and from each process's own disk."""
         weights = {}
         if self.is_world_process_zero():
             weights = self.model_class.from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
@@ -285,7 +285,7 @@ class ResumableTrainer(Trainer):
         set_model_state_dict(self.model, weights, options=options)
 
     def _load_best_model(self) -> None:
-        """The same fault as in `_load_from_checkpoint`."""
+        """Trainer's has the faults that `_load_from_checkpoint` mends. A damaged best is passed over."""
         best = Path(self.state.best_model_checkpoint)
         wrong = distributed.decided_by_first_rank(lambda: checkpoints.damage(best))
         if wrong is not None:
@@ -331,7 +331,7 @@ class ResumableTrainer(Trainer):
     # The Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Names the repository; each push makes it where it is missing. Trainer's would stop a run the Hub refuses."""
+        """Names the repository, which a push makes where it is missing. Trainer stops the run if the Hub refuses."""
         if not self.is_world_process_zero():
             return
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -368,7 +368,7 @@ class ResumableTrainer(Trainer):
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
 
     def _finish_current_push(self) -> None:
-        """A machine that is taken away waits for no slow Hub: `push_is_unfinished` is then set."""
+        """Waits for the push; on an interrupted run not for long, which then sets `push_is_unfinished`."""
         self.push_is_unfinished = False
         push, until = getattr(self, "push_in_progress", None), None
         while push is not None and not push.is_done() and not self.push_is_unfinished:

@@ -22,7 +22,7 @@ from .checkpoints import NotResumable
 
 logger = logging.getLogger(__name__)
 
-NEWEST_TRIED = "5.24"  # of transformers, by `make soak`; pyproject.toml admits no newer one
+NEWEST_TRIED = "5.24"  # the newest transformers under `make soak`; pyproject.toml admits no newer one
 IDENTITY_FILE = "_run.json"
 STUDENT = "student"  # the prefix of what the model's config says
 FINGERPRINT_ROWS = 256
@@ -34,7 +34,8 @@ FREE = (
     "report_to", "run_name", "save_total_limit", "output_dir", "accelerator_config", "max_skipped_steps", "local_rank",
 )  # fmt: skip
 GLOBAL_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "number of processes")  # their product
-OF_STREAMS = ("dataloader_num_workers",)  # it decides their order
+OF_STREAMS = ("dataloader_num_workers",)  # not free there: it decides the order of the rows
+# Fields of a config that saving adds or changes.
 OF_FILES = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
 
 
@@ -49,7 +50,7 @@ def warn_of_untried_transformers() -> None:
 
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:
-    """A digest of the number of rows and of all columns but the images of some of them, at even distances."""
+    """A digest of the number of rows and, of 256 of them evenly spaced, of all columns but the images."""
     count = min(len(rows), FINGERPRINT_ROWS)
     columns = [name for name in rows.column_names if name != "image"]
     part = rows.select_columns(columns).with_format("arrow")[[i * len(rows) // count for i in range(count)]]
@@ -93,8 +94,8 @@ def check_identity(
 ) -> list[str]:
     """What differs between a checkpoint's run and this one, a line each.
 
-    A setting that the checkpoint does not know, since it is younger, counts as its default there; one that this run
-    does not have, since it is of another method or is gone, does not count.
+    A setting that is newer than the checkpoint counts as its default there. One that this run does not have, because
+    it is of another method or is gone, does not count.
 
     Args:
         now: of this run, see [`describe_identity`].
@@ -126,7 +127,7 @@ def check_identity(
 
 
 def changed_batch(saved: dict[str, object], now: dict[str, object]) -> list[str]:
-    """A line on what another global batch does to a resumed run, where it has another, and on what would keep it."""
+    """Where the rows in a step have changed: a line on what this does to a resumed run, and what would keep them."""
     before, after = (math.prod(run.get(name) or 0 for name in GLOBAL_BATCH) for run in (saved, now))
     if before == after or 0 in (before, after):
         return []

@@ -13,8 +13,8 @@ from . import distributed
 def prepare_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedModel) -> None:
     """Settles in the plugin what accelerate leaves open, and gives every rank the first one's weights, as DDP does.
 
-    Scalars, the temperature, are not sharded, which FSDP 2 cannot: every rank holds them and computes their gradient
-    over all ranks' rows, so that they stay equal.
+    The temperature, a scalar, is not sharded, since FSDP 2 shards no scalars: every rank holds it and computes its
+    gradient over all ranks' rows, so that it stays equal.
 
     Raises: ValueError for settings that leave checkpoints without a student or that do not run.
     """
@@ -29,8 +29,8 @@ def prepare_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedMo
             "False: start from accelerate_configs/fsdp2.yaml."
         )
     if plugin.transformer_cls_names_to_wrap is None:
-        # Towers also name classes that only their siblings have, and ones around the embedding that accelerate shards
-        # by itself.
+        # Without the classes that towers list and do not contain, and without those around the embedding, which
+        # accelerate shards by itself.
         embedding = model.get_input_embeddings()
         apart = {type(module).__name__ for module in model.modules() if embedding not in module.modules()}
         plugin.transformer_cls_names_to_wrap = sorted(apart & set(model._no_split_modules))
