@@ -142,7 +142,7 @@ def test_a_report_that_cannot_be_written_is_made_up_for(tmp_path, run_data, monk
 def test_events_that_cannot_be_written_stop_the_run_and_say_why(tmp_path, rows):
     """TensorBoard's own thread writes them, and raises at a later one."""
     trainer = make_trainer(tmp_path, rows, report_to="tensorboard", max_steps=8)
-    said = "The log could not be written: .*File too large.* The last checkpoint is none: free the disk"
+    said = "The log could not be written: .*File too large.* Last checkpoint: none. Free the disk"
     with disk_full(3000), pytest.raises(OSError, match=said):
         trainer.train()
 

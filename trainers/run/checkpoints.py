@@ -170,8 +170,8 @@ def cannot_write(what: str, error: Exception, output_dir: str | os.PathLike) -> 
     """The error for a disk that refuses a checkpoint; it names the last one there is."""
     before = of_run(output_dir)
     return OSError(
-        f"{what} could not be written: {error_line(error)}. The last checkpoint is "
-        f"{before[-1] if before else 'none'}: free the disk, then go on by --resume_from_checkpoint last."
+        f"{what} could not be written: {error_line(error)}. Last checkpoint: "
+        f"{before[-1] if before else 'none'}. Free the disk, then go on by --resume_from_checkpoint last."
     )
 
 

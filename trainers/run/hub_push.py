@@ -188,7 +188,7 @@ def fetch_last_checkpoint(repo_id: str, output_dir: str) -> str:
     folder = Path(output_dir) / f"checkpoint-{state['global_step']}"
     best = state["best_model_checkpoint"] and Path(output_dir) / Path(state["best_model_checkpoint"]).name
     if best and best != folder and not best.is_dir():
-        logger.warning(f"The best checkpoint so far, {best.name}, is not in {repo_id}: the best is chosen anew.")
+        logger.warning(f"The best checkpoint so far, {best.name}, is not in {repo_id}: the next best one counts.")
         best = state["best_metric"] = state["best_global_step"] = None
     state["best_model_checkpoint"] = best and str(best)
     beside = folder.with_name(f"_{folder.name}")

@@ -70,7 +70,7 @@ class SkipNonFiniteSteps(TrainerCallback):
             text = f"Step {step} is skipped, its gradient is not finite ({_values(losses)}; {_named(rows)})."
             if self.in_a_row == self.limit:
                 raise ValueError(
-                    f"{text} It is the {self.limit}. in a row: the run stops. No weight has changed in these steps, "
+                    f"{text} That makes {self.limit} in a row: the run stops. No weight has changed in these steps, "
                     "and the checkpoints before them are good. Look at the rows named above, lower learning_rate or "
                     "leave out bf16 and fp16, and go on by --resume_from_checkpoint last --allow_changes."
                 )

@@ -63,7 +63,7 @@ def _take(args: TrainingArguments, overwrite: bool, own: Sequence[str]) -> None:
             names = sorted(path.name for path in folder.iterdir() if not OF_THE_MOMENT.fullmatch(path.name))
             raise ValueError(
                 f"output_dir {folder} holds {named(names)} and no run of this program: give another --output_dir, "
-                "in which nothing is written over."
+                "so that nothing is overwritten."
             )
     elif overwrite:
         _check_ours(folder, own)

@@ -289,7 +289,7 @@ class ResumableTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint)
         wrong = distributed.decided_by_first_rank(lambda: checkpoints.damage(best))
         if wrong is not None:
-            logger.warning(f"{best}, the best, is damaged: {wrong}. The last step's counts.")
+            logger.warning(f"{best}, the best, is damaged: {wrong}. The last step's weights stay.")
             self.state.best_model_checkpoint = None
             return
         self._load_from_checkpoint(self.state.best_model_checkpoint)

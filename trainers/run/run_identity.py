@@ -132,7 +132,7 @@ def changed_batch(saved: dict[str, object], now: dict[str, object]) -> list[str]
     if before == after or 0 in (before, after):
         return []
     line = f"rows in a step: {before} in the checkpoint, {after} now, so that the epochs made so far "
-    line += f"{'are taken back to' if after < before else 'count as'} {after / before:.3g} of what they were"
+    line += f"count {after / before:.3g} times what they did"
     if now.get("max_steps", -1) < 0:
         line += f", and the learning rate goes {'back' if after < before else 'ahead'} with them"
     a_micro_step = after // now["gradient_accumulation_steps"]

@@ -153,7 +153,7 @@ def test_the_best_checkpoint_is_named_without_its_path(tmp_path, rows, hub, vali
     if best == "checkpoint-4":
         assert fetched["best_model_checkpoint"] == str(checkpoint)
     else:
-        assert fetched["best_model_checkpoint"] is None and "the best is chosen anew" in caplog.text
+        assert fetched["best_model_checkpoint"] is None and "the next best one counts" in caplog.text
 
 
 def test_a_repository_without_last_checkpoint_is_named(tmp_path, rows, hub):

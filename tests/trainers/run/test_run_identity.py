@@ -134,20 +134,20 @@ def test_more_processes_and_another_method_are_named(checkpoint, tmp_path, monke
     assert differences(checkpoint, tmp_path) == [
         'method: "distillation" in the checkpoint, "contrastive" now',
         "number of processes: 1 in the checkpoint, 2 now",
-        "rows in a step: 16 in the checkpoint, 32 now, so that the epochs made so far count as 2 of what they were",
+        "rows in a step: 16 in the checkpoint, 32 now, so that the epochs made so far count 2 times what they did",
     ]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "factor", "keeps"),
     [
-        ((16, 1, 1), (8, 1, 1), "are taken back to 0.5 of", 2),
-        ((16, 1, 1), (4, 1, 2), "are taken back to 0.5 of", 2),
-        ((8, 2, 2), (8, 2, 1), "are taken back to 0.5 of", 4),
-        ((8, 2, 1), (8, 2, 2), "count as 2 of", 1),
-        ((8, 1, 1), (8, 3, 1), "count as 3 of", 1),
-        ((16, 1, 1), (6, 1, 1), "are taken back to 0.375 of", None),
-        ((8, 1, 1), (16, 1, 1), "count as 2 of", None),
+        ((16, 1, 1), (8, 1, 1), "count 0.5 times", 2),
+        ((16, 1, 1), (4, 1, 2), "count 0.5 times", 2),
+        ((8, 2, 2), (8, 2, 1), "count 0.5 times", 4),
+        ((8, 2, 1), (8, 2, 2), "count 2 times", 1),
+        ((8, 1, 1), (8, 3, 1), "count 3 times", 1),
+        ((16, 1, 1), (6, 1, 1), "count 0.375 times", None),
+        ((8, 1, 1), (16, 1, 1), "count 2 times", None),
         ((8, 2, 1), (16, 1, 1), None, None),
         ((8, 1, 2), (4, 4, 1), None, None),
     ],
@@ -174,10 +174,7 @@ def test_what_another_global_batch_is_said_to_do_is_what_trainer_does(tmp_path, 
     resumed = make_trainer(tmp_path / "resumed", make_rows(16), **more)
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
-    assert (
-        "rows in a step: 8 in the checkpoint, 4 now, so that the epochs made so far are taken back to 0.5"
-        in caplog.text
-    )
+    assert "rows in a step: 8 in the checkpoint, 4 now, so that the epochs made so far count 0.5 times" in caplog.text
     assert "(--gradient_accumulation_steps 2 would keep the step)" in caplog.text
     of_resumed = {entry["step"]: entry for entry in resumed.state.log_history if "learning_rate" in entry}
     assert of_first[4]["epoch"] == 2 and of_resumed[8]["epoch"] == 2 and resumed.state.max_steps == 16
