@@ -29,7 +29,7 @@ def taken_arguments(given: dict[str, object], trainer: str) -> dict[str, object]
         trainer: its class's name, for the message.
 
     Raises:
-        ValueError: such a one is given; which, and what to do instead.
+        ValueError: one of them is given; the message says which, and what to do instead.
     """
     for name, instead in REFUSED.items():
         if given.get(name) is not None:
@@ -38,7 +38,7 @@ def taken_arguments(given: dict[str, object], trainer: str) -> dict[str, object]
 
 
 def check_student(model: nn.Module) -> None:
-    """Refuses a model that is no student of its own.
+    """Refuses a model that cannot be trained and saved as a student.
 
     Raises:
         ValueError: it has an adapter of PEFT, whose checkpoints are no students, or lacks what the trainer reads.
@@ -59,7 +59,7 @@ def check_student(model: nn.Module) -> None:
 def check_evaluated(
     evaluated: dict[str, datasets.Dataset], several: bool, args: RetrievalTrainingArguments, remember: bool
 ) -> None:
-    """Refuses datasets that cannot be evaluated on, by name, and a choice of the best by a figure there is not.
+    """Refuses datasets that cannot be evaluated on, by name, and a metric_for_best_model that none of them has.
 
     Args:
         remember: see [`check_together`].
@@ -79,6 +79,4 @@ def check_evaluated(
     if several and args.eval_strategy != IntervalStrategy.NO and chosen:
         if not any(chosen.startswith(f"{name}_") for name in evaluated):
             examples = " or ".join(f"{name}_rsum" for name in evaluated)
-            raise ValueError(
-                f"metric_for_best_model={chosen!r} is no figure of several eval datasets: say {examples}."
-            )
+            raise ValueError(f"metric_for_best_model={chosen!r} names none of the eval datasets: say {examples}.")

@@ -53,10 +53,10 @@ class RetrievalTrainer(ResumableTrainer):
         eval_dataset: such rows, not streamed; or several such datasets by name, as in `Trainer`.
         processing_class: processor with `image_processor` and `tokenizer`; saved with the model.
         teacher_dim: width D that the teacher's features in `train_dataset` must have; None where they are not read.
-        **kwargs: `callbacks` and `optimizers` as in `Trainer`; its other arguments are refused by name.
+        **kwargs: `callbacks` and `optimizers` as in `Trainer`; what has no effect here is refused by name.
 
-    A model is tried on two images before it is trained: it is refused where captions do not change what it makes of
-    them, and parameters that nothing depends on are named and get no gradient.
+    A model is tried on two images and captions before it is trained: it is refused where the words of a caption do not
+    change its embedding, and parameters that no embedding depends on are named and get no gradient.
 
     Every saved student has a card; set `facts` ([`RunFacts`]) for what it shall say of data, teacher and licence.
     """
@@ -64,7 +64,7 @@ class RetrievalTrainer(ResumableTrainer):
     # compute_loss divides by the counts of the whole step: nothing is left for Trainer to divide by.
     loss_is_scaled_for_ga = True
     arguments_class = RetrievalTrainingArguments
-    method: str  # as on the card, and in the identity of a run
+    method: str  # its name on the card and in the identity of a run
     optional_files = (PCA_FILE,)
 
     def __init__(
@@ -122,7 +122,7 @@ class RetrievalTrainer(ResumableTrainer):
         fingerprints = {name: rows and rows_fingerprint(rows) for name, rows in evaluated.items()}
         self.eval_fingerprint = fingerprints if several else fingerprints["validation"]
         if args.freeze is not None:
-            # Its parameters get no gradient: nothing of the tower is kept for the way back.
+            # Without gradients no activation of the tower is kept for the backward pass.
             getattr(model, f"{args.freeze}_model").requires_grad_(False)
         super().__init__(
             model=model,
@@ -141,7 +141,7 @@ class RetrievalTrainer(ResumableTrainer):
         self.facts = RunFacts()  # for the card
         self.command: str | None = None  # of train.py: a digest of all that the run follows from
         self._teacher_figures: dict[tuple, dict[str, float]] = {}
-        self._signs: set[str] = set()  # of a collapse, that were warned of
+        self._signs: set[str] = set()  # of collapse, those that were warned of
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
         self.unused: list[str] = []
         batch = tiny_batch(self.data_collator, args.device)
@@ -151,7 +151,8 @@ class RetrievalTrainer(ResumableTrainer):
             self._leave_out_unused(batch)
 
     def _leave_out_unused(self, batch: dict) -> None:
-        """DDP waits for a gradient of every trainable parameter; the temperature's is the loss's matter."""
+        """Freezes what no embedding depends on: DDP waits for every trainable parameter's gradient. A loss may use the
+        temperature."""
         unused = unused_parameters(self.model, batch, self.compute_loss_context_manager)
         self.unused = [name for name in unused if name != "logit_scale"]
         for name in self.unused:
@@ -172,7 +173,7 @@ class RetrievalTrainer(ResumableTrainer):
         }
 
     def begin_training(self) -> None:
-        """Takes from the card what earlier weights scored."""
+        """Forgets the figures of earlier weights, which the card would show."""
         self.facts.metrics, self.facts.usage = {}, None
 
     def write_card(self, folder: Path) -> RunRecord:
@@ -215,7 +216,7 @@ class RetrievalTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """A stream's loader stays as it is: its rows are split among the processes already.
 
-        accelerate would let one process read for all and cut up its batches, captions by the number of images.
+        accelerate would let one process read for all, and slice captions by the number of images.
         """
         if not self.streamed:
             return super().get_train_dataloader()
@@ -241,7 +242,7 @@ class RetrievalTrainer(ResumableTrainer):
                 if line not in self.unreadable:
                     logger.warning(f"Image left out: {line}")
                 self.unreadable[line] = None
-        # Trainer's own way to the device waits for it.
+        # Trainer's own transfer waits for the device.
         batches = [send_to_device(batch, self.args.device, non_blocking=True) for batch in batches]
         if batches:
             self.begin_step(batches)
@@ -259,7 +260,7 @@ class RetrievalTrainer(ResumableTrainer):
         """L2-normalised float32 embeddings `[N, D]`, `[C, D]` of a batch: each image once for all its captions."""
         if self.args.freeze is not None:  # after Trainer's `model.train()`: no dropout, no other BatchNorm statistics
             getattr(self.accelerator.unwrap_model(model), f"{self.args.freeze}_model").eval()
-        # Each bucket is a forward of the text tower, and where it is sharded, one of all ranks.
+        # Each bucket is a forward pass, which of a sharded tower all ranks make together: they may differ in buckets.
         in_buckets = self._in_buckets and not self.is_fsdp_enabled
         output = model(
             pixel_values=batch["pixel_values"],
@@ -269,7 +270,7 @@ class RetrievalTrainer(ResumableTrainer):
         )
         image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
         if torch.is_grad_enabled():
-            broken = (~torch.isfinite(image_embeds)).any(dim=1).float()  # [N], those of the captions too
+            broken = (~torch.isfinite(image_embeds)).any(dim=1).float()  # [N], with each image's captions
             broken = broken.index_add(0, batch["caption_to_image"], (~torch.isfinite(text_embeds)).any(dim=1).float())
             self.nonfinite.note_rows(batch["image_ids"], broken.detach() > 0)
         return image_embeds, text_embeds
@@ -283,8 +284,8 @@ class RetrievalTrainer(ResumableTrainer):
 
         Trainer's loop would compare within batches only. Where the split has teacher features, the teacher's own
         figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent. With
-        `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images. Of several
-        datasets each has its name behind the prefix, as in Trainer.
+        `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images. With
+        several datasets each one's name follows the prefix, as in Trainer.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -321,7 +322,7 @@ class RetrievalTrainer(ResumableTrainer):
         raise NotImplementedError("predict compares no rows: use `evaluate` for figures, `encode` for embeddings.")
 
     def signs_of_collapse(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
-        """What shows, after an evaluation, that nothing is learned, and what to do; each is warned of once.
+        """Signs, after an evaluation, that the student learns nothing, each with what to do; each is warned of once.
 
         Args:
             image_embeds, text_embeds: of the evaluated split, `[N, D]` and `[M, D]`.

@@ -52,7 +52,7 @@ def describe_run(
     if not metrics:
         evaluations = [entry for entry in state.log_history if "eval_rsum" in entry]
         of_these = [entry for entry in evaluations if entry["step"] == weights_step] or evaluations
-        # The first of these weights: a later one at the same step may be of the best checkpoint's.
+        # The first at that step: a later one may be of the best checkpoint's weights.
         metrics = of_these[0 if of_these[0]["step"] == weights_step else -1] if of_these else {}
         metrics_step = metrics.get("step", weights_step)
     resumed_at = [entry["step"] for entry in state.log_history if "resumed" in entry]

@@ -6,12 +6,12 @@ import torch
 
 
 NEARLY_ONE = 1e-3  # one minus the mean cosine of rows that are nearly the same
-AT_THE_MARGIN = 0.02  # relative
-LOGS = 3
+AT_THE_MARGIN = 0.02  # relative distance from it that still counts
+LOGS = 3  # in a row that must agree
 
 
 def constant_sides(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
-    """Which of "images" and "captions" are nearly one vector: their cosines are over 0.999 in the mean.
+    """Which of "images" and "captions" are nearly one vector: their mean cosine is over 0.999.
 
     Args:
         image_embeds, text_embeds: of a split, `[N, D]` and `[M, D]`; a side of one row says nothing.
@@ -28,7 +28,7 @@ def constant_sides(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> lis
 def pairs_at_the_margin(log_history: list[dict], margin: float) -> list[str]:
     """The pairs whose hinge has stood at the margin, in both of its directions, in each of the last three logs.
 
-    There a student that gives every row the same embedding has it: no row is nearer than any other.
+    That is its value for a student that gives every row the same embedding: no row is nearer than any other.
 
     Args:
         log_history: entries of a trainer's log; the hinges are `loss_hard_negative_{pair}`.

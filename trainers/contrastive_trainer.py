@@ -1,4 +1,4 @@
-"""The same student without a teacher: the baseline, and the way a teacher is made."""
+"""Training on pairs alone, without a teacher: for baselines, and to make a teacher."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ContrastiveTrainer(RetrievalTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model.logit_scale.requires_grad_(True)  # a distilled student's is not
+        self.model.logit_scale.requires_grad_(True)  # DSMDTrainer may have frozen it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         image_embeds, text_embeds = self.embed(model, inputs)

@@ -60,7 +60,7 @@ class DSMDTrainer(RetrievalTrainer):
     queues. The weights of the losses are constant within a step and set by the balancer after it.
 
     Args:
-        model: a [`DSMDModel`] whose `projection_dim` is the width of the teacher's features, projected or not.
+        model: a [`DSMDModel`]; its `projection_dim` is the width of the teacher's features after `teacher_projection`.
         args: [`DSMDTrainingArguments`].
         teacher_projection: `[D, projection_dim]`, where the student is narrower than the teacher's D; see [`fit_pca`].
         train_dataset: rows with `teacher_image_embeds` and `teacher_text_embeds`.
@@ -91,7 +91,7 @@ class DSMDTrainer(RetrievalTrainer):
             teacher_projection = distributed.from_first_rank(teacher_projection.to(args.device))
         self.teacher_projection = teacher_projection
         super().__init__(model, args, train_dataset=train_dataset, teacher_dim=teacher_dim, **kwargs)
-        # The temperature is not trained: the optimiser would have no state of it to resume from.
+        # The four losses do not use the temperature: the optimiser would have no state of it to resume from.
         self.model.logit_scale.requires_grad_(False)
         self.balancer = make_balancer(args.balancer, args.losses, **self._balancer_settings(train_dataset))
         self.balancer.to(args.device)
@@ -108,7 +108,7 @@ class DSMDTrainer(RetrievalTrainer):
             FeatureQueue(min(args.queue_size, size), dim, device=args.device) for size in sizes
         )
         if args.queue_size > min(sizes) and train_dataset is not None:
-            # The four losses need no more: a queue of all the data is already every negative there is.
+            # Nothing is lost: a queue of all the data holds every negative there is.
             logger.warning(
                 f"queue_size {args.queue_size} is clamped to the data: {sizes[0]} images, {sizes[1]} captions."
             )
@@ -117,7 +117,7 @@ class DSMDTrainer(RetrievalTrainer):
         # Of each step since the last log: losses and weights [2, n], and the losses of each pair [m].
         self._history: list[torch.Tensor] = []
         self._pair_history: list[torch.Tensor] = []
-        self.pair_names: list[str] = []  # of the m, such as "contrastive_IT"
+        self.pair_names: list[str] = []  # names of the m pairs, such as "contrastive_IT"
         self.add_callback(_UpdateBalancer(self))
 
     def _balancer_settings(self, train_dataset) -> dict:
@@ -151,7 +151,7 @@ class DSMDTrainer(RetrievalTrainer):
                 text_groups=batch["image_groups"][batch["caption_to_image"]],
             )
         rows = [batch["teacher_rows"] for batch in batches]
-        # Image by image, not by length as in the batches: a queue that is smaller than the step keeps the last.
+        # Captions image by image, not by length as in the batch: a queue smaller than the step keeps the last ones.
         orders = [batch["caption_to_image"].argsort(stable=True) for batch in batches]
         images, captions = self.step_counts.unbind(dim=-1)
         self.step_rows = TeacherRows(
@@ -214,7 +214,7 @@ class DSMDTrainer(RetrievalTrainer):
     def dictionary(self) -> TeacherRows:
         """What the contrastive loss contrasts with: the step's rows and, up to `queue_size` altogether, older ones.
 
-        A queue has both where it takes the whole step; a larger step stands for itself.
+        A queue holds both where the whole step fits into it; a larger step is taken alone.
         """
         step, images, captions = self.step_rows, self.image_queue, self.text_queue
         whole_image = len(step.image) > images.size
@@ -229,7 +229,7 @@ class DSMDTrainer(RetrievalTrainer):
     def _other_students(
         self, image, text, teacher_image, teacher_text, groups, caption_to_image, row_counts
     ) -> OtherStudents | None:
-        """All ranks' rows of this micro-batch, this rank's own still live among the others' constants."""
+        """All ranks' rows of this micro-batch; only this rank's own carry gradients."""
         world = distributed.world_size()
         if world == 1:
             return None
@@ -293,8 +293,8 @@ class DSMDTrainer(RetrievalTrainer):
     def beside_the_teacher(
         self, dataset, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None
     ) -> dict[str, float]:
-        """Once training is over also across, `teacher_index_{prefix}_*` the student's queries on the teacher's index,
-        `student_index_{prefix}_*` the teacher's on the student's; and the teacher's RSUM at the student's width."""
+        """Once training is over, adds `teacher_index_{prefix}_*` (the student's queries on the teacher's index),
+        `student_index_{prefix}_*` (the reverse) and the teacher's RSUM at the student's width."""
         whose = (groups, caption_to_image)
         metrics = super().beside_the_teacher(dataset, image_embeds, text_embeds, *whose, prefix, fold_size)
         if self.is_in_train:
@@ -310,7 +310,7 @@ class DSMDTrainer(RetrievalTrainer):
         return metrics
 
     def signs_of_collapse(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> list[str]:
-        """Also a hinge that stays at its margin."""
+        """Adds a hard-negative loss that stays at twice its margin."""
         signs, args = super().signs_of_collapse(image_embeds, text_embeds), self.args
         if args.hard_negative_margin_kind == "fixed" and args.hardest_negative and args.hard_negative_margin > 0:
             for pair in pairs_at_the_margin(self.state.log_history, args.hard_negative_margin):
@@ -326,7 +326,7 @@ class DSMDTrainer(RetrievalTrainer):
             save_pca(self.teacher_projection, folder)
 
     def save_extra_state(self, folder: Path) -> None:
-        """Balancer, queues and what is not logged yet; a run resumed without them is another run."""
+        """Balancer, queues and what is not logged yet: a run resumed without them would be another run."""
         with write_whole(folder / STATE_FILE) as beside:
             save_file(self.distillation_state(), beside)
 

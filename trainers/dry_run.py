@@ -39,7 +39,7 @@ def check_embeds(model: nn.Module, batch: dict, autocast: Autocast = nullcontext
     """Refuses a model that does not embed a modality by itself, as evaluation asks it to.
 
     Raises:
-        ValueError: it fails, or its rows are none, of another width than `projection_dim`, or not L2-normalised.
+        ValueError: it fails, or its embeddings are missing, not `projection_dim` wide or not L2-normalised.
     """
     was_training = model.training
     model.eval()
@@ -69,10 +69,10 @@ def check_embeds(model: nn.Module, batch: dict, autocast: Autocast = nullcontext
 
 @torch.no_grad()
 def check_text_pooling(model: nn.Module, batch: dict, autocast: Autocast = nullcontext) -> None:
-    """Refuses a text pooling that takes a token which sees no other: every caption would have one embedding.
+    """Refuses a text pooling that takes a token which sees no other: all captions would have the same embedding.
 
-    Of a causal tower (CLIP's, GPT's, Qwen's) the first token is such a one. Measured: other words must change what a
-    caption is embedded as.
+    The first token of a causal tower (CLIP's, GPT's, Qwen's) is such a one. It is tried: other words must change a
+    caption's embedding.
 
     Raises:
         ValueError: they do not; it names the poolings with which they do.
@@ -99,7 +99,7 @@ def check_text_pooling(model: nn.Module, batch: dict, autocast: Autocast = nullc
             try:
                 if sees_words():
                     seeing.append(repr(config.text_pooling))
-            except (ValueError, RuntimeError):  # the tower has not that one
+            except (ValueError, RuntimeError):  # the tower has no such pooling
                 continue
         config.text_pooling = pooling
         tower = type(getattr(model, "text_model", model)).__name__
@@ -120,7 +120,7 @@ def unused_parameters(model: nn.Module, batch: dict, autocast: Autocast = nullco
     was_training, buffers = model.training, [buffer.clone() for buffer in model.buffers()]
     unused: list[set[str]] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        for training in (False, True):  # dropped layers have no gradient in the one, training's own parts in the other
+        for training in (False, True):  # training may drop layers, evaluation leaves out parts that only training has
             model.train(training).zero_grad()
             with autocast():
                 output = model(**inputs)

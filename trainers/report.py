@@ -24,7 +24,7 @@ from .teacher_pca import PCA_FILE
 
 logger = logging.getLogger(__name__)
 
-# What stands in a run's folder beside what any student has.
+# Files that a run leaves in its folder beside those of any student.
 RUN_FILES = (
     PCA_FILE, "all_results.json", "eval_results.json", "assets/card.json", "assets/curves.png",
     "assets/text_to_image.png", "assets/image_to_text.png", "assets/query.png", "assets/sample_[1-3].png",
@@ -80,7 +80,7 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
 
 
 def pin_revision(trainer: RetrievalTrainer, repo_id: str, revision: str) -> None:
-    """Writes the card again with the code on it of the commit that holds the weights; to be pushed once more.
+    """Writes the card again, its code now naming the commit that holds the weights; it is to be pushed once more.
 
     Args:
         repo_id, revision: where the run's folder was pushed to, and that commit.

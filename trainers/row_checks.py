@@ -24,7 +24,7 @@ def check_together(dataset: datasets.Dataset, split: str, teacher_dim: int | Non
     named by the dataset's fingerprint, its files, what was checked, and the code that did.
 
     Args:
-        dataset, split, teacher_dim: as there.
+        dataset, split, teacher_dim: as in [`checks.check_dataset`].
         remember: look for such a file, and leave one.
     """
     rank, ranks = distributed.rank(), distributed.world_size()

@@ -17,9 +17,9 @@ from rows.images import check_image_paths
 from .batches import make_examples, undecoded_rows
 
 
-HEAD_ROWS = 1000
-ROWS_AT_ONCE = 32
-EMPTY_PASSES = 10
+HEAD_ROWS = 1000  # of a stream that are checked before training
+ROWS_AT_ONCE = 32  # read from it
+EMPTY_PASSES = 10  # after which a worker without a row gives up
 
 
 def stream_head(stream: datasets.IterableDataset, rows: int = HEAD_ROWS) -> datasets.Dataset:

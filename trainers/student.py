@@ -43,24 +43,25 @@ class StudentArguments:
     )
     vision_config: dict | str | None = field(
         default=None,
-        metadata={"help": "Configuration, with model_type, of a vision tower that is trained from scratch."},
+        metadata={"help": "Train the vision tower from scratch: its configuration, with model_type, in JSON."},
     )
     text_config: dict | str | None = field(
         default=None,
-        metadata={"help": "The same for the text tower; its vocabulary size is taken from the tokenizer."},
+        metadata={"help": "Train the text tower from scratch: its configuration; the tokenizer gives its vocab_size."},
     )
     vision_pooling: str = field(
         default="mean",
         metadata={
             "choices": ["cls", "mean", "pooler"],
-            "help": "How the vision tower's output becomes one vector per image.",
+            "help": "How the vision tower's output becomes one vector per image: its first token, the mean of its "
+            "tokens or positions, or the tower's own pooler.",
         },
     )
     text_pooling: str = field(
         default="mean",
         metadata={
             "choices": ["cls", "mean", "pooler"],
-            "help": "How the text tower's output becomes one vector per caption.",
+            "help": "How the text tower's output becomes one vector per caption; see vision_pooling.",
         },
     )
     projection_dim: int | None = field(
@@ -80,7 +81,7 @@ class StudentArguments:
         default=None, metadata={"help": "Languages of the captions, shown on the card, such as 'en'."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let the repositories of towers and teacher run code of their own."}
+        default=False, metadata={"help": "Run the code that the repositories of towers and teacher bring."}
     )
 
     def __post_init__(self):
@@ -100,7 +101,7 @@ def build_student(
 
     Args:
         args: which student.
-        captions: of the training split, read only where the text tower starts from scratch: its tokenizer's training.
+        captions: of the training split; read only to train the tokenizer of a text tower from scratch.
         teacher_dim: width of the teacher's features, where there is one.
 
     Raises:
@@ -154,7 +155,7 @@ def build_student(
     else:
         raise ValueError("One tower is pre-trained and the other is not: give two names or two configurations.")
     align_tokens(model, processor)
-    # Beyond its positions a tower fails.
+    # A tower fails on a caption that is longer than its positions.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_positions(model.text_model))
     return model, processor
 
@@ -162,8 +163,8 @@ def build_student(
 def align_tokens(model: DSMDModel, processor: VisionTextDualEncoderProcessor) -> None:
     """Gives the text tower's config the tokenizer's ids of special tokens, as Trainer would once training begins.
 
-    Done only then, a checkpoint's config would differ from that of the run that resumes it; and CLIP's text tower,
-    which finds its feature by the id it was built with, from what it is when it is loaded again.
+    Were it done only then, a checkpoint's config would differ from that of the run that resumes it. And CLIP's text
+    tower takes its feature at the end token whose id it was built with: loaded again, it would take another.
     """
     align_special_tokens(model, processor)
     tower = getattr(model, "text_model", model)  # what is no student is refused later
@@ -198,7 +199,8 @@ def without_cropping(processor: BaseImageProcessor) -> BaseImageProcessor:
         )
     if not hasattr(processor, "do_center_crop") or hasattr(processor, "max_num_patches"):
         raise ValueError(
-            f"{type(processor).__name__} makes no images of one size: choose a vision tower that takes them."
+            f"{type(processor).__name__} does not bring all images to one size: choose a vision tower whose processor "
+            "does."
         )
     if processor.do_center_crop:
         processor.size, processor.do_center_crop = processor.crop_size, False

@@ -19,7 +19,7 @@ class RetrievalTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what every training of a dual encoder adds.
 
     Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (a batch is no set of model inputs),
-    `dataloader_drop_last=True` (an uneven last batch would be filled with row 0 again on other ranks),
+    `dataloader_drop_last=True` (accelerate would fill up an uneven last batch with the first rows again),
     `logging_nan_inf_filter=False` (it syncs every step), `accelerator_config` with
     `non_blocking`, `ddp_find_unused_parameters=False`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
     """
@@ -29,14 +29,15 @@ class RetrievalTrainingArguments(TrainingArguments):
     )
     shuffle_buffer_size: int = field(
         default=2000,
-        metadata={"help": "How many rows of a stream each loader worker holds, undecoded, to shuffle among."},
+        metadata={"help": "With streaming: how many rows each loader worker holds to draw from; more shuffle better."},
     )
     max_caption_length: int = field(default=64, metadata={"help": "Longest caption in tokens; longer ones are cut."})
     random_shift: float = field(
         default=0.0, metadata={"help": "Augmentation: largest shift of an image, as a fraction of its side."}
     )
     random_zoom: float = field(
-        default=0.0, metadata={"help": "Augmentation: largest relative change of an image's scale."}
+        default=0.0,
+        metadata={"help": "Augmentation: largest relative change of an image's scale (0.1: by up to a tenth)."},
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of projections and temperature (default: learning_rate)."}
@@ -44,11 +45,11 @@ class RetrievalTrainingArguments(TrainingArguments):
 
     freeze: str | None = field(
         default=None,
-        metadata={"help": "The tower that stays as it is: 'vision' or 'text'; its projection is trained."},
+        metadata={"help": "Leave a tower as it is, 'vision' or 'text', and train its projection and the other one."},
     )
     max_skipped_steps: int = field(
         default=10,
-        metadata={"help": "A step whose gradient is not finite is skipped; after so many in a row the run stops."},
+        metadata={"help": "Stop after this many steps in a row that are skipped, their gradient not being finite."},
     )
     allow_changes: bool = field(
         default=False,
@@ -69,12 +70,21 @@ class RetrievalTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Leave losses that are not finite out of the log; waits for the device in every step."},
+        metadata={"help": "Leave losses that are not finite out of the log; makes every step wait for the device."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={
-            "help": "Let DDP look for parameters without gradient in every step; they are found once before training."
+            "help": "Let DDP look in every step for parameters without gradient; training finds them before it begins."
+        },
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the run: its checkpoints, the student with its card, the figures."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint's folder, or with 'last' from the last whole one in output_dir."
         },
     )
     metric_for_best_model: str | None = field(
@@ -112,7 +122,7 @@ class RetrievalTrainingArguments(TrainingArguments):
             raise ValueError(f"captions_per_image={self.captions_per_image}: expected 1 or more, or none for all.")
         chosen = self.accelerator_config is not None
         super().__post_init__()
-        if not chosen:  # batches go to the device beside the step before
+        if not chosen:  # a batch goes to the device during the step before
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the trainer reads more columns than the model.")
@@ -128,11 +138,15 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     """[`RetrievalTrainingArguments`] with the settings of the distillation."""
 
     losses: list[str] = field(
-        default_factory=lambda: list(LOSSES), metadata={"help": "Which of the four losses are used."}
+        default_factory=lambda: list(LOSSES),
+        metadata={"help": f"Which losses are used, of {', '.join(LOSSES)} (default: all)."},
     )
     contrastive_pairs: list[str] = field(
         default_factory=lambda: list(PAIRS),
-        metadata={"help": "Which pairs the contrastive loss compares: the student's modality, then the teacher's."},
+        metadata={
+            "help": "Which pairs the contrastive loss compares, of II, TT, IT and TI: the student's modality (image "
+            "or text), then the teacher's (default: all)."
+        },
     )
     contrastive_temperature: float = field(
         default=0.05, metadata={"help": "Temperature of the contrastive loss: similarities are divided by it."}
@@ -140,21 +154,25 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     queue_size: int = field(
         default=8192,
         metadata={
-            "help": "Teacher rows to contrast with, of each modality: all of the step's, older ones up to this."
+            "help": "How many teacher features of each modality the contrastive loss compares with: the step's own, "
+            "and older ones up to this number."
         },
     )
     hard_negative_pairs: list[str] = field(
         default_factory=lambda: list(PAIRS),
-        metadata={"help": "Which pairs the hard-negative loss compares; see contrastive_pairs."},
+        metadata={"help": "Which pairs the hard-negative loss compares; see contrastive_pairs (default: all)."},
     )
     hard_negative_margin: float = field(
         default=0.2,
-        metadata={"help": "Margin of the hard-negative loss, a difference of cosines, where its kind is fixed."},
+        metadata={
+            "help": "Margin of the hard-negative loss, a difference of cosines, with hard_negative_margin_kind fixed."
+        },
     )
     hard_negative_margin_kind: str = field(
         default="fixed",
         metadata={
-            "help": "'fixed', or 'teacher': each query's margin is the gap that the teacher itself has there.",
+            "help": "'fixed': hard_negative_margin; 'teacher': for each query and negative, the gap between the "
+            "teacher's own cosines.",
             "choices": ["fixed", "teacher"],
         },
     )
@@ -163,7 +181,10 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     )
     balancer: str = field(
         default="dynamic",
-        metadata={"help": "What sets the losses' weights; see trainers/balancers.py.", "choices": list(BALANCERS)},
+        metadata={
+            "help": "How the losses' weights are set while training; trainers/balancers.py describes each.",
+            "choices": list(BALANCERS),
+        },
     )
     balancer_temperature: float | None = field(
         default=None,
@@ -174,7 +195,9 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     )
     balancer_smoothing: float = field(
         default=0.9,
-        metadata={"help": "Decay, in [0, 1), of the losses' averages that the dynamic balancer keeps."},
+        metadata={
+            "help": "Decay, in [0, 1), of the dynamic balancer's moving averages of the losses: larger reacts later."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the fixed balancer, in the order of `losses` (default: all 1)."}

@@ -106,7 +106,7 @@ def test_evaluation_sets_that_cannot_be_are_refused_by_name(tmp_path, rows):
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, rows, eval_dataset=sets)
-    with pytest.raises(ValueError, match="metric_for_best_model='rsum' is no figure.*say a_rsum or b_rsum"):
+    with pytest.raises(ValueError, match="metric_for_best_model='rsum' names none.*say a_rsum or b_rsum"):
         make_trainer(tmp_path, rows, eval_dataset={"a": good, "b": good}, **SEVERAL)
     make_trainer(tmp_path, rows, eval_dataset={"a": good, "b": good})  # evaluated by hand
     with pytest.raises(ValueError, match="A IterableDataset cannot be evaluated on"):
