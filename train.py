@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 # Read when torch is loaded. A thread that waits must not take the core from a loader's worker or another program: with
-# one worker on two cores that were shared, a step of the quickstart took 0.9 s so, and 4.3 s with threads that spin.
+# one worker on two shared cores, a step of the quickstart took 0.9 s this way, and 4.3 s with threads that spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
@@ -67,9 +67,9 @@ NO_PICKLES = (
 
 
 def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, RetrievalTrainingArguments]:
-    """A recipe's fields, then the command line's, which win.
+    """The settings of a recipe, then those of the command line, which win.
 
-    Without a teacher there are no settings of the distillation: a recipe's are passed over, and said so.
+    With --method contrastive a recipe's settings of the distillation are passed over, and a line says so.
 
     Raises:
         ValueError: for a key that is no field, naming the nearest one; without a teacher, for a setting of the
@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
     except ValueError:
         raise
     except Exception as error:  # Trainer's own checks of its settings have no common type
-        raise ValueError(f"These settings cannot be: {type(error).__name__}: {error}") from error
+        raise ValueError(f"These settings are refused: {type(error).__name__}: {error}") from error
     return student, data, training
 
 
@@ -120,7 +120,7 @@ def show_help(parser: HfArgumentParser, settings: type[RetrievalTrainingArgument
         "data": {setting.name for setting in fields(DataArguments)},
         "student": {setting.name for setting in fields(StudentArguments)},
         "method": {setting.name for setting in fields(settings)} - shared,
-        # Named again in our class: their defaults are ours.
+        # Those that our class names again are here too: their defaults are ours.
         "training": shared & RetrievalTrainingArguments.__annotations__.keys() | {"output_dir", *MOST_USED},
     }
     if whole:
@@ -138,7 +138,7 @@ def show_help(parser: HfArgumentParser, settings: type[RetrievalTrainingArgument
                 formatter.add_argument(action)
         formatter.end_section()
         print(formatter.format_help())
-    print("" if whole else "Every setting of transformers' TrainingArguments is one too: --help all lists them.")
+    print("" if whole else "All settings of transformers' TrainingArguments can be given too: --help all lists them.")
     sys.exit()
 
 
@@ -162,7 +162,7 @@ def without_distillation(recipe: dict[str, object], argv: list[str]) -> dict[str
         raise ValueError(f"--method contrastive has no teacher: leave out {', '.join(typed)}.")
     passed_over = [name for name in recipe if name in of_distillation]
     if passed_over and rank_is_first():
-        print(f"--method contrastive has no teacher, the recipe's {', '.join(passed_over)} not used.")
+        print(f"--method contrastive has no teacher, and passes over the recipe's {', '.join(passed_over)}.")
     return {name: value for name, value in recipe.items() if name not in of_distillation}
 
 
@@ -230,7 +230,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     trainer.facts = RunFacts(
         dataset_name=Path(name).name if Path(name).is_dir() else name,
         splits={"eval": data_args.validation_split, "test": data_args.test_split},
-        data=data_facts(rows, data_args) if args.do_train and args.should_save else {},  # for those who write cards
+        data=data_facts(rows, data_args) if args.do_train and args.should_save else {},  # only who saves writes a card
         data_license=data_args.data_license or license_of(rows, name),
         towers=[start for start in starts if start is not None and not Path(start).is_dir()],
         teacher=teacher_description(rows) if data_args.method == "distillation" else None,
@@ -257,9 +257,9 @@ def say_finished(trainer: RetrievalTrainer) -> None:
     if trainer.is_world_process_zero():
         folder = trainer.args.output_dir
         print(
-            f"{folder} holds this run, finished: search with it (python -m inference.search --model {folder} --images "
-            f'FOLDER "a query"), evaluate it (the same command with --do_train False --model_name_or_path {folder}), '
-            "or train it anew (with --overwrite_output_dir)."
+            f"{folder} holds this run, finished: search with it (python -m inference.search --model_name_or_path "
+            f'{folder} --images FOLDER "a query"), evaluate it (the same command with --do_train False '
+            f"--model_name_or_path {folder}), or train it anew (with --overwrite_output_dir)."
         )
     sys.exit(0)
 

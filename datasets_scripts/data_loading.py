@@ -35,7 +35,8 @@ class DataArguments:
         default="distillation",
         metadata={
             "choices": ["distillation", "contrastive"],
-            "help": "Learn a teacher's stored features, or from pairs alone: the baseline, and how a teacher is made.",
+            "help": "Learn a teacher's stored features (distillation), or from the pairs alone (contrastive): for a "
+            "baseline, or to make a teacher.",
         },
     )
     dataset_name: str | None = field(
@@ -57,7 +58,7 @@ class DataArguments:
     )
     teacher_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Where the dataset has no teacher features, make them with this model, and keep them."},
+        metadata={"help": "Teacher: makes the features where the dataset has none; kept in the cache for later runs."},
     )
     teacher_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
@@ -67,7 +68,7 @@ class DataArguments:
     )
     baseline_results: Path | None = field(
         default=None,
-        metadata={"help": "all_results.json of the same student trained by --method contrastive, for the tables."},
+        metadata={"help": "all_results.json of a --method contrastive run, shown beside this student in the tables."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
 
@@ -168,7 +169,7 @@ def teacher_projection(
     training split's features; see [`fit_pca`].
 
     Args:
-        saved: folder or Hub id of the student or checkpoint that is gone on from.
+        saved: folder or Hub id of the student or checkpoint that the run starts from.
 
     Raises:
         ValueError: the student would be wider than its teacher; or a stream came without a projection.
@@ -210,7 +211,7 @@ def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> Iter
 
 
 def data_facts(rows: Splits, args: DataArguments) -> dict[str, dict]:
-    """Of each split that is known whole, by its own name: how many images, captions and words."""
+    """How many images, captions and words each split has, by its own name; not of a streamed one."""
     names = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
     return {
         names[split]: describe_captions(caption_lists(part))

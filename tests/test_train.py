@@ -204,7 +204,7 @@ def test_without_a_teacher_a_recipes_settings_of_the_distillation_are_passed_ove
     recipe = write_recipe(tmp_path, data, losses=["feature"])
     args = train.parse_arguments([*recipe, "--method", "contrastive", "--learning_rate", "0.5"])[2]
     assert type(args) is RetrievalTrainingArguments and args.learning_rate == 0.5
-    assert capsys.readouterr().out.count("no teacher, the recipe's losses, queue_size not used") == 1
+    assert capsys.readouterr().out.count("no teacher, and passes over the recipe's losses, queue_size") == 1
     assert "has no teacher: leave out --queue_size" in refused([*recipe, "--method=contrastive", "--queue_size", "8"])
     assert "has no teacher: leave out --losses" in refused([*recipe, "--method", "contrastive", "--losses=feature"])
     distilled = train.parse_arguments(recipe)[2]
