@@ -47,6 +47,7 @@ def towers(model: PreTrainedModel) -> dict[str, VisionTower | TextTower]:
 
 
 def longest(tokenizer) -> int:
+    """Tokens of the longest caption that a student takes, special ones among them."""
     return min(tokenizer.model_max_length, LONGEST)
 
 
@@ -79,7 +80,7 @@ def encode_by_torch(tower: nn.Module) -> Encoder:
 
 
 def encode_by_onnx(path: Path, threads: int = 0) -> Encoder:
-    """`threads` 0: one for each core."""
+    """An exported tower, run by onnxruntime; 0 threads: one for each core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

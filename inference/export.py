@@ -1,4 +1,4 @@
-"""Export a student to ONNX: one file a tower, and one of int8, which need neither torch nor transformers.
+"""Exports a student to ONNX: a file for each tower and one in int8, which run without torch and transformers.
 
     python -m inference.export --model_name_or_path runs/icons --output_dir icons_onnx --dataset_name icons
 
@@ -151,7 +151,7 @@ def write_onnx(tower: VisionTower | TextTower, inputs: Inputs, path: Path, opset
         )
     proto = program.model_proto
     graph = proto.graph
-    # They hold source lines and paths of this machine.
+    # Their metadata holds source lines and paths of this machine.
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         item.ClearField("metadata_props")
     onnx.save(proto, path)
@@ -170,7 +170,7 @@ def write_int8(source: Path, path: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's warnings: of torchvision missing, of its own code, of steps that change nothing here."""
+    """Silences the exporter's warnings: of missing torchvision, of its own code, of steps that change nothing here."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -189,7 +189,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dataset_name", help="'icons', a folder or a Hub id: also measure the recall of each runtime on it."
     )
     parser.add_argument("--split", default="test", help="Split of the dataset to measure on (default: %(default)s).")
-    parser.add_argument("--limit", type=int, help="Measure on the first so many images of the split.")
+    parser.add_argument("--limit", type=int, help="Measure on the first images of the split only, as many as this.")
     options = parser.parse_args(arguments)
     refuse_what_is_there(parser, options.output_dir)
     if options.limit is not None and options.limit < 1:

@@ -136,7 +136,7 @@ A small dual encoder for image-text retrieval; its licence is that of {whose}.
 | `*_int8.onnx` | the same | the same, from int8 weights |
 
 Embeddings have length 1: their dot product is the cosine. `image_preprocessing.json` says how an image becomes
-`pixel_values`, `onnx_search.py` does it. Where int8 is slower than `onnx` below (convolutions), it is for its size.
+`pixel_values`, `onnx_search.py` does it. Where int8 is slower than `onnx` below (convolutions), it is only smaller.
 
 {measured}
 

@@ -46,7 +46,7 @@ DECODERS = 8  # images decoded at a time, at most: a large one takes half a giga
 PART = 512  # images embedded between two writes: what a killed run loses, at most
 CHUNK = 16_384  # rows that are written, and later searched, at a time
 FAISS_FROM = 1_000_000  # images; up to there, comparing with all of them takes a second or so and is exact
-FAISS_PROBES = 32  # cells that are searched, of as many as the square root of the number of images
+FAISS_PROBES = 32  # cells that are searched; there are about the square root of the number of images
 # Fields of configurations, at any depth, that tell where a model came from; its dtype is that of the weights.
 ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
@@ -143,8 +143,8 @@ def index_folder(
         batch_size: images embedded at a time.
 
     Raises:
-        NotADirectoryError: where `folder` is none.
-        ValueError: where it holds no image that can be read, or the model gives embeddings that are not numbers.
+        NotADirectoryError: `folder` is no folder.
+        ValueError: it holds no image that can be read, or the model gives embeddings that are not numbers.
         ImportError: for folders of over a million images where FAISS is missing.
     """
     folder = Path(folder).expanduser().resolve()
@@ -299,12 +299,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image", type=Path, metavar="FILE", help="An image to search for, in place of a text.")
     parser.add_argument("--k", type=int, default=10, help="How many results to show (default: %(default)s).")
     parser.add_argument(
-        "--grid", type=Path, default="results.png", help="Where the picture of them is written (default: %(default)s)."
+        "--grid", type=Path, default="results.png", help="Picture of the results to write (default: %(default)s)."
     )
     parser.add_argument("--cache_dir", type=Path, help="Where indexes are kept (default: HF_HOME/dsmd_indexes).")
     options = parser.parse_args(arguments)
     if (options.query is None) == (options.image is None):
-        parser.error("give a text or --image FILE, one of them")
+        parser.error("give a text or --image FILE, and not both")
     try:
         check_replaceable(options.grid)
     except ValueError as error:
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"  {result.score:.3f}  {printable(result.path)}" for result in results))
     cells = [Cell(index.read_image(result), f"{result.score:.3f}  {Path(result.path).name}") for result in results]
     result_grid([query], [cells], options.grid)
-    print(f"The picture of them: {options.grid}")
+    print(f"A picture of the results: {options.grid}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # not those for which Pillow starts other programs
 LONGEST_QUERY = 1000  # characters
 MOST_PIXELS = 50_000_000
-LONGEST_SIDES = 200  # times the other
+LONGEST_SIDES = 200  # how many times a picture's longer side is its shorter one, at most
 LARGEST_BODY = 21 << 20  # bytes of a request: a picture of 20 MB
 LONGEST_QUEUE = 1000  # requests that wait; more are told to come back
 HOUR = 3600  # seconds; uploads older than that are deleted
@@ -98,7 +98,7 @@ class Encoder:
     def __init__(self, model_id: str, **settings):
         self.model = AutoModel.from_pretrained(model_id, **settings).eval()
         self.processor = AutoProcessor.from_pretrained(model_id, **settings)
-        for query in ("warm up", Image.new("RGB", (64, 64))):  # so that the first person's time is no slower
+        for query in ("warm up", Image.new("RGB", (64, 64))):  # or the first person's times would be longer
             self.encode([query])
 
     @torch.inference_mode()

@@ -369,7 +369,7 @@ def test_command_line(student, folder, tmp_path, capsys):
         assert (tmp_path / name).stat() == before
     for wrong, message in (
         ([], "give a text or --image"),
-        (["arrow", "--image", "x.jpg"], "one of them"),
+        (["arrow", "--image", "x.jpg"], "not both"),
         (["--image", str(folder / "broken.jpg")], "cannot be read"),
     ):
         with pytest.raises(SystemExit):
