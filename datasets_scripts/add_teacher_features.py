@@ -54,12 +54,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--teacher_revision",
         action="append",
-        help="Branch, tag or commit of each teacher, in their order.",
+        help="Branch, tag or commit of a teacher; given again for each, in their order.",
     )
     parser.add_argument(
-        "--teacher_weights", type=float, nargs="+", help="Weights of several teachers (default: all equal)."
+        "--teacher_weights",
+        type=float,
+        nargs="+",
+        help="Weights of several teachers, in their order (default: all equal).",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder that does not exist yet.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the dataset.")
     parser.add_flag("--overwrite_output_dir", help="Replace the output folder.")
     parser.add_argument("--push_to_hub", metavar="REPO", help="Also push to this Hub dataset, e.g. name/coco-clip.")
     parser.add_argument(
@@ -70,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_flag("--int8", help="Store features as int8 with a scale a row: half the size of float16.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images in a batch (default: %(default)s).")
-    parser.add_argument("--shard_rows", type=int, default=1024, help="Rows in a file (default: %(default)s).")
+    parser.add_argument("--shard_rows", type=int, default=1024, help="Rows in a parquet file (default: %(default)s).")
     parser.add_argument(
         "--image_size",
         type=int,
@@ -78,7 +81,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="Store images with no side above this, the student's size: faster to read, smaller on disk.",
     )
     parser.add_argument(
-        "--num_workers", type=int, help="Processes that decode images, for each process (default: its cores)."
+        "--num_workers",
+        type=int,
+        help="Workers of each process that decode images (default: its share of the cores, 8 at most).",
     )
     parser.add_argument("--data_license", help="Licence of the data (default: what the dataset says).")
     parser.add_flag("--trust_remote_code", help="Let the teachers' repositories run code of their own.")
@@ -136,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _check_teacher(options: argparse.Namespace) -> None:
-    """An output that was there already is pushed as it is: only where it is of the teachers that are named."""
+    """Refuses to push an output that was there already where it is not of the teachers that are named."""
     first = next(options.output_dir.glob("data/*.parquet"))
     made_by = json.loads(pq.ParquetFile(first).read_row_group(0, columns=["teacher"])["teacher"][0].as_py())["id"]
     asked = " + ".join(Path(name).name if Path(name).is_dir() else name for name in options.teachers)

@@ -48,7 +48,7 @@ def refuse_what_is_there(parser: Command, folder: Path) -> None:
 def push(dataset: DatasetDict, card: DatasetCard, repo_id: str) -> None:
     """Pushes the dataset and its card to a Hub dataset."""
     dataset.push_to_hub(repo_id)
-    # The push has written which files are which split; those entries stay.
+    # The push has written into the card which files are which split; those entries stay.
     card.data = DatasetCardData(**{**DatasetCard.load(repo_id).data.to_dict(), **card.data.to_dict()})
     card.push_to_hub(repo_id)
 
@@ -97,7 +97,7 @@ def build(
     out = LeftOut(output.with_name(f"{output.name}.broken.txt"), skip_broken, max_skipped, [*left_out], [*failed])
     parts = _usable_rows(parts, out.rows)
     with write_beside(output) as beside:
-        # Before hours of reading.
+        # Checked here, before hours of reading.
         out.check(len(_all(parts)))
         if shares is not None:
             given_splits(parts)

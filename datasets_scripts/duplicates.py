@@ -14,8 +14,8 @@ from .glyphs import components
 from .splits import SPLITS
 
 
-MANY_ROWS = 100
-SHOWN = 20
+MANY_ROWS = 100  # of one picture: it may say "no image available"
+SHOWN = 20  # such pictures, at most
 
 
 def join_groups(rows: list[Row]) -> None:

@@ -3,7 +3,7 @@
     pip install -e ".[emoji]" && pip install --no-deps rinoh-typeface-symbola==0.1.1
     python -m datasets_scripts.emoji --output_dir data/emoji
 
-Its test split asks another question than that of the icons: known names, in the drawings of a vendor whose style was
+Its test split asks another question than the icons': known names, in the drawings of a vendor whose style was
 never seen. OpenMoji's colour drawings and Noto's outlines, light and bold, are for training; Symbola's are for
 validation and test.
 """
@@ -36,7 +36,7 @@ STYLES = {
 }
 HELD_OUT = "symbola"  # the style of validation and test
 NAMES = ("emoji", "2.16.0", "emoji", "unicode_codes/emoji.json")
-# Over 64 x 64 pixels in 0..1: Symbola has three pairs below 8, and the next, which eyes tell apart, at 24.
+# Squared distance of 64 x 64 pixels in 0..1: Symbola has three pairs below 8; the next, at 24, look different.
 ALIKE = 10.0
 FULLY_QUALIFIED = 2  # in NAMES: an emoji that keyboards send
 HOW_MADE = f"""By `datasets_scripts/emoji.py`: every emoji of one code point, from the fonts and names in the PyPI
@@ -64,7 +64,7 @@ def read_names(path: Path) -> dict[str, list[str]]:
     """
     captions: dict[str, list[str]] = {}
     for emoji, entry in sorted(json.loads(path.read_text(encoding="utf-8")).items()):
-        character = emoji.replace("\ufe0f", "")  # asks for the colour drawing; no code point of its own
+        character = emoji.replace("\ufe0f", "")  # it only asks for the colour drawing
         if len(character) != 1 or entry["status"] != FULLY_QUALIFIED:
             continue
         found = {}

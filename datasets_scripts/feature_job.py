@@ -31,6 +31,7 @@ from trainers.run.distributed import usable_cores
 from trainers.teacher_pca import PCA_FILE
 
 
+# Files that this program writes into the finished folder, and into the partial one.
 OF_OUTPUT = re.compile(rf"README\.md|{re.escape(PCA_FILE)}|data/.+-\d{{5}}-of-\d{{5}}\.parquet")
 OF_PARTIAL = re.compile(r"(settings\.json|.+-\d{5}\.(parquet|npz))(\.part)?|(dataset|replaced)/.*")
 
@@ -86,8 +87,8 @@ def make_teacher_features(
             figures = assemble(partial, files, described, source, license, encoding.int8)
             # From here to the end a kill loses nothing: the files under `partial` are still there.
             if output.exists():
-                check_replaceable(output)  # again: it took its time
-                shutil.rmtree(partial / "replaced", ignore_errors=True)  # the one before the one that was replaced
+                check_replaceable(output)  # again: encoding took its time
+                shutil.rmtree(partial / "replaced", ignore_errors=True)  # left by an earlier replacement
                 os.rename(output, partial / "replaced")
             os.rename(partial / "dataset", output)
             _discard(partial)
@@ -127,7 +128,7 @@ def _has_features(path: Path) -> bool:
 
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
-    """While no other process is at work on the folder."""
+    """Holds the folder's lock: no other process is at work on it meanwhile."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{partial}.lock", timeout=0)
     try:
@@ -186,7 +187,7 @@ def teacher_fingerprint(model_id: str, revision: str | None) -> str:
     if not folder.is_dir():
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=["*.json"])).name
     digest = hashlib.blake2b(digest_size=16)
-    # Beside the model: one folder deep those of sentence-transformers' modules. A run's results and logs are not.
+    # Also one folder deep, where sentence-transformers keeps its modules; without a run's results and logs.
     for path in sorted([*folder.glob("*"), *folder.glob("[0-9]*/*")]):
         if (
             path.is_file()
@@ -234,7 +235,7 @@ def cached_teacher_features(
 
 
 def _acquire_together(lock: FileLock, state: PartialState) -> None:
-    """The main process takes the lock. All meet after each try: processes give up on one that is away for long."""
+    """The main process takes the lock. All meet after each try, or the others would give up on it."""
     held = [False]
     while not held[0]:
         if state.is_main_process:
@@ -254,7 +255,7 @@ def default_workers() -> int:
 
 
 def _discard(partial: Path) -> None:
-    """Removes the partial folder under another name: killed meanwhile, no part of it is left that looks like work.
+    """Renames the partial folder, then removes it: a kill leaves nothing that looks like work to take up.
 
     Raises:
         ValueError: it holds what this program did not write.

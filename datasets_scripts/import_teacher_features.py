@@ -1,10 +1,10 @@
-"""Brings features made by DSMD's published scripts into the row contract.
+"""Adds features made by DSMD's published scripts to a dataset, as the columns that train.py learns from.
 
 python -m datasets_scripts.import_teacher_features --dataset_name D --features train IMAGES.pt TEXTS.pt \
     --features test IMAGES.pt TEXTS.pt --teacher_model_name_or_path NAME --output_dir DIR
 
 Each file holds one tensor with a row for every caption of a split, in the order of the rows and of their captions; an
-image's row stands once for each of its captions.
+image's feature is repeated for each of its captions.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def with_features(
         if len(features) != counts.sum():
             raise ValueError(
                 f"{len(features)} {name} features for the {counts.sum()} captions of the {split} split: they are of "
-                "other data, or of captions cut to another number an image."
+                "other data, or made with another number of captions an image."
             )
     if image.shape[1] != text.shape[1]:
         raise ValueError(f"Image features are {image.shape[1]} wide, text features {text.shape[1]}.")
@@ -91,17 +91,22 @@ def with_features(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Command("datasets_scripts.import_teacher_features", __doc__)
-    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id of the rows, in their order.")
+    parser.add_argument(
+        "--dataset_name", required=True, help="Folder or Hub id of the dataset, its rows in the features' order."
+    )
     parser.add_argument(
         "--features",
         nargs=3,
         action="append",
         required=True,
         metavar=("SPLIT", "IMAGES", "TEXTS"),
-        help="A split and its two files of features; once for each split.",
+        help="A split and the files of its image and text features; given again for each split.",
     )
     parser.add_argument(
-        "--teacher_model_name_or_path", dest="teacher", required=True, help="What made the features, for the card."
+        "--teacher_model_name_or_path",
+        dest="teacher",
+        required=True,
+        help="Name of the teacher that made the features, for the card.",
     )
     options = parse_arguments(parser, arguments)
     try:

@@ -131,8 +131,10 @@ def run(benchmark: Benchmark, module: str, doc: str, arguments: list[str] | None
     parser = Command(f"datasets_scripts.{module}", doc)
     parser.add_argument("--karpathy", type=Path, metavar="JSON", help="Karpathy's split file; needs --images.")
     parser.add_argument("--images", type=Path, metavar="DIR", help="Folder of the images.")
-    parser.add_argument("--hub_id", help=f"Instead of the two: a copy on the Hub, e.g. {benchmark.hub_id}.")
-    parser.add_argument("--revision", help="Branch (refs/convert/parquet), tag or commit of the Hub's copy.")
+    parser.add_argument(
+        "--hub_id", help=f"Instead of --karpathy and --images: a copy on the Hub, e.g. {benchmark.hub_id}."
+    )
+    parser.add_argument("--revision", help="Branch (such as refs/convert/parquet), tag or commit of the Hub's copy.")
     for name, default in (
         ("image_column", benchmark.hub_columns.image),
         ("caption_column", (benchmark.hub_columns.captions or (None,))[0]),
@@ -142,8 +144,8 @@ def run(benchmark: Benchmark, module: str, doc: str, arguments: list[str] | None
     parser.add_argument(
         "--data_license", default=benchmark.license, help="Licence of the data (default: %(default)s)."
     )
-    parser.add_flag("--skip_broken", help="Leave out missing and broken images.")
-    parser.add_flag("--allow_other_counts", help="Accept other counts than the published ones: a partial copy.")
+    parser.add_flag("--skip_broken", help="Leave out missing and broken images, which are errors otherwise.")
+    parser.add_flag("--allow_other_counts", help="Accept other counts than the published ones, for a partial copy.")
     options = parse_arguments(parser, arguments)
     if bool(options.hub_id) == bool(options.karpathy or options.images):
         parser.error("expected either --karpathy and --images, or --hub_id")

@@ -28,7 +28,7 @@ class LeftOut:
     """Rows that are left out, each a line that names it and says why.
 
     Args:
-        report: the file that lists all of them; of this run or not there.
+        report: the file that lists all of them; an earlier run's is removed.
         skip: leave them out; else they are an error.
         most: the largest share of them that is skipped, in [0, 1]; None: any.
         rows: what cannot be used, for any reason but the next two.

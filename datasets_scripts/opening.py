@@ -58,14 +58,14 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Gives what goes wrong in `datasets` one type, and says with which dataset.
+    """Turns whatever `datasets` raises into a ValueError that names the dataset.
 
     Raises:
         ValueError: the dataset is broken. That there is none stays an OSError.
     """
     try:
         yield
-    except Exception as error:  # of its many readers, without a common type
+    except Exception as error:  # its many readers have no common type of error
         if isinstance(error, OSError) and type(error) is not OSError:  # pyarrow's of broken bytes is a plain one
             raise
         reason = error.__cause__ or error

@@ -37,26 +37,39 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Command("datasets_scripts.own_data", __doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=argparse.SUPPRESS)  # the old way
     parser.add_argument("--dataset_name", metavar="SOURCE", help="Folder, file, glob or Hub id, as described above.")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="Folder that a table's paths or names lead to.")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="Folder of the images that a table names (default: the table's)."
+    )
     parser.add_argument("--image_column", help="Column of images or paths (default: found by its usual names).")
     parser.add_argument(
         "--caption_column",
         action="append",
-        help="Column of texts or lists of them, or what lies in objects: sentences.raw. May be given several times "
+        help="Column of captions: texts, lists of them, or a field of objects (sentences.raw). May be given again "
         "(default: found by its usual names).",
     )
-    parser.add_argument("--id_column", help="Column of what identifies an image (default: its path, or its content).")
-    parser.add_argument("--group_column", help="Column that is equal for images which count as the same thing.")
     parser.add_argument(
-        "--caption_template", metavar="TEXT", help="Puts names of classes into a sentence: 'a photo of a {}'."
+        "--id_column",
+        help="Column that identifies an image (default: found by its usual names, else path or content).",
     )
-    parser.add_argument("--encoding", help="Encoding of tables of text, such as latin-1 (default: found by looking).")
-    parser.add_argument("--delimiter", help="What separates a table's cells (default: found by looking).")
+    parser.add_argument(
+        "--group_column", help="Column that is equal for images which show the same thing (default: group_id)."
+    )
+    parser.add_argument(
+        "--caption_template",
+        metavar="TEXT",
+        help="Sentence that makes a caption of a class's name, such as 'a photo of a {}'.",
+    )
+    parser.add_argument(
+        "--encoding", help="Encoding of csv, txt and json files, such as latin-1 (default: UTF-8 or UTF-16)."
+    )
+    parser.add_argument(
+        "--delimiter", help="Character between the cells of a csv file (default: found in its first line)."
+    )
     parser.add_flag("--ignore_splits", help="Take no notice of folders, files and columns that name a split.")
     parser.add_argument("--dataset_config_name", help="Configuration of a Hub dataset.")
     parser.add_argument("--revision", help="Branch, tag or commit of a Hub dataset.")
-    parser.add_argument("--split", help="Take this split of a Hub dataset alone.")
-    parser.add_argument("--rows", type=int, help="Take only the first so many rows of each split of a dataset.")
+    parser.add_argument("--split", help="Take only this split of a Hub dataset.")
+    parser.add_argument("--rows", type=int, help="Take only this many rows of each split of a dataset, for a trial.")
     parser.add_argument(
         "--validation_share", type=float, default=0.1, help="Share of images to validate on (default: %(default)s)."
     )
@@ -64,18 +77,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--test_share", type=float, default=0.1, help="Share of images to test on (default: %(default)s)."
     )
     parser.add_argument("--data_license", help="Licence of the data (default: what the source says, or 'unknown').")
-    parser.add_argument("--skip_broken", action="store_true", help="Leave out missing and broken images.")
+    parser.add_argument(
+        "--skip_broken", action="store_true", help="Leave out missing and broken images, which are errors otherwise."
+    )
     parser.add_argument(
         "--duplicates",
         choices=["leave_out", "keep"],
         default="leave_out",
-        help="Pictures in several of the source's own splits: left out of train, then of validation, or kept.",
+        help="Pictures in several of the source's own splits: leave_out keeps them in test, else in validation "
+        "(default: %(default)s).",
     )
     parser.add_argument(
         "--max_skipped",
         type=share,
         metavar="SHARE",
-        help="Share of rows that --skip_broken leaves out at most, such as 0.01 (default: any).",
+        help="Stop where --skip_broken would leave out more than this share of rows, such as 0.01 (default: never).",
     )
     options = parse_arguments(parser, arguments)
     if (options.source is None) == (options.dataset_name is None):

@@ -38,7 +38,7 @@ def captions_of_sample(described: dict | None, text: str | None) -> list[str]:
 
 
 def id_of_sample(described: dict | None, key: str, tar: PurePosixPath) -> str:
-    """What identifies a sample: an id in its .json, else its tar and key: keys may start again in every tar.
+    """What identifies a sample: an id in its .json, else its tar and key, since keys may start again in every tar.
 
     Args:
         tar: relative to the dataset.

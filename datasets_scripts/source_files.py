@@ -26,7 +26,7 @@ def suffix_of(file: Path) -> str:
 def read_text_table(file: Path, encoding: str | None, delimiter: str | None) -> list[dict]:
     """Rows of a csv, tsv, txt, token, json, jsonl or ndjson file, packed by gzip or not.
 
-    Encoding and separator are found by looking, unless they are given; what is not the usual is said.
+    Encoding and separator are found by looking, unless they are given; what is unusual is printed.
 
     Raises:
         ValueError: it is not of that form, with the line; it is not of that encoding, or too large.
@@ -172,7 +172,8 @@ def _parse_csv(text: str, file: Path, delimiter: str, quoting: int) -> list[dict
 
 
 def _with_last_cell(cells: list[str], file: Path, line: int) -> list[str]:
-    """A line without its last separator: empty, or as on line 19,999 of Flickr30k's results.csv run into the cell."""
+    """Cells of a line that has one too few: the last is empty, or has run into the one before, as on line 19,999 of
+    Flickr30k's results.csv."""
     match = RUN_TOGETHER.fullmatch(cells[-1])
     if match is None:
         return [*cells, ""]

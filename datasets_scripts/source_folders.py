@@ -27,7 +27,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def tables_in(folder: Path, images: list[Path]) -> list[Path]:
-    """Tables of text below a folder that are no image's sidecar."""
+    """Tables of text below a folder, without the .txt and .json files that belong to one image."""
     stems = {folder / image.with_suffix("") for image in images}
     return sorted(
         path

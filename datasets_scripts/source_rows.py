@@ -54,7 +54,7 @@ class ImageFolder:
 
     Args:
         root: may be a link itself; no link below it may leave it.
-        by_name: a name that leads nowhere is looked for in all folders below, as COCO's and Flickr's files name them.
+        by_name: look in all folders below for a name that leads nowhere: COCO's and Flickr's tables name files alone.
     """
 
     root: Path
@@ -92,7 +92,7 @@ class ImageFolder:
 
     @cached_property
     def _by_name(self) -> dict[str, Path]:
-        """Files below by their name, those whose name is there once."""
+        """The files below the root by name; a name that occurs twice is left out."""
         found: dict[str, Path | None] = {}
         for parent, _, names in os.walk(self.root):
             for name in names:

@@ -279,7 +279,7 @@ def _read_cell(images: datasets.Dataset, i: int, column: str) -> bytes:
         raise FileNotFoundError("the cell is empty")
     if cell["bytes"] is not None:
         return cell["bytes"]
-    # Files beside a dataset are where `datasets` put them; any other path would be the dataset's author reading here.
+    # Files beside a dataset are where `datasets` put them; any other path would let its author read this disk.
     path = Path(cell["path"]).resolve()
     caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
     if not any(path.is_relative_to(Path(cache).resolve()) for cache in caches):

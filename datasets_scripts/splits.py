@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def given_splits(parts: dict[str | None, list[Row]]) -> dict[str, list[Row]]:
-    """The splits that a source has, train among them; one of one split only, whatever its name, is all train.
+    """The splits that a source has, train among them; a source with a single split, whatever its name, is all train.
 
     Args:
         parts: split -> rows; None holds those whose split is not known.
@@ -37,8 +37,8 @@ def assign_splits(
 ) -> dict[str, list[Row]]:
     """Train, validation and test; what the source lacks is taken from its training images by a hash of their id.
 
-    Images of one group stay together. A hash is a number in [0, 1) and a split an interval of it: more images move
-    none. Only a split that would be empty takes the image or group whose number is nearest to its interval.
+    Images of one group stay together. A hash is a number in [0, 1), and a split an interval of these: new images move
+    no old ones. Only a split that would be empty takes the image or group whose number is nearest to its interval.
 
     Args:
         parts: as for [`given_splits`].
@@ -98,7 +98,7 @@ def _fill_empty_splits(split_of: dict[str, str], numbers: dict[str, float], shar
             def distance(key: str, start=start, end=end) -> tuple[float, str]:
                 return max(start - numbers[key], numbers[key] - end, 0.0), key
 
-            # Others are not emptied for it: there are as many groups as splits, so one of them has two.
+            # No other split is emptied by it: with as many groups as splits, one of them has two.
             nearest = min((key for key in numbers if counts[split_of[key]] > 1), key=distance)
             print(
                 f"{split} would be empty: it takes what is nearest to it by hash, {nearest!r} of {split_of[nearest]}"

@@ -21,7 +21,7 @@ from trainers import retrieval_metrics
 from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
 
 
-EVALUATED = 10_000  # images of a split, in whole files
+EVALUATED = 10_000  # images of a split on which the teacher is evaluated, up to the end of a file
 WIDTHS = (512, 256, 128)  # at which the teacher is evaluated too: the width is the size of a user's index
 
 

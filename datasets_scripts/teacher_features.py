@@ -89,8 +89,8 @@ def encode_dataset(
     """Writes `folder/{split}-{number}.parquet` for every `shard_rows` rows that have no such file yet.
 
     Every process takes its share of the files. What is in a file does not depend on the number of processes or on what
-    stood there before: a file is made of its own rows alone, and is whole or absent. An image is encoded once for all
-    its captions; of what occurs several times in a file, once.
+    stood there before: a file is made of its own rows alone, and is whole or absent. An image or
+    caption that occurs several times in a file is encoded once.
 
     Args:
         rows: the splits; columns `image`, `captions`, `image_id` and any others, which are kept.
@@ -230,7 +230,7 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     path = shard_file(folder, shard.split, shard.number)
     if int8 and shard.split != "train":
         exact = path.with_suffix(".npz")
-        with write_whole(exact) as beside, beside.open("wb") as file:  # a name would get another ending
+        with write_whole(exact) as beside, beside.open("wb") as file:  # a path would get another ending from numpy
             np.savez(file, image=image.half().numpy(), text=text.half().numpy())
     table = table.cast(schema.arrow_schema).replace_schema_metadata(schema.arrow_schema.metadata)
     with write_whole(path) as beside:
@@ -314,7 +314,7 @@ def _undecoded(part: datasets.Dataset | datasets.IterableDataset, split: str):
 def _chunks(
     part: datasets.Dataset | datasets.IterableDataset, size: int
 ) -> Iterator[tuple[int, Callable[[], datasets.Dataset]]]:
-    """Number of each chunk of `size` rows, and what gives its rows. A stream is read through, whoever takes which."""
+    """Number of each chunk of `size` rows, and what gives its rows. Every process reads the whole of a stream."""
     if isinstance(part, datasets.Dataset):
         for number in range(math.ceil(len(part) / size)):
             span = range(number * size, min(len(part), (number + 1) * size))
