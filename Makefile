@@ -32,8 +32,8 @@ browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get inst
 bench: $(INSTALLED)  ## measure what the README claims, on CPU, in under 20 minutes
 	$(BIN)/python -m benchmarks
 
-soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostile inputs, both ends of pyproject
-	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 tests/test_soak.py  # alone: it holds rates
+soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostile inputs, oldest and newest libraries
+	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 tests/test_soak.py  # alone: it compares rows per second
 	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 -n logical --maxprocesses 4 --ignore tests/test_soak.py
 	$(BIN)/python tests/lower_bounds.py .venv/bounds
 
