@@ -1,6 +1,6 @@
 """Adds a teacher's output features to an image-text dataset: what a student is distilled from, made once.
 
-    accelerate launch -m datasets_scripts.add_teacher_features --dataset_name D --teacher_model_name_or_path ID \
+    accelerate launch -m datasets_scripts.add_teacher_features --dataset_name D --teacher_model_name_or_path ID \\
         --output_dir DIR
 
 It can be stopped at any moment: the same command goes on from the last whole file, with the same result. The output is
@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="Type of the teacher's arithmetic (default: auto, which is bfloat16 on a GPU and float32 on a CPU).",
     )
-    parser.add_flag("--int8", help="Store features as int8 with a scale a row: half the size of float16.")
+    parser.add_flag("--int8", help="Store features as int8 with one scale for each row: half the size of float16.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images in a batch (default: %(default)s).")
     parser.add_argument("--shard_rows", type=int, default=1024, help="Rows in a parquet file (default: %(default)s).")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Flickr30k under Karpathy's split (29,000/1,014/1,000 images) as a dataset for retrieval.
 
-    python -m datasets_scripts.flickr30k --karpathy dataset_flickr30k.json --images flickr30k-images \
+    python -m datasets_scripts.flickr30k --karpathy dataset_flickr30k.json --images flickr30k-images \\
         --output_dir flickr30k
     python -m datasets_scripts.flickr30k --hub_id AnyModal/flickr30k --output_dir flickr30k
 

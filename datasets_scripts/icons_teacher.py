@@ -1,7 +1,8 @@
 """The icons teacher's output features, which ship with the repository, as columns of the icons dataset.
 
 The teacher is a fine-tuned EfficientNet-Lite0 and MiniLM-L6 (`recipes/icons_teacher.yaml`, `make icons_teacher`). Its
-features lie in `icons_teacher.safetensors`, int8 with a scale a row, keyed by glyph (`image_id`) and name (caption):
+features lie in `icons_teacher.safetensors`, int8 with a scale a row, keyed by glyph (`image_id`) and name (caption).
+The command makes such a file:
 
     python -m datasets_scripts.icons_teacher --model_name_or_path runs/icons_teacher --output FILE
 """

@@ -1,7 +1,7 @@
 """Adds features made by DSMD's published scripts to a dataset, as the columns that train.py learns from.
 
-python -m datasets_scripts.import_teacher_features --dataset_name D --features train IMAGES.pt TEXTS.pt \
-    --features test IMAGES.pt TEXTS.pt --teacher_model_name_or_path NAME --output_dir DIR
+    python -m datasets_scripts.import_teacher_features --dataset_name D --features train IMAGES.pt TEXTS.pt \\
+        --features test IMAGES.pt TEXTS.pt --teacher_model_name_or_path NAME --output_dir DIR
 
 Each file holds one tensor with a row for every caption of a split, in the order of the rows and of their captions; an
 image's feature is repeated for each of its captions.

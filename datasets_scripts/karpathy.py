@@ -135,12 +135,15 @@ def run(benchmark: Benchmark, module: str, doc: str, arguments: list[str] | None
         "--hub_id", help=f"Instead of --karpathy and --images: a copy on the Hub, e.g. {benchmark.hub_id}."
     )
     parser.add_argument("--revision", help="Branch (such as refs/convert/parquet), tag or commit of the Hub's copy.")
-    for name, default in (
-        ("image_column", benchmark.hub_columns.image),
-        ("caption_column", (benchmark.hub_columns.captions or (None,))[0]),
-        ("id_column", benchmark.hub_columns.id),
+    for name, default, what in (
+        ("image_column", benchmark.hub_columns.image, "images"),
+        ("caption_column", (benchmark.hub_columns.captions or (None,))[0], "captions"),
+        ("id_column", benchmark.hub_columns.id, "the images' ids"),
     ):
-        parser.add_argument(f"--{name}", default=default, help="Column of the Hub's copy (default: %(default)s).")
+        shown = default or "found by its usual names"
+        parser.add_argument(
+            f"--{name}", default=default, help=f"Column of {what} in the Hub's copy (default: {shown})."
+        )
     parser.add_argument(
         "--data_license", default=benchmark.license, help="Licence of the data (default: %(default)s)."
     )

@@ -3,7 +3,7 @@
     python -m inference.search --model_name_or_path runs/icons --images ~/Pictures "a cup of coffee"
     python -m inference.search --model_name_or_path runs/icons --images ~/Pictures --image cup.jpg
 
-The folder is read only. Its index is kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may not
+The folder is only read. Its index is kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may not
 write to, or that are synced, can be searched too; a later call embeds only what is new or has changed.
 """
 

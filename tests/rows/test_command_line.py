@@ -73,6 +73,7 @@ def test_each_command_has_the_new_names_and_an_example(module):
     assert shown.stdout.startswith(f"usage: python -m {module} ")
     usage, _, options = shown.stdout.partition("options:")
     assert f"-m {module} --" in usage.partition("\n\n")[2]  # an example
+    assert max(map(len, usage.splitlines())) <= 119  # a line that ends in a single backslash swallows the next
     for old in COMMANDS[module]:
         assert re.search(rf"^  {RENAMED[old]}\b", options, re.MULTILINE), (old, options)
     for old in RENAMED:
