@@ -78,6 +78,9 @@ class RetrievalTrainingArguments(TrainingArguments):
             "help": "Let DDP look in every step for parameters without gradient; training finds them before it begins."
         },
     )
+    do_train: bool = field(
+        default=False, metadata={"help": "Train; with False the student of model_name_or_path is only evaluated."}
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the run: its checkpoints, the student with its card, the figures."}
     )
