@@ -38,7 +38,7 @@ def encode(
         processor: its `image_processor` and `tokenizer`.
         args: batch size, loader workers, longest caption.
         autocast: gives the context that the model runs in.
-        is_sharded: the model is FSDP's, whose forward is one of all ranks.
+        is_sharded: the model is FSDP's, whose forward all ranks make together.
     """
     was_training = model.training
     model.eval()
@@ -97,7 +97,7 @@ def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: t
         return embed(**inputs)
     except torch.OutOfMemoryError as error:
         rows = len(next(iter(inputs.values())))
-        if rows == 1 or is_sharded:  # the parts of a sharded model's forward are those of all ranks
+        if rows == 1 or is_sharded:  # all ranks make a sharded model's forward together: one cannot halve alone
             raise RuntimeError(
                 f"The memory does not hold the evaluation of {rows} rows: lower --per_device_eval_batch_size or "
                 "--max_caption_length, or free the device, and go on by --resume_from_checkpoint last."
@@ -107,7 +107,7 @@ def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: t
 
 
 def _own_rows(rows: int) -> list[int]:
-    """As many on every rank, first rows again at the end: a sharded model's forward is a step of all ranks."""
+    """This rank's rows. Every rank has as many, some with a first row again: all make a sharded forward together."""
     world = distributed.world_size()
     return [(start + distributed.rank()) % rows for start in range(0, rows, world)]
 
