@@ -180,7 +180,7 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
             shard_rows=options.shard_rows,
             image_size=options.image_size,
         ),
-        source=Path(options.dataset_name).name if Path(options.dataset_name).exists() else options.dataset_name_name,
+        source=Path(options.dataset_name).name if Path(options.dataset_name).exists() else options.dataset_name,
         num_workers=default_workers() if options.num_workers is None else options.num_workers,
         overwrite=options.overwrite_output_dir,
         license=options.data_license or license_of(rows, options.dataset_name),

@@ -135,6 +135,13 @@ def test_what_the_folder_says_of_itself(output, teacher_folder):
     assert f"| test | 12 | {retrieval_metrics(image, text, groups, groups[caption_to_image])['rsum']:.2f} |" in card
 
 
+def test_a_dataset_that_is_no_folder_is_named_as_it_was_given(source, teacher_folder, tmp_path, monkeypatch):
+    """A Hub id or 'icons', whose rows stand in for it here."""
+    monkeypatch.setattr(script, "open_dataset", lambda name, *_: datasets.load_from_disk(source))
+    script.main(arguments("name/photos", teacher_folder, tmp_path / "out", "--data_license", "mit"))
+    assert "# name/photos with teacher features" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_streamed_output_has_the_same_rows(output):
     rows = datasets.load_dataset(str(output))["train"].cast_column("image", datasets.Image(decode=False))
     stream = datasets.load_dataset(str(output), streaming=True)["train"]
