@@ -24,6 +24,8 @@ Args:
     references: for each image the embeddings of its captions, one or more, `[N][captions, D]`.
     groups: given to `compute`: N integers or strings, in the order in which the images were added; images of one group
         share their captions as right answers. Default: each image is a group of its own.
+    text_ids: given to `compute`: the captions, or integers or strings that are equal where captions are, one for each
+        embedding in references; equal captions are right answers for the same images. Default: none are equal.
 Returns:
     image_to_text_r1, image_to_text_r5, image_to_text_r10, text_to_image_r1, text_to_image_r5, text_to_image_r10:
         percent of the queries that have a right answer among the first 1, 5, 10.
@@ -56,11 +58,12 @@ class TwoWayRecall(evaluate.Metric):
             features=datasets.Features({"predictions": embedding, "references": datasets.List(embedding)}),
         )
 
-    def _compute(self, predictions, references, groups=None) -> dict[str, float]:
+    def _compute(self, predictions, references, groups=None, text_ids=None) -> dict[str, float]:
         groups = range(len(predictions)) if groups is None else groups
         return retrieval_metrics(
             torch.from_numpy(np.array(list(predictions))),
             torch.from_numpy(np.array([caption for captions in references for caption in captions])),
             list(groups),
             [group for group, captions in zip(groups, references) for _ in captions],
+            text_ids=text_ids,
         )

@@ -8,21 +8,26 @@ import pytest
 import torch
 
 from trainers import metrics as retrieval
-from trainers.metrics import metrics_from_ranks, ranks, retrieval_metrics
+from trainers.metrics import fold_metrics, metrics_from_ranks, ranks, retrieval_metrics
 
 
-def reference_ranks(queries, items, query_groups, item_groups):
-    """The definition in float64, one pair at a time; only exact ties (to rounding of float64) count as ties."""
+def reference_ranks(queries, items, query_groups, item_groups, is_right=None):
+    """The definition in float64, one pair at a time; only exact ties (to rounding of float64) count as ties.
+
+    `is_right` `[queries, items]` says what is right instead of the groups.
+    """
     queries, items = (
         rows / np.linalg.norm(rows, axis=1, keepdims=True)
         for rows in (np.asarray(queries, dtype=np.float64), np.asarray(items, dtype=np.float64))
     )
     found = []
-    for query, group in zip(queries, query_groups, strict=True):
+    if is_right is None:
+        is_right = np.array([[group == other for other in item_groups] for group in query_groups])
+    for query, right in zip(queries, is_right, strict=True):
         best, wrong = -math.inf, []
-        for item, other in zip(items, item_groups, strict=True):
+        for item, fits in zip(items, right, strict=True):
             score = float(np.dot(query, item))
-            if group == other:
+            if fits:
                 best = max(best, score)
             else:
                 wrong.append(score)
@@ -51,6 +56,94 @@ def random_problem(seed, num_images=37, dim=9, images_a_group=1, max_captions=7)
     text_order = torch.randperm(len(texts), generator=generator)
     text_groups = image_groups[caption_to_image][text_order]
     return images[image_order] * 3.0, texts[text_order] * 0.2, image_groups[image_order], text_groups
+
+
+def reference_right(image_groups, text_groups, texts):
+    """`[images, texts]`: a text is right for an image where a text of the image's group is equal to it."""
+    return np.array(
+        [
+            [any(g == group and t == text for g, t in zip(text_groups, texts)) for text in texts]
+            for group in image_groups
+        ]
+    )
+
+
+def with_equal_texts(seed, **shape):
+    """`random_problem` and texts, of which few or most are equal to others, equal ones at the same point or not."""
+    images, texts, image_groups, text_groups = random_problem(seed, **shape)
+    rng = np.random.default_rng(seed)
+    words = np.array([*map(str, range(len(texts) * (1 + seed % 3)))])
+    words[: len(words) // 3] = "a photo"
+    names = rng.choice(words, len(texts))
+    if seed % 2:
+        first = {name: c for c, name in reversed(list(enumerate(names)))}
+        texts = texts[[first[name] for name in names]]
+    return images, texts, image_groups, text_groups, names.tolist()
+
+
+@pytest.mark.parametrize("chunk_size", [3, 16, 1024])
+@pytest.mark.parametrize("images_a_group", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_texts_are_right_for_each_image_that_has_one(seed, images_a_group, chunk_size):
+    images, texts, image_groups, text_groups, names = with_equal_texts(seed, images_a_group=images_a_group)
+    right = reference_right(image_groups.tolist(), text_groups.tolist(), names)
+    assert right.sum() > (image_groups[:, None] == text_groups).sum()  # texts of other groups count
+    found = ranks(images, texts, image_groups, text_groups, text_ids=names, chunk_size=chunk_size)
+    assert found[0].tolist() == reference_ranks(images.double(), texts.double(), None, None, right)
+    assert found[1].tolist() == reference_ranks(texts.double(), images.double(), None, None, right.T)
+    ids = [names.index(name) for name in names]
+    for kind in (ids, torch.tensor(ids), np.array(names)):
+        again = ranks(images, texts, image_groups, text_groups, text_ids=kind, chunk_size=chunk_size)
+        assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+
+
+def test_a_perfect_model_of_classes_scores_600_and_a_constant_one_0():
+    """20 images of each of 15 classes, whose name is the caption of each."""
+    classes = torch.arange(300) % 15
+    points = torch.eye(15)[classes]
+    groups = range(300)
+    assert retrieval_metrics(points, points, groups, groups, text_ids=classes)["rsum"] == 600.0
+    assert retrieval_metrics(points, points, groups, groups)["rsum"] == 0.0
+    assert retrieval_metrics(torch.ones(300, 4), torch.ones(300, 4), groups, groups, text_ids=classes)["rsum"] == 0.0
+
+
+def test_texts_that_are_equal_in_their_group_alone_change_nothing():
+    images, texts, image_groups, text_groups = random_problem(14, images_a_group=2)
+    plain = ranks(images, texts, image_groups, text_groups, chunk_size=16)
+    for names in (torch.arange(len(texts)), text_groups):
+        found = ranks(images, texts, image_groups, text_groups, text_ids=names, chunk_size=16)
+        assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+
+
+def test_equal_texts_by_hand():
+    # Three images at 0, 60 and 120 degrees; images 0 and 2 are both "cat", and 2 is also "black".
+    images = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5], [-0.5, 0.75**0.5]])
+    texts = torch.stack([images[2], images[1], images[1], images[0]])
+    texts_of = ["cat", "dog", "cat", "black"]
+    image_ranks, text_ranks = ranks(images, texts, [0, 1, 2], [0, 1, 2, 2], text_ids=texts_of)
+    # Image 0: its best "cat" is at 60 degrees, where "dog" ties, and "black" at 0 degrees comes before both.
+    # Image 1: "dog" ties with the "cat" at its place. Image 2: a "cat" is at its place.
+    assert image_ranks.tolist() == [3, 2, 1]
+    # The "cat" at 120 degrees finds image 2; the one at 60 image 1, the wrong one; "black" image 0, then image 1.
+    assert text_ranks.tolist() == [1, 1, 2, 3]
+
+
+def test_folds_see_equal_texts_of_their_own_alone():
+    images, texts, image_groups, text_groups, names = with_equal_texts(3, num_images=12)
+    order = np.argsort(image_groups.numpy())
+    owner = torch.tensor([order.tolist().index(image_groups.tolist().index(group)) for group in text_groups.tolist()])
+    images, image_groups = images[order], image_groups[order]
+    ids = torch.tensor([names.index(name) for name in names])
+    found = fold_metrics(images, texts, image_groups, owner, 6, ids)
+    halves = []
+    for half in (0, 1):
+        c = (owner // 6 == half).nonzero()[:, 0]
+        own = slice(6 * half, 6 * half + 6)
+        halves.append(
+            retrieval_metrics(images[own], texts[c], image_groups[own], image_groups[owner[c]], text_ids=ids[c])
+        )
+    assert found["rsum"] == pytest.approx((halves[0]["rsum"] + halves[1]["rsum"]) / 2)
+    assert found["rsum"] > fold_metrics(images, texts, image_groups, owner, 6)["rsum"]
 
 
 def test_hand_values():
@@ -254,9 +347,10 @@ def test_memory_is_bounded_by_the_blocks():
     # One group holds half of all pairs, so that the right pairs alone are as many as N x M / 4.
     images, texts = torch.randn(600, 4), torch.randn(900, 4)
     image_groups, text_groups = torch.arange(600).clamp(max=300), torch.arange(900).clamp(max=300)
-    with Watch():
-        ranks(images, texts, image_groups, text_groups, chunk_size=50)
-    assert largest == 900 * 4
+    for text_ids in (None, torch.arange(900) % 40):
+        with Watch():
+            ranks(images, texts, image_groups, text_groups, text_ids=text_ids, chunk_size=50)
+        assert largest == 900 * 4
 
 
 def test_progress_of_large_problems_alone(monkeypatch, capsys):
@@ -336,6 +430,19 @@ def test_bad_input_is_named(arguments, message):
     for function in (ranks, retrieval_metrics):
         with pytest.raises(ValueError, match=message):
             function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", "b"], "text_ids must name an id for each of the 3 text_embeds, got 2"),
+        (["a", None, "b"], r"text_ids must be integers or strings, but row 1 is None"),
+        (["a", 1, "b"], "'a' in text_ids, row 0 and 1 in text_ids, row 1"),
+    ],
+)
+def test_bad_texts_are_named(texts, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(EYE, EYE, GROUPS, GROUPS, text_ids=texts)
 
 
 def test_bad_chunk_size():

@@ -63,6 +63,16 @@ def test_every_image_is_for_itself_without_groups(metric):
     assert shared["rsum"] > expected(images, captions, range(30))["rsum"]
 
 
+def test_equal_captions_are_right_for_each_image_that_has_one(metric):
+    images, captions = make(seed=3)
+    texts = [["a photo", "a cat", "a dog"][i % 3] for i in range(sum(map(len, captions)))]
+    groups = [i for i, own in enumerate(captions) for _ in own]
+    rows = torch.tensor(images), torch.tensor(np.concatenate(captions))
+    found = metric.compute(predictions=images, references=captions, text_ids=texts)
+    assert found == retrieval_metrics(*rows, range(30), groups, text_ids=texts)
+    assert found["rsum"] > expected(images, captions, range(30))["rsum"]
+
+
 def test_combined_with_another_metric(metric):
     images, captions = make(seed=2)
     result = evaluate.combine([metric]).compute(predictions=images, references=captions)
