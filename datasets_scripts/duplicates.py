@@ -110,19 +110,20 @@ def say_several_splits(count: int, left_out: dict[str, int] | None) -> None:
 
 
 def say_shared_captions(rows: list[Row]) -> None:
-    """Prints the share of captions that stand for several images, where it is above 1 %."""
+    """Prints the share of captions that stand for several images, if any does."""
     groups = defaultdict(set)
     for row in rows:
         for caption in row.captions:
             groups[caption].add(row.group_id or row.image_id)
     total = sum(len(row.captions) for row in rows)
     shared = sum(len(groups[caption]) > 1 for row in rows for caption in row.captions)
-    if shared > 0.01 * total:
+    if shared:
         most = max(groups, key=lambda caption: len(groups[caption]))
         example = printable(most if len(most) < 60 else f"{most[:57]}...")
         print(
             f"{100 * shared / total:.3g} % of the captions stand for several images ({example!r} for "
-            f"{len(groups[most]):,}): recall cannot tell these images apart; captions that say more would"
+            f"{len(groups[most]):,}): none of these images is a negative for it, and each is a right answer unless "
+            "train.py is told --recall_by_index; captions that say more would tell them apart"
         )
 
 
