@@ -30,10 +30,9 @@ def render_card(record: RunRecord) -> str:
         metrics = {name: value for name, value in metrics.items() if "teacher" not in name}
     key = next((key for key in ("test", "eval") if f"{key}_rsum" in metrics), None)
     split, teacher = key and facts.splits[key], facts.teacher or {}
-    template = Path(__file__).with_name("template.md").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"as_text": tables.as_text, "fenced": tables.fenced}
-    text = environment.from_string(template).render(
+    text = environment.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8")).render(
         record=record,
         distilled=distilled,
         front_matter=front_matter(record, metrics),
@@ -42,6 +41,7 @@ def render_card(record: RunRecord) -> str:
         how_trained=_how_trained(record),
         status=_status(record),
         split=split,
+        equal_captions=tables.equal_captions(metrics, key, record.settings.get("recall_by_index", False)),
         table=key and tables.results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
         across=key and tables.across_table(metrics, key),
         grids=[(file, title) for file, title in GRIDS.items() if file in record.assets],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,13 @@ from rows.images import load_rgb
 from .tables import SHOWN
 
 
-def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, folder: Path) -> None:
+def draw_grids(
+    rows: datasets.Dataset,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    folder: Path,
+    by_index: bool = False,
+) -> None:
     """Draws what a few queries find among all rows: per direction, up to two whose first answer is right, two wrong.
 
     Args:
@@ -24,12 +31,17 @@ def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: 
         image_embeds: of their images, L2-normalised `[N, D]`.
         text_embeds: of their captions, L2-normalised `[C, D]`, those of one row after another's.
         folder: where `text_to_image.png` and `image_to_text.png` are written.
+        by_index: a caption that is equal to a right one is none itself.
     """
     from .grid import Cell, result_grid  # it needs matplotlib
 
     groups, caption_to_image = (ids.to(image_embeds.device) for ids in rows_and_captions(rows))
     captions = [caption for own in rows["captions"] for caption in own]
-    text_groups = groups[caption_to_image]
+    owners, text_owners = groups.tolist(), groups[caption_to_image].tolist()
+    of_group = defaultdict(set)  # what its captions are told apart by: their texts, or nothing but their group
+    names = text_owners if by_index else captions
+    for owner, name in zip(text_owners, names):
+        of_group[owner].add(name)
     undecoded = _undecoded(rows, ["image"])
 
     def image(i: int) -> Image.Image:
@@ -38,20 +50,24 @@ def draw_grids(rows: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: 
     def caption(i: int) -> str:
         return captions[i]
 
+    def fits(i: int, c: int) -> bool:
+        return names[c] in of_group[owners[i]]
+
     ways = {
-        "text_to_image": (caption, text_embeds, text_groups, image, image_embeds, groups),
-        "image_to_text": (image, image_embeds, groups, caption, text_embeds, text_groups),
+        "text_to_image": (caption, text_embeds, image, image_embeds, lambda c, i: fits(i, c)),
+        "image_to_text": (image, image_embeds, caption, text_embeds, fits),
     }
-    for way, (query, queries, own_groups, answer, index, index_groups) in ways.items():
+    for way, (query, queries, answer, index, fits_query) in ways.items():
         tried = torch.tensor(evenly(range(len(queries)), 200), device=index.device)
         found = (queries[tried] @ index.T).topk(min(5, len(index)))
-        right = index_groups[found.indices] == own_groups[tried, None]
-        hits, misses = ([i for i, hit in enumerate(right[:, 0].tolist()) if hit is wanted] for wanted in (True, False))
+        answers = found.indices.tolist()
+        right = [[fits_query(asked, i) for i in own] for asked, own in zip(tried.tolist(), answers)]
+        hits, misses = ([i for i, own in enumerate(right) if own[0] is wanted] for wanted in (True, False))
         chosen = evenly(hits, 2) + evenly(misses, 2)
         cells = [
             [
                 Cell(answer(i), f"{score:.2f}", is_right)
-                for i, score, is_right in zip(*(of[row].tolist() for of in (found.indices, found.values, right)))
+                for i, score, is_right in zip(answers[row], found.values[row].tolist(), right[row])
             ]
             for row in chosen
         ]

@@ -56,6 +56,17 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
     return markdown_table(rows)
 
 
+def equal_captions(metrics: dict[str, float], key: str | None, by_index: bool) -> str:
+    """What counts as right where captions stand for several images; "" where none does."""
+    if f"{key}_shared_captions" not in metrics:
+        return ""
+    text = f"{metrics[f'{key}_shared_captions']:.3g} % of the captions stand for several images, "
+    rule, other = ("of which only its own is", "all were") if by_index else ("each of which is", "only its own was")
+    text += f"{rule} a right answer"
+    rsum = metrics.get(f"{key}_rsum_by_{'text' if by_index else 'index'}")
+    return f"{text}." if rsum is None else f"{text}; if {other}, rsum would be {rsum:.1f}."
+
+
 def across_table(metrics: dict[str, float], key: str = "test") -> str:
     """Recalls of the student's queries on the teacher's index and the reverse; "" if they were not measured."""
     rows = [["", "student on teacher's index", "teacher on student's index"]]

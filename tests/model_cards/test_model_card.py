@@ -354,6 +354,28 @@ def test_limits_of_a_student_better_than_its_teacher_and_worse_than_the_baseline
     assert "least of its teacher" not in limits and "Trained without a teacher it does better: rsum 599.0" in limits
 
 
+@pytest.mark.parametrize(
+    ("figures", "by_index", "said"),
+    [
+        ({}, False, ""),
+        ({"shared_captions": 12.345, "rsum_by_index": 3.21}, False, "12.3 % of the captions stand for several images, "
+         "each of which is a right answer; if only its own was, rsum would be 3.2."),
+        ({"shared_captions": 0.5, "rsum_by_text": 590.0}, True, "0.5 % of the captions stand for several images, "
+         "of which only its own is a right answer; if all were, rsum would be 590.0."),
+        ({"shared_captions": 0.5}, False, "0.5 % of the captions stand for several images, "
+         "each of which is a right answer."),
+    ],
+)  # fmt: skip
+def test_captions_of_several_images(record, figures, by_index, said):
+    metrics = {**record.metrics, **{f"test_{name}": value for name, value in figures.items()}}
+    settings = {**record.settings, "recall_by_index": by_index}
+    card = render_card(dataclasses.replace(record, metrics=metrics, settings=settings))
+    assert_well_formed(card)
+    assert (f"at most 600. {said}\n" if said else "at most 600.\n") in card
+    assert bool(said) == ("stand for several images" in card)
+    assert not any("by" in name or "shared" in name for _, name in indexed(card))
+
+
 def test_a_teacher_without_a_name(record):
     card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, teacher={"dim": 16})))
     assert "distilled from the features of a teacher, on `data`" in card and "- `dim`: 16\n" in card

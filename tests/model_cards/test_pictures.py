@@ -80,3 +80,15 @@ def test_samples_are_small_and_leave_out_what_cannot_be_read(tmp_path):
     assert captions == [rows["captions"][1], rows["captions"][7]]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "sample_2.png")), np.asarray(make_rows(9)[7]["image"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sample_1.png", "sample_2.png"]
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_an_equal_caption_is_framed_unless_right_answers_go_by_index(tmp_path, monkeypatch, by_index):
+    """Four images of a cat: the first caption of all is the same."""
+    rows = make_rows(4).remove_columns(["captions", "group_id"]).add_column("captions", [["a cat"]] * 4)
+    drawn, embeds = {}, torch.eye(4)
+    monkeypatch.setattr(model_cards.grid, "result_grid", lambda queries, cells, path: drawn.update({path.name: cells}))
+    draw_grids(rows, embeds, embeds, tmp_path, by_index=by_index)
+    for cells in drawn.values():
+        expected = [True, False, False, False] if by_index else [True] * 4
+        assert cells and all([cell.right for cell in row] == expected for row in cells)
