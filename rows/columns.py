@@ -19,6 +19,16 @@ def id_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def text_id(text: str) -> int:
+    """A caption's id, 0 to 2**63 - 1: equal for equal texts, as they are written, on every machine."""
+    return id_hash(text) & (2**63 - 1)
+
+
+def text_ids(dataset: datasets.Dataset) -> torch.Tensor:
+    """The [`text_id`] of each caption, row by row, `[M]` int64."""
+    return torch.tensor([text_id(caption) for captions in dataset["captions"] for caption in captions])
+
+
 def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """The group of each image `[N]`, as a hash, and for each caption the row of its image `[M]`, both int64."""
     column = "group_id" if "group_id" in dataset.column_names else "image_id"

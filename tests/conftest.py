@@ -28,6 +28,8 @@ WORDS = (
     "arrow circle square star heart left right up down small red blue house tree car cat dog moon sun cloud".split()
 )
 
+NAMES = ["a cat", "a dog", "a photo"]
+
 
 def make_rows(count: int, seed: int = 0, dim: int = DIM) -> datasets.Dataset:
     """Rows of the contract: random images, 1 to 4 captions each, every fifth row of its neighbour's group."""
@@ -54,6 +56,15 @@ def make_rows(count: int, seed: int = 0, dim: int = DIM) -> datasets.Dataset:
         }
     )
     return datasets.Dataset.from_dict(rows, features=features)
+
+
+def with_names(rows: datasets.Dataset, every: int = 2, seed: int = 0) -> datasets.Dataset:
+    """The rows with one of three names in place of the first caption of every so many: captions of several images."""
+    rng = np.random.default_rng(seed)
+    captions = [list(own) for own in rows["captions"]]
+    for own in captions[::every]:
+        own[0] = str(rng.choice(NAMES))
+    return rows.remove_columns("captions").add_column("captions", captions, feature=rows.features["captions"])
 
 
 def make_student(vision: dict | None = None, text: dict | None = None):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from conftest import DIM, make_rows, make_student
+from conftest import DIM, make_rows, make_student, with_names
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from transformers import TrainerCallback
@@ -21,6 +21,7 @@ from trainers.losses import (
     similarity_distillation,
 )
 from trainers.run import distributed
+from trainers.step_rows import other_students
 
 
 STEP = 16  # images, over all processes
@@ -46,6 +47,9 @@ NO_QUEUE = {
     f"contrastive {name}, queue 0": (["contrastive"], {"contrastive_pairs": pairs})
     for name, pairs in PAIR_SETS.items()
 }
+# Of rows with captions of several images, which fall on other processes: the texts must be gathered too.
+NAMED = {f"named, {name}": ([name], {}) for name in ("contrastive", "hard_negative")}
+NAMED_BASELINE = {"named baseline": (None, {})}
 SMOOTH = ["contrastive", "feature", "similarity"]
 ACCUMULATED = {f"accumulated, step {step}": (SMOOTH, {}) for step in range(2)}
 DYNAMIC = {f"dynamic, step {step}": (None, {}) for step in range(3)}
@@ -106,15 +110,18 @@ def trained(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     """Gradients `{case}/{parameter}` and logged losses; the weights stay the same: each step is a case of its own."""
     rows, gradients, logged = make_rows(2 * STEP), {}, {}
     accumulation = 1 if distributed.world_size() == 1 else 2  # one process takes the whole batch at once
+    named = with_names(rows)
     for cases, settings in (
         (CASES, {"queue_size": 60}),
+        (NAMED, {"queue_size": 60, "rows": named}),
+        (NAMED_BASELINE, {"trainer_class": ContrastiveTrainer, "rows": named}),
         (NO_QUEUE, {"queue_size": 0}),
         # A queue that is smaller than the step's captions, not than its images: the same on any number of processes.
         (ACCUMULATED, {"losses": SMOOTH, "queue_size": 24, "gradient_accumulation_steps": accumulation}),
         (DYNAMIC, {"balancer": "dynamic", "queue_size": 60}),
         (BASELINE, {"trainer_class": ContrastiveTrainer}),
     ):
-        trainer = make_trainer(folder, rows, max_steps=len(cases), **settings)
+        trainer = make_trainer(folder, max_steps=len(cases), **{"rows": rows, **settings})
         each = EachCase(trainer, cases)
         trainer.add_callback(each)
         trainer.train()
@@ -147,6 +154,8 @@ def uneven_batches() -> dict[str, torch.Tensor]:
     image_groups = distributed.gather_rows(groups, counts[0])
     text_groups = distributed.gather_rows(groups[caption_to_image], counts[1])
     step = TeacherRows(step_images, image_groups, step_captions, text_groups)
+    own = TeacherRows(teacher_image, groups, teacher_text, groups[caption_to_image])
+    batch = {"teacher_rows": own, "caption_to_image": caption_to_image, "row_counts": counts}
     dictionaries = {
         "step": step,
         "queue": TeacherRows(queue, torch.arange(20) % 7, queue.flip(0), torch.arange(20) % 9),
@@ -174,7 +183,7 @@ def uneven_batches() -> dict[str, torch.Tensor]:
                             step=columns,
                             **settings,
                             **means,
-                            others=DSMDTrainer._other_students(None, *rows, *whose, counts),
+                            others=other_students(image, text, batch),
                         )
                     )
 

@@ -7,7 +7,9 @@ from transformers import TrainerCallback
 from trainers import DSMDTrainer, DSMDTrainingArguments
 
 
-def make_trainer(folder, rows, model=None, callbacks=None, eval_dataset=None, **settings) -> DSMDTrainer:
+def make_trainer(
+    folder, rows, model=None, callbacks=None, eval_dataset=None, trainer_class=DSMDTrainer, **settings
+) -> DSMDTrainer:
     student, processor = make_student()
     settings = {
         "per_device_train_batch_size": 16,
@@ -24,7 +26,7 @@ def make_trainer(folder, rows, model=None, callbacks=None, eval_dataset=None, **
         **settings,
     }
     args = DSMDTrainingArguments(output_dir=str(folder), **settings)
-    return DSMDTrainer(
+    return trainer_class(
         model=model or student,
         args=args,
         train_dataset=rows,

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import speed_metrics
 
 from model_cards import RunFacts, RunRecord
-from rows.columns import rows_and_captions
+from rows.columns import rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
 from .argument_checks import check_evaluated, check_student, taken_arguments
-from .batches import RetrievalCollator, RetrievalDataset
+from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset
 from .card import describe_run, write_readme
 from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, tiny_batch, unused_parameters
+from .equal_texts import SharedTexts, find_shared_texts
 from .retrieval_evaluation import encode, recall_figures
 from .row_checks import check_together
 from .run.callbacks import SetEpoch
@@ -102,6 +103,8 @@ class RetrievalTrainer(ResumableTrainer):
                     f"The training split has {len(train_dataset)} images, fewer than one step's {step}: "
                     "lower per_device_train_batch_size."
                 )
+            where = "the first rows of train" if streamed else "train"
+            shared = find_shared_texts(known, where, "none of these is a negative for another")
             settings = {
                 "captions_per_image": args.captions_per_image,
                 "random_shift": args.random_shift,
@@ -114,7 +117,9 @@ class RetrievalTrainer(ResumableTrainer):
                     train_dataset, args.shuffle_buffer_size, teacher_dim, **share, **settings
                 )
             else:
-                train_dataset = RetrievalDataset(train_dataset, with_teacher=teacher_dim is not None, **settings)
+                train_dataset = RetrievalDataset(
+                    train_dataset, with_teacher=teacher_dim is not None, shared_texts=shared.ids, **settings
+                )
         several = isinstance(eval_dataset, dict)
         evaluated = eval_dataset if several else {"validation": eval_dataset}
         if eval_dataset is not None:
@@ -141,6 +146,7 @@ class RetrievalTrainer(ResumableTrainer):
         self.facts = RunFacts()  # for the card
         self.command: str | None = None  # of train.py: a digest of all that the run follows from
         self._teacher_figures: dict[tuple, dict[str, float]] = {}
+        self._shared_texts: dict[str, SharedTexts] = {}  # of the splits that were evaluated, by fingerprint
         self._signs: set[str] = set()  # of collapse, those that were warned of
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
         self.unused: list[str] = []
@@ -250,7 +256,15 @@ class RetrievalTrainer(ResumableTrainer):
 
     def begin_step(self, batches: list[dict]) -> None:
         """Called with all micro-batches of this rank before the first is trained on."""
-        counts = self.gather_step([[len(batch["image_groups"]), len(batch["input_ids"])] for batch in batches])
+        of_batches = []
+        for batch in batches:
+            width = batch["image_texts"].shape[1] if "image_texts" in batch else 0
+            of_batches.append([len(batch["image_groups"]), len(batch["input_ids"]), width])
+        counts = self.gather_step(of_batches)
+        counts, widest = counts[..., :2], int(counts[..., 2].max())
+        for batch, (*_, width) in zip(batches, of_batches):
+            if widest > width:  # only where batches have texts
+                batch["image_texts"] = nn.functional.pad(batch["image_texts"], (0, widest - width), value=NO_TEXT)
         self.num_images, self.num_captions = counts.sum(dim=(0, 1)).tolist()
         self.step_counts = counts  # [W, A, 2]: ranks, micro-batches, images and captions
         for micro_step, batch in enumerate(batches):
@@ -285,7 +299,8 @@ class RetrievalTrainer(ResumableTrainer):
         Trainer's loop would compare within batches only. Where the split has teacher features, the teacher's own
         figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent. With
         `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images. With
-        several datasets each one's name follows the prefix, as in Trainer.
+        several datasets each one's name follows the prefix, as in Trainer. A caption that is equal to a right one is
+        right too, unless the arguments say `recall_by_index`; see [`by_the_other_rule`].
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -298,12 +313,14 @@ class RetrievalTrainer(ResumableTrainer):
         started = time.time()
         image_embeds, text_embeds = self.encode(dataset)
         groups, caption_to_image = rows_and_captions(dataset)
-        of_student = recall_figures(image_embeds, text_embeds, groups, caption_to_image, fold_size)
+        whose = (groups, caption_to_image, None if self.args.recall_by_index else text_ids(dataset))
+        of_student = recall_figures(image_embeds, text_embeds, *whose, fold_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in of_student.items()}
         metrics[f"{metric_key_prefix}_images"] = len(image_embeds)
         metrics[f"{metric_key_prefix}_captions"] = len(text_embeds)
+        metrics.update(self.by_the_other_rule(dataset, image_embeds, text_embeds, metric_key_prefix))
         if set(TEACHER_COLUMNS) <= set(dataset.column_names):
-            embeds = (image_embeds, text_embeds, groups, caption_to_image)
+            embeds = (image_embeds, text_embeds, *whose)
             metrics.update(self.beside_the_teacher(dataset, *embeds, metric_key_prefix, fold_size))
             teacher_rsum = metrics[f"teacher_{metric_key_prefix}_rsum"]
             share = 100 * of_student["rsum"] / teacher_rsum if teacher_rsum else float("nan")
@@ -333,8 +350,25 @@ class RetrievalTrainer(ResumableTrainer):
             for side in constant_sides(image_embeds, text_embeds)
         ]
 
+    def by_the_other_rule(self, dataset, image_embeds, text_embeds, prefix: str) -> dict[str, float]:
+        """Where captions stand for several images, their share in percent, `{prefix}_shared_captions`, and once
+        training is over the RSUM by the rule that does not hold, `{prefix}_rsum_by_index` or `{prefix}_rsum_by_text`.
+        """
+        if dataset._fingerprint not in self._shared_texts:
+            rule = "only its own image is a right answer" if self.args.recall_by_index else "each is a right answer"
+            self._shared_texts[dataset._fingerprint] = find_shared_texts(dataset, prefix, rule)
+        shared = self._shared_texts[dataset._fingerprint]
+        if not shared.ids:
+            return {}
+        metrics = {f"{prefix}_shared_captions": shared.share}
+        if not self.is_in_train:
+            texts = text_ids(dataset) if self.args.recall_by_index else None
+            other = recall_figures(image_embeds, text_embeds, *rows_and_captions(dataset), texts, None)
+            metrics[f"{prefix}_rsum_by_{'text' if self.args.recall_by_index else 'index'}"] = other["rsum"]
+        return metrics
+
     def beside_the_teacher(
-        self, dataset, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None
+        self, dataset, image_embeds, text_embeds, groups, caption_to_image, texts, prefix: str, fold_size: int | None
     ) -> dict[str, float]:
         """The teacher's own figures on a split, as `teacher_{prefix}_*`; made once for each split.
 
@@ -342,12 +376,13 @@ class RetrievalTrainer(ResumableTrainer):
             dataset: the split, with the teacher's features.
             image_embeds, text_embeds: the student's, `[N, D]` and `[M, D]`.
             groups, caption_to_image: `[N]`, `[M]`, see [`rows_and_captions`].
+            texts: `[M]`, as `text_ids` of [`retrieval_metrics`].
             prefix, fold_size: see `evaluate`.
         """
         key = (prefix, dataset._fingerprint, fold_size)
         if key not in self._teacher_figures:
             teacher = (features.to(image_embeds.device) for features in teacher_rows(dataset))
-            self._teacher_figures[key] = recall_figures(*teacher, groups, caption_to_image, fold_size)
+            self._teacher_figures[key] = recall_figures(*teacher, groups, caption_to_image, texts, fold_size)
         return {f"teacher_{prefix}_{name}": value for name, value in self._teacher_figures[key].items()}
 
     def encode(self, dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import datasets
 import numpy as np
@@ -11,10 +11,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from rows.columns import LONGEST_CAPTION, id_hash
+from rows.columns import LONGEST_CAPTION, id_hash, text_id
 from rows.files import printable
 from rows.images import load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
+
+
+NO_TEXT = -1  # no text_id: fills up the lists of those images that have fewer texts than others
 
 
 def undecoded_rows(
@@ -36,6 +39,7 @@ def make_examples(
     random_shift: float = 0.0,
     random_zoom: float = 0.0,
     seed: int = 42,
+    shared_texts: Set[int] | None = frozenset(),
 ) -> Iterator[dict]:
     """Yields the training examples of some rows in their order; an image is decoded when its example is asked for.
 
@@ -46,7 +50,9 @@ def make_examples(
 
     Yields:
         `image_id`, `group` (int64), `captions`, and `image` (RGB) or, where it cannot be read, `unreadable` (the
-        reason); with the teacher also `teacher_image` `[D]` and `teacher_text` `[len(captions), D]`.
+        reason); with the teacher also `teacher_image` `[D]` and `teacher_text` `[len(captions), D]`; where texts may
+        be shared also `text_ids` of the captions, and `image_texts`, those of all captions of the image, drawn or not,
+        that other images may have too.
     """
     captions = table["captions"].to_pylist()
     groups = table["group_id" if "group_id" in table.column_names else "image_id"].to_pylist()
@@ -64,6 +70,11 @@ def make_examples(
             "group": id_hash(groups[i]),
             "captions": [captions[i][j] for j in chosen],
         }
+        if shared_texts is None or shared_texts:
+            ids = [text_id(caption) for caption in captions[i]]
+            example["text_ids"] = [ids[j] for j in chosen]
+            unique = dict.fromkeys(ids)
+            example["image_texts"] = [of for of in unique if shared_texts is None or of in shared_texts]
         try:
             image = load_rgb(table["image"][i].as_py())
             example["image"] = random_view(image, rng, random_shift, random_zoom)
@@ -87,6 +98,8 @@ class RetrievalDataset(torch.utils.data.Dataset):
         captions_per_image: how many captions to draw for each image; None for all.
         random_shift, random_zoom: see [`random_view`].
         seed: of all random choices.
+        shared_texts: ids of the texts that stand for several images, see [`find_shared_texts`]; None: nobody knows
+            which do.
     """
 
     def __init__(
@@ -97,6 +110,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
         random_shift: float = 0.0,
         random_zoom: float = 0.0,
         seed: int = 42,
+        shared_texts: Set[int] | None = frozenset(),
     ):
         self.rows = undecoded_rows(dataset, with_teacher)
         self.settings = {
@@ -105,6 +119,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
             "random_shift": random_shift,
             "random_zoom": random_zoom,
             "seed": seed,
+            "shared_texts": shared_texts,
         }
         # In shared memory, so that persistent workers see a new epoch too.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -170,6 +185,8 @@ class RetrievalCollator:
     | text_buckets | list of (rows, tokens) | see [`DSMDModel.forward`] |
     | caption_to_image | [C] | row of each caption's image |
     | image_groups | [N] int64 | equal where two images count as the same thing |
+    | image_texts | [N, K] int64 | texts of each image that other images may have too, filled up with NO_TEXT |
+    | text_ids | [C] int64 | the text of each caption; these two where the examples have them |
     | image_ids | list of N strings | |
     | teacher_image | [N, D] | as stored, where the examples have it |
     | teacher_text | [C, D] | |
@@ -217,6 +234,11 @@ class RetrievalCollator:
             "image_ids": [example["image_id"] for example in examples],
             "unreadable": unreadable,
         }
+        if "text_ids" in examples[0]:
+            width = max(len(example["image_texts"]) for example in examples)
+            texts = [[*own, *[NO_TEXT] * (width - len(own))] for own in (of["image_texts"] for of in examples)]
+            batch["image_texts"] = torch.tensor(texts, dtype=torch.int64).view(len(examples), width)
+            batch["text_ids"] = torch.tensor([text for example in examples for text in example["text_ids"]])[order]
         if "teacher_image" in examples[0]:
             batch["teacher_image"] = torch.from_numpy(np.stack([example["teacher_image"] for example in examples]))
             teacher_text = np.concatenate([example["teacher_text"] for example in examples])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .base_trainer import RetrievalTrainer
-from .logsumexp import MASKED
+from .logsumexp import MASKED, join_equal_texts
 from .run import distributed
 
 
@@ -16,6 +16,8 @@ def contrastive_loss(
     caption_to_image: torch.Tensor,
     scale: torch.Tensor,
     num_captions: int | None = None,
+    image_texts: torch.Tensor | None = None,
+    text_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Symmetric InfoNCE over (image, caption) pairs with other items of a pair's own group left out.
 
@@ -26,6 +28,9 @@ def contrastive_loss(
         caption_to_image: `[C]`, the row of each caption's image.
         scale: inverse temperature, a scalar.
         num_captions: what the sum over the C pairs is divided by; default C.
+        image_texts: `[N, K]` int64, ids of the texts that each image has: a caption with one of them is no negative of
+            the image. Default: no text is equal to another.
+        text_ids: `[C]` int64, the id of each caption's text.
 
     Returns:
         Scalar: the mean of both directions (CLIP's loss where every image has one caption and a group of its own).
@@ -34,7 +39,9 @@ def contrastive_loss(
     text_groups = image_groups[caption_to_image]
     positive = logits.gather(1, caption_to_image[:, None]).squeeze(1)  # [C]
     # Struck out by a finite number: a row without negatives has finite (zero) gradients.
-    negatives = logits.masked_fill(text_groups[:, None] == image_groups[None, :], MASKED)
+    same = text_groups[:, None] == image_groups[None, :]
+    join_equal_texts(same, None if text_ids is None else text_ids[:, None], image_texts)
+    negatives = logits.masked_fill(same, MASKED)
     # logaddexp has no gradient at (x, -inf) in some releases; softplus of the difference has.
     text_to_image = torch.nn.functional.softplus(negatives.logsumexp(dim=1) - positive)
     image_to_text = torch.nn.functional.softplus(negatives.logsumexp(dim=0)[caption_to_image] - positive)
@@ -53,6 +60,7 @@ class ContrastiveTrainer(RetrievalTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         image_embeds, text_embeds = self.embed(model, inputs)
         image_groups, caption_to_image = inputs["image_groups"], inputs["caption_to_image"]
+        image_texts, text_ids = inputs.get("image_texts"), inputs.get("text_ids")
         if distributed.world_size() > 1:
             # Every rank computes the loss of all ranks' pairs, so that each gradient is that of the full batch.
             images, captions = inputs["row_counts"]
@@ -61,8 +69,12 @@ class ContrastiveTrainer(RetrievalTrainer):
             text_embeds = distributed.gather_rows(text_embeds, captions, differentiable=True)
             image_groups = distributed.gather_rows(image_groups, images)
             caption_to_image = distributed.gather_rows(caption_to_image + offset, captions)
+            if text_ids is not None:
+                image_texts = distributed.gather_rows(image_texts, images)
+                text_ids = distributed.gather_rows(text_ids, captions)
         scale = self.accelerator.unwrap_model(model).logit_scale.float().exp().clamp(max=100.0)
+        whose = (image_groups, caption_to_image)
         loss = contrastive_loss(
-            image_embeds, text_embeds, image_groups, caption_to_image, scale, num_captions=self.num_captions
+            image_embeds, text_embeds, *whose, scale, self.num_captions, image_texts=image_texts, text_ids=text_ids
         )
         return (loss, None) if return_outputs else loss

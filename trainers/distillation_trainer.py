@@ -20,9 +20,8 @@ from .balancers import make_balancer
 from .base_trainer import RetrievalTrainer
 from .collapse import pairs_at_the_margin
 from .feature_queue import FeatureQueue
+from .loss_inputs import TeacherRows
 from .losses import (
-    OtherStudents,
-    TeacherRows,
     contrastive_distillation,
     feature_distillation,
     hard_negative_distillation,
@@ -32,6 +31,7 @@ from .metrics import retrieval_metrics
 from .retrieval_evaluation import across_figures
 from .run import distributed
 from .run.checkpoints import NotResumable
+from .step_rows import other_students, rows_of_the_step, teacher_rows_of
 from .teacher_pca import load_pca, save_pca
 from .training_args import DSMDTrainingArguments
 
@@ -39,18 +39,6 @@ from .training_args import DSMDTrainingArguments
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "_distillation_state.safetensors"  # the underscore keeps it out of the model repository's root
-
-
-def normalize(features: torch.Tensor, projection: torch.Tensor | None) -> torch.Tensor:
-    """Stored teacher features `[N, D]` as unit rows in float32, of the projection's width where there is one."""
-    features = features.float() if projection is None else features.float() @ projection
-    return torch.nn.functional.normalize(features, dim=-1)
-
-
-def _of_the_step(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows of a step; `counts` `[W, A]` are those of their micro-batches."""
-    gathered = distributed.gather_rows(rows, counts.sum(dim=1).tolist())
-    return distributed.in_order_of_batches(gathered, counts)
 
 
 class DSMDTrainer(RetrievalTrainer):
@@ -144,27 +132,11 @@ class DSMDTrainer(RetrievalTrainer):
     def begin_step(self, batches: list[dict]) -> None:
         super().begin_step(batches)
         for batch in batches:
-            batch["teacher_rows"] = TeacherRows(
-                image=normalize(batch["teacher_image"], self.teacher_projection),
-                image_groups=batch["image_groups"],
-                text=normalize(batch["teacher_text"], self.teacher_projection),
-                text_groups=batch["image_groups"][batch["caption_to_image"]],
-            )
-        rows = [batch["teacher_rows"] for batch in batches]
-        # Captions image by image, not by length as in the batch: a queue smaller than the step keeps the last ones.
-        orders = [batch["caption_to_image"].argsort(stable=True) for batch in batches]
-        images, captions = self.step_counts.unbind(dim=-1)
-        self.step_rows = TeacherRows(
-            image=_of_the_step(torch.cat([own.image for own in rows]), images),
-            image_groups=_of_the_step(torch.cat([own.image_groups for own in rows]), images),
-            text=_of_the_step(torch.cat([own.text[order] for own, order in zip(rows, orders)]), captions),
-            text_groups=_of_the_step(
-                torch.cat([own.text_groups[order] for own, order in zip(rows, orders)]), captions
-            ),
-        )
+            batch["teacher_rows"] = teacher_rows_of(batch, self.teacher_projection)
+        self.step_rows = step = rows_of_the_step(batches, self.step_counts)
         self.step_is_one_batch = len(batches) == 1 and distributed.world_size() == 1
-        self.image_queue.push(self.step_rows.image, self.step_rows.image_groups)
-        self.text_queue.push(self.step_rows.text, self.step_rows.text_groups)
+        self.image_queue.push(step.image, step.image_groups, step.image_texts)
+        self.text_queue.push(step.text, step.text_groups, None if step.text_ids is None else step.text_ids[:, None])
         if not self.balancer_is_set:
             with torch.no_grad(), self.compute_loss_context_manager():
                 self.model.train()
@@ -183,14 +155,17 @@ class DSMDTrainer(RetrievalTrainer):
             batch: a micro-batch of `begin_step`.
         """
         args = self.args
-        rows = (image_embeds, text_embeds, batch["teacher_rows"].image, batch["teacher_rows"].text)
+        own: TeacherRows = batch["teacher_rows"]
+        rows = (image_embeds, text_embeds, own.image, own.text)
         whose = (batch["image_groups"], batch["caption_to_image"])
+        texts = {"image_texts": own.image_texts, "text_ids": own.text_ids}
         counts = {"num_images": self.num_images, "num_captions": self.num_captions}
         compute = {
             "contrastive": lambda: contrastive_distillation(
                 *rows,
                 *whose,
                 dictionary=self.dictionary(),
+                **texts,
                 pairs=args.contrastive_pairs,
                 temperature=args.contrastive_temperature,
                 **counts,
@@ -201,7 +176,8 @@ class DSMDTrainer(RetrievalTrainer):
                 *rows,
                 *whose,
                 step=None if self.step_is_one_batch else self.step_rows,
-                others=self._other_students(*rows, *whose, batch["row_counts"]),
+                others=other_students(image_embeds, text_embeds, batch),
+                **texts,
                 pairs=args.hard_negative_pairs,
                 margin=args.hard_negative_margin,
                 margin_kind=args.hard_negative_margin_kind,
@@ -224,30 +200,8 @@ class DSMDTrainer(RetrievalTrainer):
             image_groups=step.image_groups if whole_image else images.groups,
             text=step.text if whole_text else captions.features,
             text_groups=step.text_groups if whole_text else captions.groups,
-        )
-
-    def _other_students(
-        self, image, text, teacher_image, teacher_text, groups, caption_to_image, row_counts
-    ) -> OtherStudents | None:
-        """All ranks' rows of this micro-batch; only this rank's own carry gradients."""
-        world = distributed.world_size()
-        if world == 1:
-            return None
-        images, captions = row_counts
-        offset, text_offset = sum(images[: distributed.rank()]), sum(captions[: distributed.rank()])
-
-        def splice(rows, counts, start):
-            gathered = distributed.gather_rows(rows, counts)
-            return torch.cat([gathered[:start], rows, gathered[start + len(rows) :]])
-
-        return OtherStudents(
-            student_image=splice(image, images, offset),
-            student_text=splice(text, captions, text_offset),
-            teacher_image=distributed.gather_rows(teacher_image, images),
-            teacher_text=distributed.gather_rows(teacher_text, captions),
-            image_groups=distributed.gather_rows(groups, images),
-            caption_to_image=distributed.gather_rows(caption_to_image + offset, captions),
-            world_size=world,
+            image_texts=step.image_texts if whole_image else images.texts,
+            text_ids=step.text_ids if whole_text or captions.texts is None else captions.texts.squeeze(1),
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -291,18 +245,19 @@ class DSMDTrainer(RetrievalTrainer):
         super().log(logs, start_time)
 
     def beside_the_teacher(
-        self, dataset, image_embeds, text_embeds, groups, caption_to_image, prefix: str, fold_size: int | None
+        self, dataset, image_embeds, text_embeds, groups, caption_to_image, texts, prefix: str, fold_size: int | None
     ) -> dict[str, float]:
         """Once training is over, adds `teacher_index_{prefix}_*` (the student's queries on the teacher's index),
         `student_index_{prefix}_*` (the reverse) and the teacher's RSUM at the student's width."""
-        whose = (groups, caption_to_image)
+        whose = (groups, caption_to_image, texts)
         metrics = super().beside_the_teacher(dataset, image_embeds, text_embeds, *whose, prefix, fold_size)
         if self.is_in_train:
             return metrics
         teacher_image, teacher_text = (features.to(image_embeds.device) for features in teacher_rows(dataset))
         if self.teacher_projection is not None:
             teacher_image, teacher_text = (rows @ self.teacher_projection for rows in (teacher_image, teacher_text))
-            reduced = retrieval_metrics(teacher_image, teacher_text, groups, groups[caption_to_image])
+            of_captions = groups[caption_to_image]
+            reduced = retrieval_metrics(teacher_image, teacher_text, groups, of_captions, text_ids=texts)
             metrics[f"teacher_reduced_{prefix}_rsum"] = reduced["rsum"]
         across = across_figures(image_embeds, text_embeds, teacher_image, teacher_text, *whose)
         for index, figures in across.items():

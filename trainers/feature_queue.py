@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 
+UNKNOWN_TEXT = -2  # the text_id of rows that came without one: equal to none that a batch has
+
+
 class FeatureQueue:
-    """The last `size` teacher rows and their groups, on one device.
+    """The last `size` teacher rows, their groups and, where captions may be equal, their texts, on one device.
 
     It starts empty, and its length counts only rows that were pushed. Length and position are Python ints, so no call
     waits for the device. The default dtype is float32: normalising float16 features gives numbers that float16 would
@@ -30,6 +33,7 @@ class FeatureQueue:
         self.dim = dim
         self._features = torch.zeros(size, dim, device=device, dtype=dtype)
         self._groups = torch.zeros(size, device=device, dtype=torch.int64)
+        self._texts = torch.zeros(size, 0, device=device, dtype=torch.int64)
         self._fill = 0
         self._position = 0  # where the next row goes; the oldest row once the queue is full
 
@@ -46,13 +50,22 @@ class FeatureQueue:
         """`[len]` int64, the group of each row of `features`."""
         return self._groups[: self._fill]
 
+    @property
+    def texts(self) -> Tensor | None:
+        """`[len, K]` int64, the text_ids of each row of `features`; None where no row came with any.
+
+        UNKNOWN_TEXT fills up rows that came with fewer.
+        """
+        return self._texts[: self._fill] if self._texts.shape[1] else None
+
     @torch.no_grad()
-    def push(self, features: Tensor, groups: Tensor) -> None:
+    def push(self, features: Tensor, groups: Tensor, texts: Tensor | None = None) -> None:
         """Add rows, in order, dropping the oldest where there is no room.
 
         Args:
             features: `[n, D]`, any n; of more than `size` rows the last `size` are kept.
             groups: `[n]` int64.
+            texts: `[n, K]` int64, the text_ids of each row, any K.
 
         Raises: ValueError where shapes disagree.
         """
@@ -60,12 +73,17 @@ class FeatureQueue:
             raise ValueError(f"features has shape {list(features.shape)}; expected [rows, {self.dim}]")
         if groups.shape != features.shape[:1]:
             raise ValueError(f"groups has shape {list(groups.shape)}; expected [{features.shape[0]}], one per row")
+        texts = groups.new_empty(len(groups), 0) if texts is None else texts
+        if texts.ndim != 2 or len(texts) != len(groups):
+            raise ValueError(f"texts has shape {list(texts.shape)}; expected [{features.shape[0]}, texts of a row]")
         if self.size == 0:
             return
-        features, groups = features[-self.size :], groups[-self.size :]
+        width = max(texts.shape[1], self._texts.shape[1])
+        self._texts, texts = _widened(self._texts, width), _widened(texts, width)
+        features, groups, texts = features[-self.size :], groups[-self.size :], texts[-self.size :]
         count = features.shape[0]
         until_end = min(count, self.size - self._position)
-        for stored, new in ((self._features, features), (self._groups, groups)):
+        for stored, new in ((self._features, features), (self._groups, groups), (self._texts, texts)):
             stored[self._position : self._position + until_end].copy_(new[:until_end])
             stored[: count - until_end].copy_(new[until_end:])
         self._position = (self._position + count) % self.size
@@ -77,17 +95,28 @@ class FeatureQueue:
         A queue of the same size that loads them goes on exactly as this one.
         """
         position = torch.tensor(self._position, dtype=torch.int64)
-        return {"features": self.features.clone(), "groups": self.groups.clone(), "position": position}
+        state = {"features": self.features.clone(), "groups": self.groups.clone(), "position": position}
+        return state if self.texts is None else {**state, "texts": self.texts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the contents. From a queue of another size, the newest rows that fit are kept.
 
+        The state of an earlier release has no texts.
+
         Raises: ValueError where the width is not this queue's.
         """
-        features, groups, position = state["features"], state["groups"], int(state["position"])
+        rows, position = [state["features"], state["groups"]], int(state["position"])
+        rows += [state["texts"]] if "texts" in state else []
         self._fill = self._position = 0
-        if features.shape[0] == self.size > 0:
-            self.push(features, groups)
+        self._texts = self._texts[:, :0]
+        if len(rows[0]) == self.size > 0:
+            self.push(*rows)
             self._position = position % self.size
         else:
-            self.push(features.roll(-position, 0), groups.roll(-position, 0))  # oldest first
+            self.push(*(stored.roll(-position, 0) for stored in rows))  # oldest first
+
+
+def _widened(texts: Tensor, width: int) -> Tensor:
+    """Text_ids `[n, K]` of each row as `[n, width]`."""
+    missing = width - texts.shape[1]
+    return torch.nn.functional.pad(texts, (0, missing), value=UNKNOWN_TEXT) if missing else texts

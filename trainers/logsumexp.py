@@ -11,8 +11,22 @@ NO_SHIFT = 60.0  # e^60 times a dictionary is still a float32 number, and so is 
 DICTIONARY_BLOCK = 4096  # rows of the dictionary that are compared at once: what the processor's cache likes best
 
 
+def join_equal_texts(same: torch.Tensor, row_texts: torch.Tensor | None, column_texts: torch.Tensor | None) -> None:
+    """Adds, in place, to what counts as the same thing the pairs of a row and a column that have a text in common.
+
+    Args:
+        same: `[R, Q]` bool.
+        row_texts: `[R, K]`, the text_ids of each row; None: no text is equal to another.
+        column_texts: `[Q, L]`.
+    """
+    if row_texts is not None and column_texts is not None:
+        for row_text in row_texts.unbind(1):
+            for column_text in column_texts.unbind(1):
+                same |= row_text[:, None] == column_text[None, :]
+
+
 class LogSumExp(torch.autograd.Function):
-    """`log sum_j e^{q . d_j / tau}` of each query over the dictionary rows of other groups.
+    """`log sum_j e^{q . d_j / tau}` of each query over the dictionary rows of other groups and other texts.
 
     Only the queries need a gradient: the mean of the dictionary rows, weighted by the softmax, over tau. It is made
     with the value, block by block (online softmax, Milakov and Gimelshein 2018), so the `[B, Q]` logits are never
@@ -25,12 +39,25 @@ class LogSumExp(torch.autograd.Function):
         dictionary: `[Q, D]` float32.
         dictionary_groups: `[Q]`.
         temperature: tau, above 0.
+        query_texts: `[B, K]`, the text_ids of each query; where the queries are captions, its own. Default: no text is
+            equal to another.
+        dictionary_texts: `[Q, L]`.
 
     Returns: `[B]`; MASKED for a query without negatives.
     """
 
     @staticmethod
-    def forward(ctx, queries, image_groups, image_of_query, dictionary, dictionary_groups, temperature):
+    def forward(
+        ctx,
+        queries,
+        image_groups,
+        image_of_query,
+        dictionary,
+        dictionary_groups,
+        temperature,
+        query_texts=None,
+        dictionary_texts=None,
+    ):
         queries = queries / temperature
         # Unit rows of such a temperature need no shift; one of 0 leaves their sums as they are to the last bit.
         no_shift = NO_SHIFT if 1 / temperature <= NO_SHIFT else 0.0
@@ -38,11 +65,14 @@ class LogSumExp(torch.autograd.Function):
         total = torch.zeros_like(largest)  # of e^{logit - shift}
         weighted = torch.zeros_like(queries)  # dictionary rows, weighted so
         for start in range(0, len(dictionary), DICTIONARY_BLOCK):
-            rows = dictionary[start : start + DICTIONARY_BLOCK]
-            same = image_groups[:, None] == dictionary_groups[None, start : start + DICTIONARY_BLOCK]
+            block = slice(start, start + DICTIONARY_BLOCK)
+            rows = dictionary[block]
+            same = image_groups[:, None] == dictionary_groups[None, block]
             logits = queries @ rows.T
             # Captions have the group of their image, so groups are compared once per image.
-            logits.masked_fill_(same if image_of_query is None else same.index_select(0, image_of_query), MASKED)
+            same = same if image_of_query is None else same.index_select(0, image_of_query)
+            join_equal_texts(same, query_texts, None if dictionary_texts is None else dictionary_texts[block])
+            logits.masked_fill_(same, MASKED)
             largest = largest.maximum(logits.amax(dim=1, keepdim=True))
             before, shift = shift, torch.where(largest.abs() <= no_shift, 0.0, largest)
             shrink = (before - shift).exp_()
@@ -60,4 +90,4 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None], None, None, None, None, None
+        return gradient * grad[:, None], *[None] * 7

@@ -3,7 +3,9 @@
 Shapes: N local images, C local captions (flattened; the image of caption c is `caption_to_image[c]`), width D. All
 embeddings are rows that the caller has L2-normalised, so that dot products are cosines; of rows of another length the
 losses are the same formulas of dot products, without overflow. Similarities are in float32 whatever comes in, also
-under autocast. A group says what counts as the same thing: a row of the query's own group is never a negative.
+under autocast. A group says what counts as the same thing: a row of the query's own group is never a negative. Nor is
+an equal text, where texts are given: a caption with the text of the query (TT) or with one that the query's image has
+(IT), an image that has the query's text (TI). Images are told apart by their groups alone (II).
 
 A pair names the query's side, then the target's: "II" and "TT" compare a student row with its teacher row in one
 modality, "IT" and "TI" across modalities, with one query per (image, caption). Every returned scalar is the sum over
@@ -13,43 +15,25 @@ micro-batches add up to the mean over the step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logsumexp import MASKED, LogSumExp
+from .logsumexp import MASKED, LogSumExp, join_equal_texts
+from .loss_inputs import (
+    Identity,
+    OtherStudents,
+    TeacherRows,
+    check_batch,
+    check_columns,
+    check_embeddings,
+    check_rows,
+    identities,
+)
 
 
 PAIRS = ("II", "TT", "IT", "TI")
-
-
-@dataclass(frozen=True)
-class TeacherRows:
-    """Teacher rows to compare with: those of a batch, of a whole optimiser step, or of the dictionary."""
-
-    image: Tensor  # [P, D]
-    image_groups: Tensor  # [P] int64
-    text: Tensor  # [Q, D]
-    text_groups: Tensor  # [Q] int64
-
-
-class OtherStudents(NamedTuple):
-    """The micro-batch of all ranks, for the second direction of `hard_negative_distillation`.
-
-    The student rows of the other ranks are detached; this rank's, in their place among them, carry gradients. N and C
-    count the rows of all ranks, and `caption_to_image` points into them.
-    """
-
-    student_image: Tensor  # [N, D]
-    student_text: Tensor  # [C, D]
-    teacher_image: Tensor  # [N, D]
-    teacher_text: Tensor  # [C, D]
-    image_groups: Tensor  # [N]
-    caption_to_image: Tensor  # [C]
-    world_size: int
 
 
 def feature_distillation(
@@ -71,7 +55,7 @@ def feature_distillation(
     Returns: {"II": scalar, "TT": scalar}, each in [0, 2 / sqrt(D)].
     Raises: ValueError where shapes disagree.
     """
-    _check_embeddings(student_image, student_text, teacher_image, teacher_text)
+    check_embeddings(student_image, student_text, teacher_image, teacher_text)
     images = (student_image.float() - teacher_image.float()).abs().mean(dim=-1)
     captions = (student_text.float() - teacher_text.float()).abs().mean(dim=-1)
     return _means(images, captions, num_images, num_captions)
@@ -92,7 +76,7 @@ def similarity_distillation(
     Returns: {"II": scalar, "TT": scalar}, each in [0, 1].
     Raises: ValueError where shapes disagree.
     """
-    _check_embeddings(student_image, student_text, teacher_image, teacher_text)
+    check_embeddings(student_image, student_text, teacher_image, teacher_text)
     images = (1 - (student_image.float() * teacher_image.float()).sum(dim=-1)) / 2
     captions = (1 - (student_text.float() * teacher_text.float()).sum(dim=-1)) / 2
     return _means(images, captions, num_images, num_captions)
@@ -107,6 +91,8 @@ def contrastive_distillation(
     caption_to_image: Tensor,
     *,
     dictionary: TeacherRows,
+    image_texts: Tensor | None = None,
+    text_ids: Tensor | None = None,
     pairs: Sequence[str] = PAIRS,
     temperature: float = 0.05,
     num_images: int | Tensor | None = None,
@@ -123,7 +109,10 @@ def contrastive_distillation(
         student_text, teacher_text: `[C, D]`.
         image_groups: `[N]` int64, the group of each image.
         caption_to_image: `[C]` int64, the image of each caption.
-        dictionary: rows of other groups are the negatives.
+        dictionary: rows of other groups and texts are the negatives.
+        image_texts: `[N, K]` int64, ids of the texts that each image has and others may have, any K; fill up with a
+            number that is no id in the dictionary. Default: no text is equal to another.
+        text_ids: `[C]` int64, the id of each caption's text.
         pairs: which of "II", "TT", "IT", "TI".
         temperature: tau, above 0.
         num_images, num_captions: what the sums over queries are divided by (default: N, C).
@@ -131,8 +120,9 @@ def contrastive_distillation(
     Returns: one scalar per pair.
     Raises: ValueError for an unknown pair, a temperature of 0 or less, or shapes that disagree.
     """
-    _check_batch(student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image)
-    _check_rows("dictionary", dictionary, student_image)
+    whose = (image_groups, caption_to_image, image_texts, text_ids)
+    check_batch(student_image, student_text, teacher_image, teacher_text, *whose)
+    check_rows("dictionary", dictionary, student_image)
     _check_pairs(pairs)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number above 0 (the published one is 0.05)")
@@ -141,7 +131,8 @@ def contrastive_distillation(
         student = {"I": student_image.float(), "T": student_text.float()}
         teacher = {"I": teacher_image.float(), "T": teacher_text.float()}
         columns = {"I": dictionary.image.float(), "T": dictionary.text.float()}
-        column_groups = {"I": dictionary.image_groups, "T": dictionary.text_groups}
+        of_queries = identities(image_groups, image_groups[caption_to_image], image_texts, text_ids)
+        of_columns = _identities(dictionary)
         counts = {"I": _count(num_images, student_image), "T": _count(num_captions, student_text)}
 
         losses = {}
@@ -152,8 +143,9 @@ def contrastive_distillation(
                 image_groups,
                 None if query == "I" else caption_to_image,
                 columns[target],
-                column_groups[target],
+                of_columns[target].groups,
                 temperature,
+                *((None, None) if pair == "II" else (of_queries[query].texts, of_columns[target].texts)),
             )
             # In IT the captions of an image share its negatives: the product is made once per image.
             negatives = _per_query(negatives, pair, query, caption_to_image)
@@ -173,6 +165,8 @@ def hard_negative_distillation(
     *,
     step: TeacherRows | None = None,
     others: OtherStudents | None = None,
+    image_texts: Tensor | None = None,
+    text_ids: Tensor | None = None,
     pairs: Sequence[str] = PAIRS,
     margin: float = 0.2,
     margin_kind: str = "fixed",
@@ -184,8 +178,8 @@ def hard_negative_distillation(
 
     First direction, a student query i against the teacher rows j of the whole step: `max_j [m + S_ij - S_ii]+`. Second
     direction, the query's positive teacher row against the other students k of the micro-batch: `max_k [m + S_ki -
-    S_ii]+`. Only rows of other groups count; without any the term is 0. The published code sums over queries; this is
-    the mean per query, so that the scale does not depend on the batch size.
+    S_ii]+`. Only rows of other groups and texts count; without any the term is 0. The published code sums over
+    queries; this is the mean per query, so that the scale does not depend on the batch size.
 
     Args:
         student_image, teacher_image: `[N, D]`.
@@ -195,6 +189,7 @@ def hard_negative_distillation(
         step: the teacher's rows of the whole optimiser step, all ranks; at least one image and one caption. None if
             the step is this micro-batch alone: then one matrix product serves both directions.
         others: the micro-batch of all ranks; None on one process, where the local rows are all there are.
+        image_texts, text_ids: as in `contrastive_distillation`.
         pairs: which of "II", "TT", "IT", "TI".
         margin: m, a difference of cosines; not used where the margin follows the teacher.
         margin_kind: "fixed", or "teacher": `[(S_ij - S_ii) - (T_ij - T_ii)]+` with the teacher's own similarities T,
@@ -208,16 +203,18 @@ def hard_negative_distillation(
         ranks are the loss of the whole micro-batch and its gradient.
     Raises: ValueError for an unknown pair or margin kind, or shapes that disagree.
     """
-    local = OtherStudents(student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image, 1)
+    inputs = (student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image)
+    check_batch(*inputs, image_texts, text_ids)
+    local = OtherStudents(*inputs, 1, image_texts, text_ids)
     everyone = local if others is None else others
-    _check_batch(*local[:-1])
     if others is not None:
-        _check_batch(*others[:-1])
-        _check_columns("others.student_image", others.student_image, others.image_groups, student_image)
+        check_batch(*others[:6], others.image_texts, others.text_ids)
+        check_columns("others.student_image", others.student_image, others.image_groups, student_image)
     whole = step is None and others is None
     if step is None:
-        step = TeacherRows(teacher_image, image_groups, teacher_text, image_groups[caption_to_image])
-    _check_rows("step", step, student_image, at_least=1)
+        text_groups = image_groups[caption_to_image]
+        step = TeacherRows(teacher_image, image_groups, teacher_text, text_groups, image_texts, text_ids)
+    check_rows("step", step, student_image, at_least=1)
     _check_pairs(pairs)
     if margin_kind not in ("fixed", "teacher"):
         raise ValueError(f'margin_kind is {margin_kind!r}; expected "fixed" or "teacher"')
@@ -226,11 +223,11 @@ def hard_negative_distillation(
 
     with torch.autocast(student_image.device.type, enabled=False):
         of_step = {"I": step.image.float(), "T": step.text.float()}
-        step_groups = {"I": step.image_groups, "T": step.text_groups}
-        student, teacher, groups = _sides(local, follow_teacher)
-        all_student, all_teacher, all_groups = student, teacher, groups
+        of_columns = _identities(step)
+        student, teacher, of_queries = _sides(local, follow_teacher)
+        all_student, all_teacher, of_all = student, teacher, of_queries
         if others is not None:
-            all_student, all_teacher, all_groups = _sides(others, follow_teacher)
+            all_student, all_teacher, of_all = _sides(others, follow_teacher)
         counts = {"I": _count(num_images, everyone.student_image), "T": _count(num_captions, everyone.student_text)}
 
         losses = {}
@@ -238,7 +235,7 @@ def hard_negative_distillation(
             query, target = pair
             positives = _positives(student, teacher, pair, caption_to_image)
             rows, columns = student[query], of_step[target]
-            similarities = _similarities(rows, columns, groups[query], step_groups[target], hardest)
+            similarities = _similarities(rows, columns, of_queries[query], of_columns[target], pair == "II", hardest)
             negatives = _negatives(similarities, rows, columns, hardest)
             first = _hinge(negatives, positives, pair, query, caption_to_image, margin)
 
@@ -248,7 +245,8 @@ def hard_negative_distillation(
             if whole:
                 similarities = similarities.T
             else:
-                similarities = _similarities(rows, columns, all_groups[target], all_groups[query], hardest)
+                whose = of_all[target], of_all[query]
+                similarities = _similarities(rows, columns, *whose, pair == "II", hardest)
             negatives = _negatives(similarities, rows, columns, hardest)
             second = _hinge(negatives, positives, pair, target, everyone.caption_to_image, margin)
             # Every rank computes this term over the rows of all ranks, but only its own rows carry gradients. These
@@ -260,13 +258,18 @@ def hard_negative_distillation(
 
 
 def _sides(batch: OtherStudents, follow_teacher: bool) -> tuple[dict, dict, dict]:
-    """Student rows, teacher rows and groups by side ("I", "T")."""
+    """By side ("I", "T"): student rows, teacher rows, and what they stand for."""
     student = {"I": batch.student_image.float(), "T": batch.student_text.float()}
     teacher = {"I": batch.teacher_image.float(), "T": batch.teacher_text.float()}
     if follow_teacher:
         # S_ij - T_ij = (s_i - t_i) . t_j: the teacher's similarities cost no product of their own and cancel exactly.
         student = {side: student[side] - teacher[side] for side in student}
-    return student, teacher, {"I": batch.image_groups, "T": batch.image_groups[batch.caption_to_image]}
+    text_groups = batch.image_groups[batch.caption_to_image]
+    return student, teacher, identities(batch.image_groups, text_groups, batch.image_texts, batch.text_ids)
+
+
+def _identities(rows: TeacherRows) -> dict[str, Identity]:
+    return identities(rows.image_groups, rows.text_groups, rows.image_texts, rows.text_ids)
 
 
 def _per_query(rows: Tensor, pair: str, side: str, caption_to_image: Tensor) -> Tensor:
@@ -281,21 +284,21 @@ def _positives(student: dict, teacher: dict, pair: str, caption_to_image: Tensor
     return (queries * _per_query(teacher[target], pair, target, caption_to_image)).sum(dim=-1)
 
 
-@torch.no_grad()
-def _mask(similarities: Tensor, row_groups: Tensor, column_groups: Tensor) -> None:
-    """Set, in place, the entries of a row's own group to MASKED, which no maximum, hinge or sum counts.
+def _similarities(
+    rows: Tensor, columns: Tensor, of_rows: Identity, of_columns: Identity, by_groups_alone: bool, hardest: bool
+) -> Tensor:
+    """Dot products `[R, K]`; those of the same thing are MASKED, which no maximum, hinge or sum counts.
 
-    Autograd need not know: a masked entry gets no gradient anyway, and recording it would cost another pass over the
-    matrix.
+    Without gradient if only to find the hardest, see `_negatives`. Autograd does not know of the mask, which is set in
+    place: a masked entry gets no gradient anyway, and recording it would cost another pass over the matrix.
     """
-    similarities.masked_fill_(row_groups[:, None] == column_groups[None, :], MASKED)
-
-
-def _similarities(rows: Tensor, columns: Tensor, row_groups: Tensor, column_groups: Tensor, hardest: bool) -> Tensor:
-    """Dot products `[R, K]`, own groups masked; without gradient if only to find the hardest, see `_negatives`."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not hardest):
         similarities = rows @ columns.T
-        _mask(similarities, row_groups, column_groups)
+    with torch.no_grad():
+        same = of_rows.groups[:, None] == of_columns.groups[None, :]
+        if not by_groups_alone:
+            join_equal_texts(same, of_rows.texts, of_columns.texts)
+        similarities.masked_fill_(same, MASKED)
     return similarities
 
 
@@ -335,45 +338,3 @@ def _check_pairs(pairs: Sequence[str]) -> None:
     unknown = [pair for pair in pairs if pair not in PAIRS]
     if unknown or isinstance(pairs, str):
         raise ValueError(f"pairs is {pairs!r}; expected a list of some of {PAIRS}")
-
-
-def _check_embeddings(
-    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
-) -> None:
-    for name, student, teacher in (("image", student_image, teacher_image), ("text", student_text, teacher_text)):
-        if student.ndim != 2 or student.shape[1] != student_image.shape[-1]:
-            expected = f"[rows, {student_image.shape[-1]}], the width of student_image"
-            raise ValueError(f"student_{name} has shape {list(student.shape)}; expected {expected}")
-        if teacher.shape != student.shape:
-            got, expected = list(teacher.shape), list(student.shape)
-            raise ValueError(f"teacher_{name} has shape {got}; expected {expected}, that of student_{name}")
-
-
-def _check_batch(
-    student_image: Tensor,
-    student_text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    image_groups: Tensor,
-    caption_to_image: Tensor,
-) -> None:
-    _check_embeddings(student_image, student_text, teacher_image, teacher_text)
-    for name, ids, rows in (
-        ("image_groups", image_groups, student_image),
-        ("caption_to_image", caption_to_image, student_text),
-    ):
-        if ids.shape != rows.shape[:1]:
-            raise ValueError(f"{name} has shape {list(ids.shape)}; expected [{rows.shape[0]}], one per row")
-
-
-def _check_rows(name: str, rows: TeacherRows, like: Tensor, at_least: int = 0) -> None:
-    _check_columns(f"{name}.image", rows.image, rows.image_groups, like, at_least)
-    _check_columns(f"{name}.text", rows.text, rows.text_groups, like, at_least)
-
-
-def _check_columns(name: str, rows: Tensor, groups: Tensor, like: Tensor, at_least: int = 0) -> None:
-    if rows.ndim != 2 or rows.shape[1] != like.shape[1] or rows.shape[0] < at_least:
-        expected = f"[{at_least} or more, {like.shape[1]}], the width of student_image"
-        raise ValueError(f"{name} has shape {list(rows.shape)}; expected {expected}")
-    if groups.shape != rows.shape[:1]:
-        raise ValueError(f"the groups of {name} have shape {list(groups.shape)}; expected [{rows.shape[0]}]")

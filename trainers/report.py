@@ -69,7 +69,7 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     plot_curves(trainer.state.log_history, assets / "curves.png")
-    draw_grids(rows["test"], *embeds, assets)
+    draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
     trainer.facts.metrics = metrics
     trainer.facts.samples = save_samples(rows["train"], assets)
     captions = save_query(rows["test"], assets)

@@ -135,21 +135,26 @@ class ImageCollator:
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
-def recall_figures(image, text, groups, caption_to_image, fold_size: int | None) -> dict[str, float]:
-    """Recall over all rows, and as `{1k}_*` the means over folds."""
-    figures = retrieval_metrics(image, text, groups, groups[caption_to_image])
+def recall_figures(
+    image, text, groups, caption_to_image, text_ids: torch.Tensor | None, fold_size: int | None
+) -> dict[str, float]:
+    """Recall over all rows, and as `{1k}_*` the means over folds; `text_ids` `[M]` as in [`retrieval_metrics`]."""
+    figures = retrieval_metrics(image, text, groups, groups[caption_to_image], text_ids=text_ids)
     if fold_size is not None:
-        folds = fold_metrics(image, text, groups, caption_to_image, fold_size)
+        folds = fold_metrics(image, text, groups, caption_to_image, fold_size, text_ids)
         label = f"{fold_size // 1000}k" if fold_size % 1000 == 0 else str(fold_size)
         figures |= {f"{label}_{name}": value for name, value in folds.items()}
     return figures
 
 
-def across_figures(image, text, teacher_image, teacher_text, groups, caption_to_image) -> dict[str, dict[str, float]]:
+def across_figures(
+    image, text, teacher_image, teacher_text, groups, caption_to_image, text_ids: torch.Tensor | None
+) -> dict[str, dict[str, float]]:
     """Recall of one model's queries on the other's index: {"teacher_index": figures, "student_index": figures}."""
     text_groups = groups[caption_to_image]
-    on_images = retrieval_metrics(teacher_image, text, groups, text_groups)  # student's captions, teacher's images
-    on_texts = retrieval_metrics(image, teacher_text, groups, text_groups)  # student's images, teacher's captions
+    figures = partial(retrieval_metrics, image_groups=groups, text_groups=text_groups, text_ids=text_ids)
+    on_images = figures(teacher_image, text)  # student's captions, teacher's images
+    on_texts = figures(image, teacher_text)  # student's images, teacher's captions
     ways = {"teacher_index": (on_texts, on_images), "student_index": (on_images, on_texts)}
     across = {}
     for index, (image_queries, text_queries) in ways.items():

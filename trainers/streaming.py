@@ -40,7 +40,8 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
     In a pass every row is read once, by one loader worker of one process; rows are drawn from a shuffle buffer, in
     another order in each pass, and decoded after it. The order derives from the seed, the pass, the numbers of
     processes and workers and the size of the buffer; captions and augmentation from (seed, pass, image_id) alone. A
-    worker begins its next pass when its own share of this one ends, without waiting for the others.
+    worker begins its next pass when its own share of this one ends, without waiting for the others. Nobody knows which
+    texts other images will have too, so examples name those of all their captions.
 
     Args:
         stream: as `load_dataset(..., streaming=True)` gives it; see [`RetrievalDataset`] for its columns.
@@ -67,7 +68,7 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
         self.teacher_dim = teacher_dim
         self.rank = rank
         self.world_size = world_size
-        self.settings = {"with_teacher": with_teacher, "seed": seed, **settings}
+        self.settings = {"with_teacher": with_teacher, "seed": seed, "shared_texts": None, **settings}
         self.batches_to_skip = 0
         self.batch_size = 1
 

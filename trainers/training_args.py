@@ -43,6 +43,13 @@ class RetrievalTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of projections and temperature (default: learning_rate)."}
     )
 
+    recall_by_index: bool = field(
+        default=False,
+        metadata={
+            "help": "Count only an image's own captions and its group's as right, as Flickr30k and COCO are reported; "
+            "else a caption that is equal to one of these is right too."
+        },
+    )
     freeze: str | None = field(
         default=None,
         metadata={"help": "Leave a tower as it is, 'vision' or 'text', and train its projection and the other one."},

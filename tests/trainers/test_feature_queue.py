@@ -3,7 +3,7 @@ from collections import deque
 import pytest
 import torch
 
-from trainers.feature_queue import FeatureQueue
+from trainers.feature_queue import UNKNOWN_TEXT, FeatureQueue
 
 
 def contents(queue):
@@ -56,6 +56,38 @@ def test_state_round_trip_is_exact(pushes):
         copy.push(features, groups)
         assert torch.equal(copy.features, queue.features)
         assert torch.equal(copy.groups, queue.groups)
+
+
+def test_texts_go_with_their_rows_and_widen_the_queue():
+    generator = torch.Generator().manual_seed(1)
+    queue, reference = FeatureQueue(5, 3), deque(maxlen=5)
+    for count, width in ((2, 0), (2, 1), (3, 3), (0, 2), (2, 1), (9, 2), (4, 0)):
+        features, groups = random_rows(generator, count)
+        texts = torch.randint(0, 2**63 - 1, (count, width), generator=generator)
+        queue.push(features, groups, texts if width else None)
+        reference.extend(zip(features.tolist(), groups.tolist(), texts.tolist(), strict=True))
+        stored = [[]] * len(queue) if queue.texts is None else queue.texts.tolist()
+        widest = len(stored[0])
+        expected = [(*row, [*own, *[UNKNOWN_TEXT] * (widest - len(own))]) for *row, own in reference]
+        assert sorted(zip(queue.features.tolist(), queue.groups.tolist(), stored, strict=True)) == sorted(expected)
+    assert widest == 3  # of rows that are gone: it never gets narrower
+
+    for size in (5, 3, 8):
+        copy = FeatureQueue(size, 3)
+        copy.push(*random_rows(generator, 2), torch.ones(2, 7, dtype=torch.int64))
+        copy.load_state_dict(queue.state_dict())
+        rows = sorted(zip(copy.features.tolist(), copy.groups.tolist(), copy.texts.tolist(), strict=True))
+        assert rows == sorted(expected[-size:])  # and nothing of the seven texts that it had before
+    state = queue.state_dict()
+    del state["texts"]  # of an earlier release
+    copy = FeatureQueue(5, 3)
+    copy.load_state_dict(state)
+    assert copy.texts is None and torch.equal(copy.features, queue.features)
+    copy.push(*random_rows(generator, 1), torch.tensor([[7]]))
+    assert sorted(copy.texts.flatten().tolist()) == [UNKNOWN_TEXT] * 4 + [7]
+    for wrong in (torch.zeros(2, 1), torch.zeros(3)):
+        with pytest.raises(ValueError, match="texts has shape"):
+            copy.push(*random_rows(generator, 3), wrong.long())
 
 
 def test_state_is_a_snapshot():

@@ -3,13 +3,17 @@
 import dataclasses
 import math
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from rows.columns import text_id
 from trainers import logsumexp
+from trainers.batches import NO_TEXT
+from trainers.feature_queue import UNKNOWN_TEXT
 from trainers.losses import (
     PAIRS,
     OtherStudents,
@@ -29,9 +33,12 @@ def unit(rows):
 
 
 class Batch:
-    """Random rows: several images a group, 1 to 7 captions an image, captions not in the order of their images."""
+    """Random rows: several images a group, 1 to 7 captions an image, captions not in the order of their images.
 
-    def __init__(self, seed, num_images=7, num_groups=4, same_group=False):
+    With texts, captions of different groups are often equal, and images have texts that are no caption of the batch.
+    """
+
+    def __init__(self, seed, num_images=7, num_groups=4, same_group=False, with_texts=False):
         rng = np.random.default_rng(seed)
         group_ids = np.array([-(2**62), 17, 3, 2**61 + 1, 99, 5, 6, 7, 8])[:num_groups]
         self.image_groups = np.full(num_images, 17) if same_group else rng.choice(group_ids, num_images)
@@ -41,10 +48,30 @@ class Batch:
         self.student_text = unit(rng.normal(size=(num_captions, WIDTH)))
         self.teacher_image = unit(rng.normal(size=(num_images, WIDTH)) + 0.5 * self.student_image)
         self.teacher_text = unit(rng.normal(size=(num_captions, WIDTH)) + 0.5 * self.student_text)
+        self.texts = self.more_texts = None
+        if with_texts:
+            self.texts = rng.choice(["a photo", "cat", "dog", *map(str, range(15))], num_captions)
+            self.more_texts = [
+                set(rng.choice(["cat", "dog", "3", "14"], rng.integers(0, 3))) for _ in range(num_images)
+            ]
 
     @property
     def text_groups(self):
         return self.image_groups[self.caption_to_image]
+
+    def image_texts(self, image):
+        return {*self.texts[self.caption_to_image == image], *self.more_texts[image]}
+
+    def text_settings(self):
+        """What the losses are told of texts."""
+        if self.texts is None:
+            return {}
+        lists = [sorted(map(text_id, self.image_texts(i))) for i in range(len(self.image_groups))]
+        width = max(map(len, lists)) + 1
+        return {
+            "image_texts": torch.tensor([[*own, *[NO_TEXT] * (width - len(own))] for own in lists]),
+            "text_ids": torch.tensor(list(map(text_id, self.texts))),
+        }
 
     def copy(self, **changes):
         other = object.__new__(Batch)
@@ -62,6 +89,8 @@ class Batch:
             student_text=self.student_text[captions],
             teacher_text=self.teacher_text[captions],
             caption_to_image=np.array([place[i] for i in self.caption_to_image[captions]], dtype=np.int64),
+            texts=None if self.texts is None else self.texts[captions],
+            more_texts=None if self.texts is None else [self.more_texts[i] for i in images],
         )
 
     def tensors(self, with_ids=True):
@@ -80,40 +109,61 @@ def teacher_rows(batch):
         torch.tensor(batch.image_groups),
         torch.tensor(batch.teacher_text, dtype=torch.float32),
         torch.tensor(batch.text_groups),
+        **batch.text_settings(),
     )
 
 
 def contrast(batch, columns, **settings):
+    settings = {**settings, **batch.text_settings()}
     return contrastive_distillation(*batch.tensors(), dictionary=teacher_rows(columns), **settings)
 
 
 def hinge(batch, columns=None, **settings):
+    settings = {**settings, **batch.text_settings()}
     return hard_negative_distillation(*batch.tensors(), step=teacher_rows(columns or batch), **settings)
 
 
+class Named(NamedTuple):
+    """What a row stands for: an image its group and texts, a caption the group of its image and its own text."""
+
+    group: int
+    texts: set[str]
+    is_image: bool
+
+
+def named(batch, side, i):
+    if side == "I":
+        return Named(batch.image_groups[i], set() if batch.texts is None else batch.image_texts(i), True)
+    return Named(batch.text_groups[i], set() if batch.texts is None else {batch.texts[i]}, False)
+
+
+def same_thing(a, b):
+    """The rule: of one group, or with an equal text, but for two images, of which no text takes part."""
+    return a.group == b.group or (not (a.is_image and b.is_image) and bool(a.texts & b.texts))
+
+
 def queries_of(batch, pair):
-    """One (group, student row, its teacher row, teacher's own row of the query) per query."""
-    if pair == "II":
-        for i in range(len(batch.student_image)):
-            yield batch.image_groups[i], batch.student_image[i], batch.teacher_image[i], batch.teacher_image[i]
-        return
-    for c, i in enumerate(batch.caption_to_image):
-        query = (batch.student_image[i], batch.teacher_image[i]) if pair[0] == "I" else None
-        query = query or (batch.student_text[c], batch.teacher_text[c])
-        positive = batch.teacher_image[i] if pair[1] == "I" else batch.teacher_text[c]
-        yield batch.image_groups[i], query[0], positive, query[1]
+    """(what the query and its positive stand for, student row, its teacher row, teacher's own row of the query)."""
+    of_pairs = [(c, i) for c, i in enumerate(batch.caption_to_image)]
+    places = [(i, i) for i in range(len(batch.student_image))] if pair == "II" else [
+        tuple(i if side == "I" else c for side in pair) for c, i in of_pairs
+    ]  # fmt: skip
+    student = {"I": batch.student_image, "T": batch.student_text}
+    teacher = {"I": batch.teacher_image, "T": batch.teacher_text}
+    for q, t in places:
+        names = named(batch, pair[0], q), named(batch, pair[1], t)
+        yield names, student[pair[0]][q], teacher[pair[1]][t], teacher[pair[0]][q]
 
 
 def columns_of(batch, side):
-    if side == "I":
-        return list(zip(batch.image_groups, batch.teacher_image, batch.student_image, strict=True))
-    return list(zip(batch.text_groups, batch.teacher_text, batch.student_text, strict=True))
+    rows = (batch.teacher_image, batch.student_image) if side == "I" else (batch.teacher_text, batch.student_text)
+    return [(named(batch, side, i), *both) for i, both in enumerate(zip(*rows, strict=True))]
 
 
 def reference_contrast(batch, columns, pair, temperature):
     losses = []
-    for group, query, positive, _ in queries_of(batch, pair):
-        negatives = [row for other, row, _ in columns_of(columns, pair[1]) if other != group]
+    for (name, _), query, positive, _ in queries_of(batch, pair):
+        negatives = [row for other, row, _ in columns_of(columns, pair[1]) if not same_thing(name, other)]
         scores = [query @ positive / temperature] + [query @ row / temperature for row in negatives]
         losses.append(math.log(sum(math.exp(score - scores[0]) for score in scores)))
     return sum(losses) / len(losses)
@@ -121,16 +171,16 @@ def reference_contrast(batch, columns, pair, temperature):
 
 def reference_hinge(batch, columns, pair, margin, kind, hardest):
     total, count = 0.0, 0
-    for group, query, positive, teacher_query in queries_of(batch, pair):
+    for (name, name_of_positive), query, positive, teacher_query in queries_of(batch, pair):
         count += 1
         s_ii, t_ii = query @ positive, teacher_query @ positive
         violations = ([], [])
         for other, row, _ in columns_of(columns, pair[1]):
-            if other != group:
+            if not same_thing(name, other):
                 gap = query @ row - s_ii
                 violations[0].append(margin + gap if kind == "fixed" else gap - (teacher_query @ row - t_ii))
         for other, teacher_row, student_row in columns_of(batch, pair[0]):
-            if other != group:
+            if not same_thing(name_of_positive, other):
                 gap = student_row @ positive - s_ii
                 violations[1].append(margin + gap if kind == "fixed" else gap - (teacher_row @ positive - t_ii))
         for direction in violations:
@@ -161,9 +211,10 @@ def test_feature_and_similarity(seed):
 @pytest.mark.parametrize("block", [5, 4096])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_contrastive_against_loops(monkeypatch, seed, temperature, block):
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_contrastive_against_loops(monkeypatch, seed, temperature, block, with_texts):
     monkeypatch.setattr(logsumexp, "DICTIONARY_BLOCK", block)
-    batch, queue = Batch(seed), Batch(seed + 100, num_images=12)
+    batch, queue = Batch(seed, with_texts=with_texts), Batch(seed + 100, num_images=12, with_texts=with_texts)
     for columns in (queue, batch):
         losses = contrast(batch, columns, pairs=PAIRS, temperature=temperature)
         assert tuple(losses) == PAIRS
@@ -176,8 +227,9 @@ def test_contrastive_against_loops(monkeypatch, seed, temperature, block):
 @pytest.mark.parametrize("hardest", [True, False])
 @pytest.mark.parametrize("kind", ["fixed", "teacher"])
 @pytest.mark.parametrize("seed", range(3))
-def test_hinge_against_loops(seed, kind, hardest):
-    batch, step = Batch(seed), Batch(seed + 100, num_images=12)
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_hinge_against_loops(seed, kind, hardest, with_texts):
+    batch, step = Batch(seed, with_texts=with_texts), Batch(seed + 100, num_images=12, with_texts=with_texts)
     losses = hinge(batch, step, margin=0.3, margin_kind=kind, hardest=hardest)
     assert tuple(losses) == PAIRS
     for pair in PAIRS:
@@ -187,8 +239,10 @@ def test_hinge_against_loops(seed, kind, hardest):
 
 @pytest.mark.parametrize("hardest", [True, False])
 @pytest.mark.parametrize("kind", ["fixed", "teacher"])
-def test_a_step_of_one_batch_need_not_be_given(kind, hardest):
-    batch, settings = Batch(21), {"margin": 0.3, "margin_kind": kind, "hardest": hardest}
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_a_step_of_one_batch_need_not_be_given(kind, hardest, with_texts):
+    batch = Batch(21, with_texts=with_texts)
+    settings = {"margin": 0.3, "margin_kind": kind, "hardest": hardest, **batch.text_settings()}
     found = []
     for step in (None, teacher_rows(batch)):
         inputs = batch.tensors()
@@ -295,18 +349,18 @@ def test_of_unit_rows_nothing_is_taken_off(temperature):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_gradients_against_differences_of_the_loops(monkeypatch, name, pair):
     monkeypatch.setattr(logsumexp, "DICTIONARY_BLOCK", 5)
-    batch, step = Batch(11, num_images=4), Batch(111, num_images=6)
+    batch, step = Batch(11, num_images=4, with_texts=True), Batch(111, num_images=6, with_texts=True)
 
     def value(changed):
         if name == "contrastive":
             return reference_contrast(changed, step, pair, 0.2)
         return reference_hinge(changed, step, pair, 0.2, name, True)
 
-    inputs = batch.tensors()
+    inputs, settings = batch.tensors(), {"pairs": [pair], **batch.text_settings()}
     if name == "contrastive":
-        losses = contrastive_distillation(*inputs, dictionary=teacher_rows(step), pairs=[pair], temperature=0.2)
+        losses = contrastive_distillation(*inputs, dictionary=teacher_rows(step), temperature=0.2, **settings)
     else:
-        losses = hard_negative_distillation(*inputs, step=teacher_rows(step), pairs=[pair], margin_kind=name)
+        losses = hard_negative_distillation(*inputs, step=teacher_rows(step), margin_kind=name, **settings)
     found = gradients(losses, inputs[:2])
     for side, gradient in zip(("student_image", "student_text"), found, strict=True):
         if gradient is None:
@@ -378,7 +432,7 @@ def test_order_and_names_of_rows_do_not_matter():
 
 
 def test_parts_add_up_to_the_whole():
-    batch, queue = Batch(4, num_images=9), Batch(104, num_images=12)
+    batch, queue = Batch(4, num_images=9, with_texts=True), Batch(104, num_images=12, with_texts=True)
     counts = {"num_images": len(batch.student_image), "num_captions": len(batch.student_text)}
     parts = [batch.select([0, 3, 4]), batch.select([1, 2, 5, 6, 7, 8])]
 
@@ -396,7 +450,7 @@ def test_parts_add_up_to_the_whole():
 @pytest.mark.parametrize("hardest", [True, False])
 @pytest.mark.parametrize("kind", ["fixed", "teacher"])
 def test_hinge_on_two_ranks_is_that_of_one_process(kind, hardest, given_counts):
-    batch = Batch(5, num_images=9)
+    batch = Batch(5, num_images=9, with_texts=True)
     settings = {"margin_kind": kind, "hardest": hardest}
     parts = [[0, 1, 2], [3, 4, 5, 6, 7, 8]]
     # the order in which the ranks' rows are gathered
@@ -405,20 +459,22 @@ def test_hinge_on_two_ranks_is_that_of_one_process(kind, hardest, given_counts):
         student_text=batch.student_text[captions],
         teacher_text=batch.teacher_text[captions],
         caption_to_image=batch.caption_to_image[captions],
+        texts=batch.texts[captions],
     )
-    inputs = batch.tensors()
-    whole = hard_negative_distillation(*inputs, step=teacher_rows(batch), **settings)
+    inputs, texts = batch.tensors(), batch.text_settings()
+    whole = hard_negative_distillation(*inputs, step=teacher_rows(batch), **settings, **texts)
     expected = gradients(whole, inputs[:2])
     counts = {"num_images": 9, "num_captions": len(captions)} if given_counts else {}
 
     values, found, first_text = dict.fromkeys(PAIRS, 0.0), [[], []], 0
     for images in parts:
-        local = batch.select(images).tensors()
+        part = batch.select(images)
+        local, settings = part.tensors(), {**settings, **part.text_settings()}
         student_image, student_text = inputs[0].detach().clone(), inputs[1].detach().clone()
         student_image[images[0] : images[-1] + 1] = local[0]
         student_text[first_text : first_text + len(local[1])] = local[1]
         first_text += len(local[1])
-        others = OtherStudents(student_image, student_text, *inputs[2:], world_size=2)
+        others = OtherStudents(student_image, student_text, *inputs[2:], world_size=2, **texts)
         losses = hard_negative_distillation(*local, step=teacher_rows(batch), others=others, **settings, **counts)
         for pair in PAIRS:
             values[pair] += losses[pair].item()
@@ -476,6 +532,49 @@ def test_without_negatives_losses_and_gradients_are_zero(num_images):
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_captions_that_are_all_equal_leave_no_negative_but_other_images():
+    """Class names, in the extreme: any teacher's picture is right for the text, and so is any of the texts."""
+    batch = Batch(16, num_images=6, num_groups=6, with_texts=True)
+    batch = batch.copy(texts=np.full(len(batch.texts), "cat"))
+    for hardest in (True, False):
+        losses = {**contrast(batch, batch), **{f"hinge_{k}": v for k, v in hinge(batch, hardest=hardest).items()}}
+        for pair in ("TT", "IT", "TI"):
+            assert losses[pair].item() == losses[f"hinge_{pair}"].item() == 0
+        assert losses["II"].item() > 0 and losses["hinge_II"].item() > 0
+
+
+def test_where_no_captions_are_equal_texts_change_no_bit():
+    batch, queue = Batch(17), Batch(117, num_images=12)
+    for count, each in enumerate((batch, queue)):
+        each.texts = np.array([f"{count} {c}" for c in range(len(each.student_text))])
+        each.more_texts = [set() for _ in each.image_groups]
+    for function, settings in ((contrast, {}), (hinge, {}), (hinge, {"hardest": False})):
+        found = []
+        for told in (True, False):
+            changed = [each if told else each.copy(texts=None) for each in (batch, queue)]
+            inputs, texts = changed[0].tensors(), changed[0].text_settings()
+            assert bool(texts) == told
+            columns = {"dictionary" if function is contrast else "step": teacher_rows(changed[1])}
+            loss = contrastive_distillation if function is contrast else hard_negative_distillation
+            losses = loss(*inputs, **columns, **settings, **texts)
+            found.append([*losses.values(), *gradients(losses, inputs[:2])])
+        assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
+def test_texts_that_one_side_does_not_know_are_equal_to_none():
+    batch, queue = Batch(18, with_texts=True), Batch(118, num_images=12, with_texts=True)
+    expected = contrast(batch.copy(texts=None), queue.copy(texts=None))
+    for changed in ((batch, queue.copy(texts=None)), (batch.copy(texts=None), queue)):
+        assert contrast(*changed) == expected
+    inputs, rows = batch.tensors(), teacher_rows(queue)
+    unknown = dataclasses.replace(  # as a queue has them after a run of an earlier release was resumed
+        rows,
+        image_texts=torch.full_like(rows.image_texts, UNKNOWN_TEXT),
+        text_ids=torch.full_like(rows.text_ids, UNKNOWN_TEXT),
+    )
+    assert contrastive_distillation(*inputs, dictionary=unknown, **batch.text_settings()) == expected
+
+
 def test_one_row_without_negatives_among_others_keeps_gradients_finite():
     batch = Batch(9, num_images=4)
     queue = Batch(109, num_images=6).copy(image_groups=np.full(6, batch.image_groups[0]))
@@ -524,16 +623,17 @@ def test_similarities_are_float32_under_autocast(dtype):
 
 def test_nothing_waits_for_the_device():
     """Tensors without values: whatever would read one on the host raises."""
-    batch = Batch(15)
+    batch = Batch(15, with_texts=True)
     mode = FakeTensorMode()
     inputs = [mode.from_tensor(t) for t in batch.tensors()]
+    texts = {name: mode.from_tensor(t) for name, t in batch.text_settings().items()}
     rows = TeacherRows(**{name: mode.from_tensor(t) for name, t in vars(teacher_rows(batch)).items()})
     with mode:
-        others = OtherStudents(*inputs, world_size=2)
+        others = OtherStudents(*inputs, world_size=2, **texts)
         for losses in (
-            contrastive_distillation(*inputs, dictionary=rows, pairs=PAIRS),
-            hard_negative_distillation(*inputs, step=rows, others=others),
-            hard_negative_distillation(*inputs, step=rows, margin_kind="teacher", hardest=False),
+            contrastive_distillation(*inputs, dictionary=rows, pairs=PAIRS, **texts),
+            hard_negative_distillation(*inputs, step=rows, others=others, **texts),
+            hard_negative_distillation(*inputs, step=rows, margin_kind="teacher", hardest=False, **texts),
         ):
             assert all(loss.shape == () for loss in losses.values())
             gradients(losses, inputs[:2])
@@ -551,7 +651,7 @@ def test_pairs_are_a_choice():
 
 
 def test_bad_input_is_refused():
-    batch = Batch(14)
+    batch = Batch(14, with_texts=True)
     inputs, rows = batch.tensors(), teacher_rows(batch)
     num_captions = len(batch.student_text)
 
@@ -575,12 +675,16 @@ def test_bad_input_is_refused():
             hard_negative_distillation(*inputs, step=rows, others=OtherStudents(*wrong, world_size=2))
     for given, function in (("dictionary", contrastive_distillation), ("step", hard_negative_distillation)):
         for name, value in vars(rows).items():
-            wrong = dataclasses.replace(rows, **{name: value[:, :-1] if value.ndim == 2 else value[:-1]})
+            is_wide = value.ndim == 2 and name != "image_texts"  # any number of texts is right
+            wrong = dataclasses.replace(rows, **{name: value[:, :-1] if is_wide else value[:-1]})
             with pytest.raises(ValueError, match=rf"{given}\.{name.removesuffix('_groups')}"):
                 function(*inputs, **{given: wrong})
         for pairs in (["II", "XY"], "II"):
             with pytest.raises(ValueError, match="pairs"):
                 function(*inputs, **{given: rows}, pairs=pairs)
+        for name, value in batch.text_settings().items():
+            with pytest.raises(ValueError, match=f"^{name}"):
+                function(*inputs, **{given: rows}, **{name: value[:-1]})
     with pytest.raises(ValueError, match="temperature"):
         contrastive_distillation(*inputs, dictionary=rows, temperature=0.0)
     with pytest.raises(ValueError, match="margin_kind"):

@@ -16,6 +16,8 @@ from processes_worker import (
     BASELINE,
     CASES,
     DYNAMIC,
+    NAMED,
+    NAMED_BASELINE,
     NO_QUEUE,
     SHARDS,
     SPLITS,
@@ -76,7 +78,7 @@ def of_case(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tens
     return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{case}/")}
 
 
-@pytest.mark.parametrize("case", [*CASES, *NO_QUEUE, *ACCUMULATED, *DYNAMIC, *BASELINE])
+@pytest.mark.parametrize("case", [*CASES, *NAMED, *NAMED_BASELINE, *NO_QUEUE, *ACCUMULATED, *DYNAMIC, *BASELINE])
 def test_gradients_are_those_of_the_whole_batch(launched, alone, case):
     expected = of_case(alone["gradients"], case)
     for found in launched:

@@ -127,7 +127,7 @@ def test_a_process_reads_no_more_shards_than_its_own(tmp_path):
 
 def test_examples_are_those_of_a_map_style_dataset(tmp_path, with_pass):
     rows = make_rows(12)
-    stored = RetrievalDataset(rows, with_teacher=True, **DRAWS)
+    stored = RetrievalDataset(rows, with_teacher=True, shared_texts=None, **DRAWS)
     position = {image_id: i for i, image_id in enumerate(rows["image_id"])}
     streamed = StreamedRetrievalDataset(parquet_stream(tmp_path, rows, 2), 5, DIM, **DRAWS)
     for example in itertools.islice(streamed, 30):
@@ -255,7 +255,7 @@ def test_webdataset_tars_mapped_to_the_contract(tmp_path):
     stream = datasets.load_dataset("webdataset", data_files=names, split="train", streaming=True)
     stream = stream.cast_column("png", datasets.Image(decode=False))
     stream = stream.map(to_row, remove_columns=stream.column_names, features=rows.features)
-    expected = {e["image_id"]: e for e in RetrievalDataset(rows, True).__getitems__(range(10))}
+    expected = {e["image_id"]: e for e in RetrievalDataset(rows, True, shared_texts=None).__getitems__(range(10))}
     examples = list(itertools.islice(StreamedRetrievalDataset(stream, 4, DIM), 10))
     assert {example["image_id"] for example in examples} == set(expected)
     for example in examples:
