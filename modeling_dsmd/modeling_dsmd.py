@@ -204,14 +204,20 @@ class DSMDModel(PreTrainedModel):
         """Projected image features, not normalised.
 
         Args:
-            pixel_values: `[N, 3, H, W]`.
+            pixel_values: `[N, 3, H, W]`; or `[N, W]`, their `pooled_images`, which only the projection is left for.
 
         Returns:
             The tower's output with `pooler_output` `[N, D]` replaced by the projection.
         """
+        if pixel_values.ndim == 2:
+            return BaseModelOutputWithPooling(pooler_output=self.visual_projection(pixel_values))
         output = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         pooled = _pool(output, self.config.vision_pooling, None)
         return _with_pooled(output, self.visual_projection(pooled))
+
+    def pooled_images(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+        """What the vision tower makes of images `[N, 3, H, W]`, a vector `[N, W]` each, before the projection."""
+        return _pool(self.vision_model(pixel_values=pixel_values, return_dict=True), self.config.vision_pooling, None)
 
     @can_return_tuple
     def get_text_features(

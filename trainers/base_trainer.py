@@ -23,8 +23,9 @@ from .argument_checks import check_evaluated, check_student, taken_arguments
 from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset
 from .card import describe_run, write_readme
 from .collapse import constant_sides
-from .dry_run import check_embeds, check_text_pooling, tiny_batch, unused_parameters
+from .dry_run import check_embeds, check_text_pooling, leave_out_unused, tiny_batch
 from .equal_texts import SharedTexts, find_shared_texts
+from .frozen_vision import keep_frozen_outputs
 from .retrieval_evaluation import encode, recall_figures
 from .row_checks import check_together
 from .run.callbacks import SetEpoch
@@ -154,19 +155,10 @@ class RetrievalTrainer(ResumableTrainer):
         check_embeds(self.model, batch, self.compute_loss_context_manager)
         if self.train_dataset is not None:
             check_text_pooling(self.model, batch, self.compute_loss_context_manager)
-            self._leave_out_unused(batch)
-
-    def _leave_out_unused(self, batch: dict) -> None:
-        """Freezes what no embedding depends on: DDP waits for every trainable parameter's gradient. A loss may use the
-        temperature."""
-        unused = unused_parameters(self.model, batch, self.compute_loss_context_manager)
-        self.unused = [name for name in unused if name != "logit_scale"]
-        for name in self.unused:
-            self.model.get_parameter(name).requires_grad_(False)
-        if self.unused and self.is_world_process_zero():
-            logger.warning(
-                f"No embedding depends on these parameters, which stay as they are: {', '.join(self.unused)}."
-            )
+            self.unused = leave_out_unused(self.model, batch, self.compute_loss_context_manager)
+            if self.unused and self.is_world_process_zero():
+                names = ", ".join(self.unused)
+                logger.warning(f"No embedding depends on these parameters, which stay as they are: {names}.")
 
     # What the base asks for
 
@@ -181,6 +173,9 @@ class RetrievalTrainer(ResumableTrainer):
     def begin_training(self) -> None:
         """Forgets the figures of earlier weights, which the card would show."""
         self.facts.metrics, self.facts.usage = {}, None
+        if not self.is_fsdp_enabled:  # whose tower runs as a part of the whole model alone
+            of_run = (self.processing_class.image_processor, self.args, self.compute_loss_context_manager)
+            keep_frozen_outputs(self.model, self.train_dataset, *of_run)
 
     def write_card(self, folder: Path) -> RunRecord:
         """Writes the card of the student in `folder`; returns what it was made of."""

@@ -40,12 +40,15 @@ def make_examples(
     random_zoom: float = 0.0,
     seed: int = 42,
     shared_texts: Set[int] | None = frozenset(),
+    pooled_images: torch.Tensor | None = None,
 ) -> Iterator[dict]:
     """Yields the training examples of some rows in their order; an image is decoded when its example is asked for.
 
     Args:
         table: rows of [`undecoded_rows`].
         epoch: with seed and image_id it determines all random choices.
+        pooled_images: `[N, W]`, what a frozen vision tower makes of the images, to be given in their place; a row of
+            NaN for one that could not be read.
         The others are those of [`RetrievalDataset`].
 
     Yields:
@@ -76,8 +79,11 @@ def make_examples(
             unique = dict.fromkeys(ids)
             example["image_texts"] = [of for of in unique if shared_texts is None or of in shared_texts]
         try:
-            image = load_rgb(table["image"][i].as_py())
-            example["image"] = random_view(image, rng, random_shift, random_zoom)
+            if pooled_images is None or pooled_images[i].isnan().all():
+                image = load_rgb(table["image"][i].as_py())
+                example["image"] = random_view(image, rng, random_shift, random_zoom)
+            if pooled_images is not None:
+                example["image"] = pooled_images[i]
         except ValueError as error:
             example["unreadable"] = str(error)
         if with_teacher:
@@ -123,6 +129,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
         }
         # In shared memory, so that persistent workers see a new epoch too.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.pooled_images: torch.Tensor | None = None  # [N, W] of a frozen tower, see [`keep_frozen_outputs`]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -134,7 +141,8 @@ class RetrievalDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        return list(make_examples(self.rows[list(indices)], int(self.epoch), **self.settings))
+        pooled = None if self.pooled_images is None else self.pooled_images[list(indices)]
+        return list(make_examples(self.rows[list(indices)], int(self.epoch), **self.settings, pooled_images=pooled))
 
 
 def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -180,7 +188,7 @@ class RetrievalCollator:
 
     | key | shape | |
     |---|---|---|
-    | pixel_values | [N, 3, H, W] | |
+    | pixel_values | [N, 3, H, W] | or [N, W], what a frozen vision tower makes of them |
     | input_ids, attention_mask | [C, L] | the longest caption first |
     | text_buckets | list of (rows, tokens) | see [`DSMDModel.forward`] |
     | caption_to_image | [C] | row of each caption's image |
@@ -223,9 +231,7 @@ class RetrievalCollator:
         )
         owners = np.repeat(np.arange(len(examples)), [len(example["captions"]) for example in examples])
         batch = {
-            "pixel_values": self.processor.image_processor(
-                images=[example["image"] for example in examples], return_tensors="pt"
-            )["pixel_values"],
+            "pixel_values": self.pixel_values([example["image"] for example in examples]),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
             "text_buckets": text_buckets(lengths[order]),
@@ -244,6 +250,11 @@ class RetrievalCollator:
             teacher_text = np.concatenate([example["teacher_text"] for example in examples])
             batch["teacher_text"] = torch.from_numpy(teacher_text[order])
         return batch
+
+    def pixel_values(self, images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
+        if isinstance(images[0], torch.Tensor):
+            return torch.stack(images)
+        return self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: float) -> Image.Image:

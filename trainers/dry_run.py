@@ -136,3 +136,11 @@ def unused_parameters(model: nn.Module, batch: dict, autocast: Autocast = nullco
             buffer.copy_(before)
     model.train(was_training)
     return sorted(unused[0] & unused[1])
+
+
+def leave_out_unused(model: nn.Module, batch: dict, autocast: Autocast = nullcontext) -> list[str]:
+    """Names of the [`unused_parameters`], which get no gradient from now on; the temperature is the loss's matter."""
+    unused = [name for name in unused_parameters(model, batch, autocast) if name != "logit_scale"]
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
+    return unused

@@ -47,7 +47,7 @@ def encode(
     images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
     captions = [caption for row in dataset["captions"] for caption in row]
     loader = DataLoader(
-        images.with_format(None).select(_own_rows(len(images))),
+        images.with_format(None).select(own_rows(len(images))),
         batch_size=args.eval_batch_size,
         collate_fn=ImageCollator(processor.image_processor),
         num_workers=args.dataloader_num_workers,
@@ -55,7 +55,7 @@ def encode(
         generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
     )
     tokenizer = processor.tokenizer
-    own = _own_rows(len(captions))
+    own = own_rows(len(captions))
     # Captions of like length go together: padding costs as much as words.
     by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
     bar = tqdm(
@@ -88,7 +88,7 @@ def encode(
             bar.update(len(rows) * distributed.world_size())
     bar.close()
     model.train(was_training)
-    return _in_row_order(torch.cat(image_embeds), len(images)), _in_row_order(text_embeds, len(captions))
+    return in_row_order(torch.cat(image_embeds), len(images)), in_row_order(text_embeds, len(captions))
 
 
 def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: torch.Tensor) -> torch.Tensor:
@@ -106,13 +106,13 @@ def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: t
     return torch.cat([_in_memory(embed, is_sharded, **dict(zip(inputs, half))) for half in halves])
 
 
-def _own_rows(rows: int) -> list[int]:
+def own_rows(rows: int) -> list[int]:
     """This rank's rows. Every rank has as many, some with a first row again: all make a sharded forward together."""
     world = distributed.world_size()
     return [(start + distributed.rank()) % rows for start in range(0, rows, world)]
 
 
-def _in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
+def in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
     """All ranks' rows, of which rank r holds rows r, r + W, r + 2W, ..."""
     world = distributed.world_size()
     by_rank = distributed.gather_rows(own, [len(own)] * world).unflatten(0, (world, len(own)))

@@ -52,7 +52,10 @@ class RetrievalTrainingArguments(TrainingArguments):
     )
     freeze: str | None = field(
         default=None,
-        metadata={"help": "Leave a tower as it is, 'vision' or 'text', and train its projection and the other one."},
+        metadata={
+            "help": "Leave a tower as it is, 'vision' or 'text', and train its projection and the other one. A frozen "
+            "vision tower sees each image once, not once an epoch, where random_shift and random_zoom are 0."
+        },
     )
     max_skipped_steps: int = field(
         default=10,

@@ -1,0 +1,103 @@
+"""What a frozen vision tower makes of the training images: computed once, where every epoch shows them alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from modeling_dsmd import DSMDModel
+from rows.images import load_rgb
+
+from .batches import RetrievalDataset
+from .retrieval_evaluation import in_row_order, own_rows
+from .run.loader_workers import shielded
+from .training_args import RetrievalTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+MOST_BYTES = 2**30  # of the outputs, which every process of the machine holds
+
+
+def keep_frozen_outputs(
+    model: DSMDModel,
+    rows: RetrievalDataset,
+    image_processor,
+    args: RetrievalTrainingArguments,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Lets `rows` give the pooled outputs of the frozen vision tower instead of images, where that is the same.
+
+    It is not where views are drawn; and it is left out where the outputs would take over 1 GiB, where the rows are a
+    stream, and for models that take no outputs of their tower.
+
+    Args:
+        model: the student, on `args.device`.
+        rows: the training split.
+        image_processor: the student's.
+        args: `freeze`, views, batch size and loader workers.
+        autocast: gives the context that the model is trained in.
+    """
+    if args.freeze != "vision" or args.random_shift or args.random_zoom:
+        return
+    if not isinstance(model, DSMDModel) or not isinstance(rows, RetrievalDataset):
+        return
+    size = 4 * len(rows) * model.visual_projection.in_features
+    if size > MOST_BYTES:
+        logger.info(f"The frozen tower runs in every epoch: its outputs would take {size / 2**30:.1f} GiB of memory.")
+        return
+    with autocast():
+        rows.pooled_images = pooled_images(model, rows.rows, image_processor, args).share_memory_()
+
+
+@torch.no_grad()
+def pooled_images(
+    model: DSMDModel, rows: datasets.Dataset, image_processor, args: RetrievalTrainingArguments
+) -> torch.Tensor:
+    """What the vision tower makes of each image, `[N, W]` float32 on the CPU; NaN for an image that cannot be read.
+
+    Each process computes its share, and all have the whole.
+    """
+    model.vision_model.eval()
+    images = rows.select_columns(["image"]).with_format(None)
+    loader = DataLoader(
+        images.select(own_rows(len(images))),
+        batch_size=args.eval_batch_size,
+        collate_fn=ReadableImages(image_processor),
+        num_workers=args.dataloader_num_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+        generator=torch.Generator(),  # the loader draws a number: training must not change by it
+    )
+    pooled = []
+    for readable, pixel_values in tqdm(
+        shielded(loader), desc="frozen tower", leave=False, disable=args.disable_tqdm or args.process_index != 0
+    ):
+        part = torch.full((len(readable), model.visual_projection.in_features), torch.nan)
+        if pixel_values is not None:
+            part[readable] = model.pooled_images(pixel_values.to(args.device)).float().cpu()
+        pooled.append(part)
+    return in_row_order(torch.cat(pooled).to(args.device), len(images)).cpu()
+
+
+class ReadableImages:
+    """Collates rows to which of them can be read, `[B]` bool, and the pixels of these; None where there is none."""
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+    def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        images = []
+        for row in rows:
+            try:
+                images.append(load_rgb(row["image"]))
+            except ValueError:  # training names it when it meets it
+                images.append(None)
+        readable = [image for image in images if image is not None]
+        pixels = self.image_processor(images=readable, return_tensors="pt")["pixel_values"] if readable else None
+        return torch.tensor([image is not None for image in images]), pixels
