@@ -70,9 +70,10 @@ def evaluate_teacher(
     """The teacher's own retrieval on a split, on its first files, until they hold 10,000 images.
 
     Returns:
-        `images`, `rsum`, `rsum_{width}` for the widths below the teacher's, and `rsum_before_int8`.
+        `images`, `rsum`, `rsum_{width}` for the widths below the teacher's, and `rsum_before_int8`; where captions
+        stand for several images, `rsum_by_index`, which counts an image's own alone.
     """
-    image, text, groups, counts, exact = [], [], [], [], []
+    image, text, groups, captions, exact = [], [], [], [], []
     for number in range(count):
         part_image, part_text = stored_features(folder, split, number)
         path = shard_file(folder, split, number)
@@ -81,34 +82,40 @@ def evaluate_teacher(
         image.append(part_image)
         text.append(part_text)
         groups += [id_hash(group) for group in table[column].to_pylist()]
-        counts += pc.list_value_length(table["captions"]).to_pylist()
+        captions += table["captions"].to_pylist()
         if int8:
             exact.append(np.load(path.with_suffix(".npz"), allow_pickle=False))
         if len(groups) >= EVALUATED:
             break
     groups = torch.tensor(groups)
-    text_groups = torch.repeat_interleave(groups, torch.tensor(counts))
+    text_groups = torch.repeat_interleave(groups, torch.tensor([len(own) for own in captions]))
+    texts = [caption for own in captions for caption in own]
     image, text = torch.cat(image), torch.cat(text)
-    figures = {"images": len(groups), "rsum": retrieval_metrics(image, text, groups, text_groups)["rsum"]}
+
+    def rsum(image: torch.Tensor, text: torch.Tensor, texts: list[str] | None = texts) -> float:
+        return retrieval_metrics(image, text, groups, text_groups, text_ids=texts)["rsum"]
+
+    figures = {"images": len(groups), "rsum": rsum(image, text)}
+    if len({(caption, group) for caption, group in zip(texts, text_groups.tolist())}) > len(set(texts)):
+        figures["rsum_by_index"] = rsum(image, text, None)
     for width in WIDTHS:
         if components is not None and width < dim:
-            reduced = (image @ components[:, :width], text @ components[:, :width])
-            figures[f"rsum_{width}"] = retrieval_metrics(*reduced, groups, text_groups)["rsum"]
+            figures[f"rsum_{width}"] = rsum(image @ components[:, :width], text @ components[:, :width])
     if int8:
         image, text = (torch.from_numpy(np.concatenate([part[kind] for part in exact])) for kind in ("image", "text"))
-        figures["rsum_before_int8"] = retrieval_metrics(image, text, groups, text_groups)["rsum"]
+        figures["rsum_before_int8"] = rsum(image, text)
     return figures
 
 
 def figures_table(figures: dict[str, dict[str, float]]) -> str:
     """The teacher's RSUM (at most 600) by split, at its own width and at smaller ones."""
-    labels = {"rsum": "teacher's RSUM", "rsum_before_int8": "before int8"}
+    labels = {"rsum": "teacher's RSUM", "rsum_by_index": "by index", "rsum_before_int8": "before int8"}
     labels |= {f"rsum_{width}": f"at {width} dimensions" for width in WIDTHS}
     names = [name for name in labels if any(name in row for row in figures.values())]
     lines = ["| split | images | " + " | ".join(labels[name] for name in names) + " |"]
     lines.append("|---" * (len(names) + 2) + "|")
     for split, row in figures.items():
-        cells = " | ".join(f"{row[name]:.2f}" for name in names)
+        cells = " | ".join(f"{row[name]:.2f}" if name in row else "" for name in names)
         lines.append(f"| {as_text(split)} | {row['images']:,} | {cells} |")
     return "\n".join(lines)
 

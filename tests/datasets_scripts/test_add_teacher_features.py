@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_rows, make_student
+from conftest import DIM, make_rows, make_student, with_names
 from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
 from datasets_scripts import add_teacher_features as script
 from datasets_scripts import feature_job
-from datasets_scripts.teacher_features import Encoding, encode_dataset, join, write_shard
+from datasets_scripts.teacher_dataset import evaluate_teacher, figures_table
+from datasets_scripts.teacher_features import Encoding, encode_dataset, join, shard_file, write_shard
 from rows.checks import check_dataset
 from rows.columns import rows_and_captions
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_features, teacher_rows
@@ -140,6 +141,23 @@ def test_a_dataset_that_is_no_folder_is_named_as_it_was_given(source, teacher_fo
     monkeypatch.setattr(script, "open_dataset", lambda name, *_: datasets.load_from_disk(source))
     script.main(arguments("name/photos", teacher_folder, tmp_path / "out", "--data_license", "mit"))
     assert "# name/photos with teacher features" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_teachers_own_figures_count_equal_captions(tmp_path):
+    parts = {"test": with_names(make_rows(20), every=1), "train": make_rows(6)}
+    figures = {}
+    for split, rows in parts.items():
+        rows.to_parquet(shard_file(tmp_path, split, 0))
+        figures[split] = evaluate_teacher(tmp_path, split, 1, None, DIM, False)
+    groups, owner = rows_and_captions(parts["test"])
+    names = [caption for own in parts["test"]["captions"] for caption in own]
+    embeds = *teacher_rows(parts["test"]), groups, groups[owner]
+    by_text, by_index = (retrieval_metrics(*embeds, text_ids=ids)["rsum"] for ids in (names, None))
+    assert figures["test"] == {"images": 20, "rsum": by_text, "rsum_by_index": by_index} and by_text > by_index
+    assert figures["train"].keys() == {"images", "rsum"}
+    table = figures_table(figures)
+    assert f"| test | 20 | {by_text:.2f} | {by_index:.2f} |" in table
+    assert f"| train | 6 | {figures['train']['rsum']:.2f} |  |" in table and "| by index |" in table
 
 
 def test_streamed_output_has_the_same_rows(output):
