@@ -8,7 +8,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import make_student
+from conftest import NAMES, make_student, with_names
 from tiny_trainer import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,6 +117,17 @@ def test_distillation_step(tmp_path, rows, balancer, hardest):
 def test_distillation_step_of_two_micro_batches_without_queue(tmp_path, rows):
     trainer = make_trainer(tmp_path, rows, queue_size=0, optim="adamw_torch", gradient_accumulation_steps=2)
     assert take_two_steps(trainer, micro_batches=2).calls > 1000
+
+
+def test_distillation_step_with_equal_captions(tmp_path, rows):
+    """The second micro-batch has images with more shared texts than the first, so lists are filled up."""
+    rows = with_names(rows)
+    captions = [[*NAMES, *own][: len(own)] if i >= 8 else own for i, own in enumerate(rows["captions"])]
+    rows = rows.remove_columns("captions").add_column("captions", captions, feature=rows.features["captions"])
+    settings = {"captions_per_image": 1, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tmp_path, rows, **settings)
+    assert take_two_steps(trainer, micro_batches=2).calls > 1000
+    assert trainer.image_queue.texts.shape[1] == len(NAMES)
 
 
 def test_contrastive_step(tmp_path, rows):
