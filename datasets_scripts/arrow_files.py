@@ -37,6 +37,7 @@ class Row:
     read: Callable[[], bytes]
     group_id: str | None = None
     pixels: bytes | None = None
+    split_group: str | None = None  # equal for images that must be in one split; not written
 
 
 def fold(caption: str) -> str:

@@ -52,7 +52,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="Column that identifies an image (default: found by its usual names, else path or content).",
     )
     parser.add_argument(
-        "--group_column", help="Column that is equal for images which show the same thing (default: group_id)."
+        "--group_column",
+        help="Column that is equal for images which count as the same thing: right answers to each other's captions "
+        "(default: group_id).",
+    )
+    parser.add_argument(
+        "--split_group_column",
+        help="Column that is equal for images which must be in one split and remain different things, such as the "
+        "frames of a film.",
     )
     parser.add_argument(
         "--caption_template",
@@ -122,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     name, output = options.dataset_name, options.output_dir
     captions = None if options.caption_column is None else tuple(options.caption_column)
-    columns = Columns(options.image_column, captions, options.id_column, options.group_column)
+    named = (options.id_column, options.group_column, options.split_group_column)
+    columns = Columns(options.image_column, captions, *named)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as cache:
         source = Source(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -98,11 +99,10 @@ def table_of_tar(file: Path, root: Path, columns: Columns, failed: list[str]) ->
             f"{place} has no captions: expected KEY.txt, or KEY.json with one of {', '.join(CAPTION_NAMES)}, beside "
             f"each image; the first key is {next(iter(samples), 'none')!r} and its files end in {', '.join(kinds)}"
         )
-    given = Columns("__image__", columns.captions or ("__captions__",), columns.id, columns.group)
+    given = replace(columns, image="__image__", captions=columns.captions or ("__captions__",))
     found = find_columns(["__image__", "__captions__", *sorted(names)], given, str(place))
     # Samples have ids of their own where none is named.
-    found = Columns(found.image, found.captions, columns.id, found.group)
-    return Table(str(place), found, rows)
+    return Table(str(place), replace(found, id=columns.id), rows)
 
 
 class SecondImage(ValueError):

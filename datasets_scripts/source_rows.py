@@ -45,7 +45,8 @@ class Columns:
     image: str | None = None
     captions: tuple[str, ...] | None = None
     id: str | None = None
-    group: str | None = None
+    group: str | None = None  # equal for images that count as the same thing
+    split_group: str | None = None  # equal for images that must only be in one split
 
 
 @dataclass
@@ -164,6 +165,11 @@ def rows_by_split(tables: list[Table]) -> Found:
                     raise ValueError(f"image {row.image_id!r} is in two splits, {earlier_split} and {split}")
                 if earlier.group_id != row.group_id:
                     raise ValueError(f"image {row.image_id!r} is in two groups, {earlier.group_id} and {row.group_id}")
+                if earlier.split_group != row.split_group:
+                    raise ValueError(
+                        f"image {row.image_id!r} is to be in one split with {earlier.split_group} and with "
+                        f"{row.split_group}; expected one of them"
+                    )
                 if not _same_image(earlier, row):
                     raise ValueError(f"the id {row.image_id!r} stands for two images; name another --id_column")
                 earlier.captions += row.captions
@@ -183,7 +189,8 @@ def find_columns(names: list[str], columns: Columns, where: str) -> Columns:
     Raises:
         ValueError: one is missing, or may be one of several.
     """
-    for option, given in (("--id_column", columns.id), ("--group_column", columns.group)):
+    named = {"id": columns.id, "group": columns.group, "split_group": columns.split_group}
+    for option, given in ((f"--{name}_column", given) for name, given in named.items()):
         if given is not None and given not in names:
             raise ValueError(f"{where} has no column {given} ({option}); it has {', '.join(names)}")
     captions = columns.captions
@@ -196,6 +203,7 @@ def find_columns(names: list[str], columns: Columns, where: str) -> Columns:
         tuple(_find_column(names, name, CAPTION_NAMES, "captions", "--caption_column", where) for name in captions),
         columns.id or next((name for name in ID_NAMES if name in names), None),
         columns.group or ("group_id" if "group_id" in names else None),
+        columns.split_group,
     )
 
 
@@ -232,14 +240,16 @@ def _row(cells: dict, table: Table) -> tuple[str | None, Row]:
             )
     if columns.id is not None:
         image_id = _name(cells.get(columns.id), columns.id)
-    group_id = None if columns.group is None else _name(cells.get(columns.group), columns.group)
+    group_id, split_group = (
+        None if name is None else _name(cells.get(name), name) for name in (columns.group, columns.split_group)
+    )
     captions = [text for name in columns.captions for text in captions_of(_cell(cells, name), name)]
     if table.template is not None:
         captions = [table.template.format(readable_class(name)) for name in captions]
     if image_id is None:
         # Nothing names the image but the image.
         image_id = hashlib.blake2b(read(), digest_size=8).hexdigest()
-    return split, Row(image_id, captions, read, group_id)
+    return split, Row(image_id, captions, read, group_id, split_group=split_group)
 
 
 def _cell(cells: dict, name: str) -> object:

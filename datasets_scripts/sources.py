@@ -151,7 +151,8 @@ class Source:
         if columns.image is None and len(with_images) == 1:
             columns = replace(columns, image=with_images[0])
         columns = find_columns(names, columns, name)
-        wanted = {*(caption.split(".")[0] for caption in columns.captions), columns.id, columns.group, "split"}
+        wanted = {*(caption.split(".")[0] for caption in columns.captions), "split"}
+        wanted |= {columns.id, columns.group, columns.split_group}
         images = None
         if columns.image in with_images:
             images = _undecoded(dataset.select_columns([columns.image]), columns.image)
@@ -193,7 +194,7 @@ class Source:
                 tar = place_of_tar(cells["__url__"], self.name)
                 yield row_of_sample(image, described, cells.get("txt"), cells["__key__"], tar)
 
-        columns = Columns("__image__", captions or ("__captions__",), self.columns.id, self.columns.group)
+        columns = replace(self.columns, image="__image__", captions=captions or ("__captions__",))
         return Table(name, columns, rows(), template=self.template)
 
     def _table_of_file(self, file: Path, root: Path) -> Table:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 
 from .arrow_files import Row
+from .glyphs import components
 
 
 SPLITS = ("train", "validation", "test")
@@ -37,8 +38,9 @@ def assign_splits(
 ) -> dict[str, list[Row]]:
     """Train, validation and test; what the source lacks is taken from its training images by a hash of their id.
 
-    Images of one group stay together. A hash is a number in [0, 1), and a split an interval of these: new images move
-    no old ones. Only a split that would be empty takes the image or group whose number is nearest to its interval.
+    Images of one group, and those of one `split_group`, stay together. A hash is a number in [0, 1), and a split an
+    interval of these: new images move no old ones. Only a split that would be empty takes the image or group whose
+    number is nearest to its interval.
 
     Args:
         parts: as for [`given_splits`].
@@ -52,11 +54,12 @@ def assign_splits(
     shares = {split: share for split, share in shares.items() if split not in parts}
     result: dict[str, list[Row]] = {split: parts.get(split, []) for split in SPLITS}
     if shares:
-        numbers = {key: _number(key) for key in map(_group, parts["train"])}
+        keys = _kept_together(parts["train"])
+        numbers = {key: _number(key) for key in keys}
         split_of = {key: _split_at(number, shares) for key, number in numbers.items()}
         _fill_empty_splits(split_of, numbers, shares)
         for split in (*shares, "train"):
-            result[split] = [row for row in parts["train"] if split_of[_group(row)] == split]
+            result[split] = [row for row, key in zip(parts["train"], keys) if split_of[key] == split]
         print(f"{' and '.join(shares)} taken from {len(parts['train']):,} images by a hash of their ids")
     counts = ", ".join(f"{split}: {len(rows):,} images" for split, rows in result.items())
     print(counts)
@@ -65,8 +68,16 @@ def assign_splits(
     return result
 
 
-def _group(row: Row) -> str:
-    return row.group_id or row.image_id
+def _kept_together(rows: list[Row]) -> list[str]:
+    """A name for each row, the same for rows that must be in one split."""
+    groups = [row.group_id or row.image_id for row in rows]
+    if all(row.split_group is None for row in rows):
+        return groups
+    # Named by the split group, so that another image in it does not move it.
+    names = [
+        group if row.split_group is None else f"split group {row.split_group}" for row, group in zip(rows, groups)
+    ]
+    return components([(("group", group), ("name", name)) for group, name in zip(groups, names)], names)
 
 
 def _number(key: str) -> float:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -295,6 +296,33 @@ def test_dataset_on_disk(tmp_path):
     assert again["train"].data.column("image").equals(built["train"].data.column("image"))
 
 
+@pytest.mark.parametrize("form", ["csv", "disk", "tar"])
+def test_a_split_group_is_read_from_every_form_and_not_written(tmp_path, form):
+    if form == "csv":
+        write_images(tmp_path / "data")
+        rows = [{"file_name": name_of(i), "caption": CAPTIONS[i][0], "film": i // 5} for i in range(COUNT)]
+        jsonl(tmp_path / "data" / "metadata.jsonl", rows)
+        source, named = tmp_path / "data", []
+    elif form == "disk":
+        loaded(list(range(COUNT))).add_column("film", [i // 5 for i in range(COUNT)]).save_to_disk(tmp_path / "data")
+        source, named = tmp_path / "data", NAMED[:-2]
+    else:
+        source, named = tmp_path / "data.tar", []
+        with tarfile.open(source, "w") as tar:
+            for i in range(COUNT):
+                described = json.dumps({"caption": CAPTIONS[i][0], "film": i // 5}).encode()
+                for ending, content in (("jpg", file_of(i)), ("json", described)):
+                    member = tarfile.TarInfo(f"{i:03}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    built = build(source, tmp_path / "out", *named, "--split_group_column", "film", "--test_share", "0.3")
+    assert "group_id" not in built["train"].column_names and "film" not in built["train"].column_names
+    films = [{int(re.search(r"\d+", name)[0]) // 5 for name in part["image_id"]} for part in built.values()]
+    assert sum(map(len, films)) == len(set.union(*films)) == COUNT // 5
+    with pytest.raises(ValueError, match=r"no column z \(--split_group_column\)|no column z"):
+        build(source, tmp_path / "none", *named, "--split_group_column", "z")
+
+
 def test_one_dataset_on_disk_and_a_folder_in_the_hubs_layout(tmp_path):
     loaded(list(range(COUNT))).save_to_disk(tmp_path / "one")
     check(build(tmp_path / "one", tmp_path / "out1", *NAMED, "--test_share", "0.3"))
@@ -406,6 +434,11 @@ def image_rows(count=4, **cells):
         ([{"file_name": name_of(0), "caption": {"de": "x", "en": "y"}}], [], "caption holds .*'de'.*caption.raw"),
         ([{"file_name": name_of(0), "caption": 7}], [], "caption holds 7, expected text"),
         (image_rows(2, group="a") + image_rows(1, group="b"), ["--group_column", "group"], "two groups, a and b"),
+        (
+            image_rows(2, group="a") + image_rows(1, group="b"),
+            ["--split_group_column", "group"],
+            "in one split with a and with b",
+        ),
         (image_rows(2, split="train") + image_rows(1, split="test"), [], "two splits, train and test"),
         (image_rows(split="holdout"), [], "unknown split 'holdout'"),
         (image_rows(1), [], "a split is empty"),

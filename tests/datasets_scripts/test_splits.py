@@ -144,3 +144,31 @@ def test_nearest_is_nearest_to_the_whole_interval():
     names[2] = name_at(0.25)
     parts = ids_of(assign_splits({None: rows_of(names)}, 0.1, 0.1))
     assert parts == {"train": names[2:], "validation": names[1:2], "test": names[:1]}
+
+
+def test_a_split_group_stays_together_and_joins_no_groups():
+    """40 films of 10 frames; frames of the films 0 and 1 show one thing, so these two films share a split."""
+    rows = [Row(f"{film}/{i}", ["x"], bytes, split_group=f"film {film}") for film in range(40) for i in range(10)]
+    rows[3].group_id = rows[17].group_id = "a castle"
+    parts = assign_splits({None: rows}, 0.2, 0.2)
+    splits = {}
+    for split, own in parts.items():
+        for row in own:
+            splits.setdefault(row.split_group, set()).add(split)
+    assert all(len(of) == 1 for of in splits.values()) and splits["film 0"] == splits["film 1"]
+    assert all(parts.values()) and sum(map(len, parts.values())) == 400
+    assert {row.group_id for row in rows} == {None, "a castle"}
+    more = [Row(f"{film}/!", ["x"], bytes, split_group=f"film {film}") for film in range(40)]
+    for split, own in assign_splits({None: more + rows}, 0.2, 0.2).items():
+        assert [row for row in own if row in rows] == parts[split]  # more frames move no film
+    assert ids_of(assign_splits({None: rows[::-1]}, 0.2, 0.2)) == {
+        split: ids[::-1] for split, ids in ids_of(parts).items()
+    }
+
+
+def test_without_a_split_group_no_image_moves():
+    rows = rows_of([str(i) for i in range(300)], [f"g{i // 3}" for i in range(300)])
+    expected = {split: [] for split in ("train", "validation", "test")}
+    for row in rows:
+        expected[by_threshold(row.group_id, 0.1, 0.1)].append(row.image_id)
+    assert ids_of(assign_splits({None: rows}, 0.1, 0.1)) == expected
