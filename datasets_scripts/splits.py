@@ -36,7 +36,11 @@ def given_splits(parts: dict[str | None, list[Row]]) -> dict[str, list[Row]]:
 def assign_splits(
     parts: dict[str | None, list[Row]], validation_share: float, test_share: float
 ) -> dict[str, list[Row]]:
-    """Train, validation and test; what the source lacks is taken from its training images by a hash of their id.
+    """Train, validation and test; what the source lacks is drawn from what it has, by a hash of the images' ids.
+
+    Validation, or both, is drawn from the training images. Only a test split that is lacking beside train and
+    validation (COCO's train2017 and val2017) is drawn from validation: what the source holds out is divided, and its
+    training images stay whole.
 
     Images of one group, and those of one `split_group`, stay together. A hash is a number in [0, 1), and a split an
     interval of these: new images move no old ones. Only a split that would be empty takes the image or group whose
@@ -44,7 +48,8 @@ def assign_splits(
 
     Args:
         parts: as for [`given_splits`].
-        validation_share, test_share: in (0, 1), of the images that are distributed.
+        validation_share, test_share: in (0, 1), of the images that are distributed; of those of a given validation,
+            `test_share / (validation_share + test_share)` go to test.
 
     Raises:
         ValueError: as [`given_splits`], or there are fewer images or groups than splits to fill.
@@ -54,13 +59,17 @@ def assign_splits(
     shares = {split: share for split, share in shares.items() if split not in parts}
     result: dict[str, list[Row]] = {split: parts.get(split, []) for split in SPLITS}
     if shares:
-        keys = _kept_together(parts["train"])
+        giver = "train"
+        if "validation" in parts and len(set(_kept_together(parts["validation"]))) > 1:
+            giver, shares = "validation", {"test": test_share / (validation_share + test_share)}
+        keys = _kept_together(parts[giver])
         numbers = {key: _number(key) for key in keys}
-        split_of = {key: _split_at(number, shares) for key, number in numbers.items()}
-        _fill_empty_splits(split_of, numbers, shares)
-        for split in (*shares, "train"):
-            result[split] = [row for row, key in zip(parts["train"], keys) if split_of[key] == split]
-        print(f"{' and '.join(shares)} taken from {len(parts['train']):,} images by a hash of their ids")
+        split_of = {key: _split_at(number, shares, giver) for key, number in numbers.items()}
+        _fill_empty_splits(split_of, numbers, shares, giver)
+        for split in (*shares, giver):
+            result[split] = [row for row, key in zip(parts[giver], keys) if split_of[key] == split]
+        of_giver = f"{len(parts[giver]):,} images" + " of validation" * (giver == "validation")
+        print(f"{' and '.join(shares)} taken from {of_giver} by a hash of their ids")
     counts = ", ".join(f"{split}: {len(rows):,} images" for split, rows in result.items())
     print(counts)
     if not all(result.values()):
@@ -84,17 +93,19 @@ def _number(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _split_at(number: float, shares: dict[str, float]) -> str:
+def _split_at(number: float, shares: dict[str, float], giver: str) -> str:
     for split, share in shares.items():
         if number < share:
             return split
         number -= share
-    return "train"
+    return giver
 
 
-def _fill_empty_splits(split_of: dict[str, str], numbers: dict[str, float], shares: dict[str, float]) -> None:
-    """Changes `split_of` so that each split has a group."""
-    wanted = (*shares, "train")
+def _fill_empty_splits(
+    split_of: dict[str, str], numbers: dict[str, float], shares: dict[str, float], giver: str
+) -> None:
+    """Changes `split_of` so that each split has a group: those of `shares`, and the one that gives to them."""
+    wanted = (*shares, giver)
     if len(numbers) < len(wanted):
         raise ValueError(
             f"a split is empty: there are {len(numbers)} images, those of one group or picture counted once, for "

@@ -172,3 +172,20 @@ def test_without_a_split_group_no_image_moves():
     for row in rows:
         expected[by_threshold(row.group_id, 0.1, 0.1)].append(row.image_id)
     assert ids_of(assign_splits({None: rows}, 0.1, 0.1)) == expected
+
+
+def test_only_a_test_split_is_lacking_it_comes_of_what_is_held_out(capsys):
+    """COCO has train2017 and val2017: its training images stay whole."""
+    train, held_out = rows_of([f"t{i}" for i in range(100)]), rows_of([f"v{i}" for i in range(40)])
+    parts = assign_splits({"train": train, "validation": held_out}, 0.1, 0.3)
+    assert parts["train"] == train
+    assert ids_of(parts)["test"] == [f"v{i}" for i in range(40) if number(f"v{i}") < 0.75]
+    assert sorted(ids_of(parts)["test"] + ids_of(parts)["validation"]) == sorted(row.image_id for row in held_out)
+    assert "test taken from 40 images of validation by a hash" in capsys.readouterr().out
+    # Two can be divided; one cannot, and test comes of train.
+    parts = assign_splits({"train": train, "validation": held_out[:2]}, 0.1, 0.1)
+    assert {split: len(rows) for split, rows in parts.items()} == {"train": 100, "validation": 1, "test": 1}
+    same = rows_of(["v0", "v1"], ["g", "g"])
+    parts = assign_splits({"train": train, "validation": same}, 0.1, 0.1)
+    assert parts["validation"] == same
+    assert ids_of(parts)["test"] == [row.image_id for row in train if number(row.image_id) < 0.1]
