@@ -79,7 +79,7 @@ def read_karpathy(path: Path, images: Path, benchmark: Benchmark) -> dict[str, l
                 raise ValueError("this imgid occurs twice")
             seen.add(entry["imgid"])
             if entry["split"] not in SPLIT_NAMES:
-                raise ValueError(f"unknown split {entry['split']!r}, expected train, restval, val or test")
+                raise ValueError(f"unknown split {entry['split']!r}, expected one of {', '.join(SPLIT_NAMES)}")
             captions = [sentence["raw"] for sentence in entry["sentences"]]
             if not all(isinstance(caption, str) for caption in captions):
                 raise ValueError(f"sentences are not all text: {reprlib.repr(captions)}")

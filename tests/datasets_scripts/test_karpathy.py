@@ -177,7 +177,7 @@ def changed(files, **entry):
         ({"filepath": ".."}, "does not stay in the folder"),
         ({"filepath": "outside"}, "does not stay in the folder"),
         ({"filepath": None}, "TypeError|unsupported"),
-        ({"split": "dev2"}, "unknown split 'dev2', expected train, restval, val or test"),
+        ({"split": "dev2"}, "unknown split 'dev2', expected one of train, restval, validation, valid, val, dev, test"),
         ({"imgid": 0}, "imgid occurs twice"),
         ({"sentences": None}, "not iterable"),
         ({"sentences": [{"tokens": []}]}, "no 'raw'"),
