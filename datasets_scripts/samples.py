@@ -121,6 +121,8 @@ def _samples(file: Path, place: str, by_last_dot: bool) -> dict[str, dict]:
                 stem, _, ending = path.name.rpartition(".") if by_last_dot else path.name.partition(".")
                 suffix = PurePosixPath(path.name.lower()).suffix
                 if not member.isreg() or not stem or suffix not in (*IMAGE_SUFFIXES, ".txt", ".json"):
+                    if (other := samples.get((path.parent / stem).as_posix())) is not None:
+                        other["files"].append(f".{ending}")  # named where captions are lacking
                     continue
                 is_image = suffix in IMAGE_SUFFIXES
                 if member.issparse() or (not is_image and member.size > LONGEST_TEXT):

@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from datasets_scripts.source_rows import IMAGE_SUFFIXES
+
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
 LARGEST_TABLE = 4 << 30  # bytes, unpacked
@@ -31,7 +33,13 @@ def read_text_table(file: Path, encoding: str | None, delimiter: str | None) -> 
     Raises:
         ValueError: it is not of that form, with the line; it is not of that encoding, or too large.
     """
-    text = _text_of(file, encoding)
+    rows = _rows_of(_text_of(file, encoding), file, delimiter)
+    if not rows:
+        raise ValueError(f"{file} has no rows")
+    return rows
+
+
+def _rows_of(text: str, file: Path, delimiter: str | None) -> list[dict]:
     suffix = suffix_of(file)
     if suffix in (".jsonl", ".ndjson"):
         return _json_lines(text, file)
@@ -153,10 +161,14 @@ def _csv_rows(text: str, file: Path, delimiter: str) -> list[dict]:
 def _parse_csv(text: str, file: Path, delimiter: str, quoting: int) -> list[dict]:
     csv.field_size_limit(LONGEST_CELL)
     # Without `strict`, a quote that is not closed would swallow the rest of the file as one caption.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    settings = {"delimiter": delimiter, "quoting": quoting, "strict": True, "skipinitialspace": True}
+    reader = csv.reader(io.StringIO(text, newline=""), **settings)
     try:
         header = [name.strip() for name in next(reader, [])]
         rows = []
+        if len(header) == 2 and Path(header[0]).suffix.lower() in IMAGE_SUFFIXES:
+            print(f"{file.name}: the first line is no header: images, and their captions")
+            rows, header = [dict(zip(("image", "caption"), header))], ["image", "caption"]
         for cells in reader:
             if not cells:
                 continue

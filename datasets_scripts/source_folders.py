@@ -28,7 +28,7 @@ def list_images(folder: Path) -> list[Path]:
 
 def tables_in(folder: Path, images: list[Path]) -> list[Path]:
     """Tables of text below a folder, without the .txt and .json files that belong to one image."""
-    stems = {folder / image.with_suffix("") for image in images}
+    stems = {folder / name for image in images for name in (image, image.with_suffix(""))}
     return sorted(
         path
         for path in folder.rglob("*")
@@ -42,7 +42,27 @@ def tables_in(folder: Path, images: list[Path]) -> list[Path]:
 
 def has_sidecars(folder: Path, images: list[Path]) -> bool:
     """Whether an image has a .txt or .json of its own name beside it."""
-    return any((folder / image.with_suffix(suffix)).is_file() for image in images for suffix in (".txt", ".json"))
+    beside = _sidecars(folder)
+    return any(_sidecar(beside, image, suffix) for image in images for suffix in (".txt", ".json"))
+
+
+def _sidecars(folder: Path) -> dict[str, Path]:
+    """The .txt and .json files below a folder, by their place with the ending in small letters."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in (".txt", ".json"):
+                place = (Path(parent) / stem).relative_to(folder).as_posix()
+                found[place + suffix.lower()] = Path(parent) / name
+    return found
+
+
+def _sidecar(beside: dict[str, Path], image: Path, suffix: str) -> Path | None:
+    """The file of an image: `1.txt` or `1.jpg.txt` of `1.jpg`."""
+    names = (image.with_suffix("").as_posix(), image.as_posix())
+    return next((beside[name + suffix] for name in names if name + suffix in beside), None)
 
 
 def table_of_sidecars(folder: Path, images: list[Path], failed: list[str]) -> Table:
@@ -52,18 +72,19 @@ def table_of_sidecars(folder: Path, images: list[Path], failed: list[str]) -> Ta
         ValueError: no image has captions; a file is too large, or no text.
     """
     rows = []
-    seen = {image.with_suffix("") for image in images}
+    seen = {name for image in images for name in (image, image.with_suffix(""))}
     for path in sorted(folder.rglob("*.json")):  # those without an image
         key = path.relative_to(folder).with_suffix("")
         if key not in seen and not path.name.endswith("_stats.json"):
             described = _read_json(path)
             if isinstance(described, dict) and described.get("status", "success") != "success":
                 failed.append(f"{key.as_posix()}: {described['status']}")
+    beside = _sidecars(folder)
     for image in images:
         described, text = None, None
-        if (path := folder / image.with_suffix(".json")).is_file():
+        if (path := _sidecar(beside, image, ".json")) is not None:
             described = _read_json(path)
-        if (path := folder / image.with_suffix(".txt")).is_file():
+        if (path := _sidecar(beside, image, ".txt")) is not None:
             text = _read(path)
         described = described if isinstance(described, dict) else None
         rows.append({"image": image.as_posix(), "captions": captions_of_sample(described, text)})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import reprlib
+import tokenize
 import unicodedata
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -27,11 +29,15 @@ IMAGE_NAMES = (
     "image img file_name filename filepath file_path path image_path img_path image_file image_name jpg jpeg png webp"
 ).split()
 CAPTION_NAMES = "captions caption text texts txt alt_text sentences sentence comment".split()
+# Only where none of the usual names is there, and one of these alone.
+OTHER_IMAGE_NAMES = "file files picture photo".split()
+OTHER_CAPTION_NAMES = "description descriptions prompt raw".split()
 NUMBERED_CAPTION = re.compile(r"(captions?|text|sentence|comment)_?\d+")
 # The first that is there. Not `id`: it may count captions.
 ID_NAMES = "image_id cocoid img_id imgid".split()
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif")
 TEXT_OF_OBJECT = ("raw", "caption", "text", "sentence")  # of a caption that is an object, such as Karpathy's
+FIRST_DOWNLOAD = "download the images first, with img2dataset, and give its folder"
 LONGEST_LIST = 1 << 20  # characters of a cell that is read as a Python list
 
 
@@ -55,11 +61,14 @@ class ImageFolder:
 
     Args:
         root: may be a link itself; no link below it may leave it.
-        by_name: look in all folders below for a name that leads nowhere: COCO's and Flickr's tables name files alone.
+        by_name: look in all folders below for the last name of a path that leads nowhere: COCO's and Flickr's tables
+            name files alone.
+        bare_names: the same, but only for names without a folder.
     """
 
     root: Path
     by_name: bool = False
+    bare_names: bool = False
 
     def find(self, name: object, below: Path = Path()) -> Path:
         """The file below the root that a cell names, whether or not it is there.
@@ -71,34 +80,52 @@ class ImageFolder:
         Raises:
             ValueError: it is a URL, or leads out of the folder.
         """
+        name = str(name) if isinstance(name, int) else name  # a number, of a file whose name is one
         if isinstance(name, str) and re.match(r"\w+://", name):
-            raise ValueError(f"{name!r} is a URL: download the images first, with img2dataset, and give its folder")
+            raise ValueError(f"{name!r} is a URL: {FIRST_DOWNLOAD}")
         if isinstance(name, str) and os.path.isabs(name):
             for root in (self.root, self.root.resolve()):
                 if Path(name).is_relative_to(root):
                     return file_in(self.root, str(Path(name).relative_to(root)))
-        path = file_in(self.root / below, name)
+        by_name = self.by_name and isinstance(name, str)
+        try:
+            path = file_in(self.root / below, name)
+        except ValueError as error:
+            if by_name and (found := self._of_name(name)) is not None:
+                return found
+            hint = "" if by_name else "; --images DIR names the folder that holds the images"
+            raise ValueError(f"{error}{hint}") from None
         if path.exists():
             return path
-        variants = [name.replace("\\", "/")] if "\\" in name else []
-        variants += [unicodedata.normalize(form, text) for text in (name, *variants) for form in ("NFC", "NFD")]
-        for variant in variants:
+        names = dict.fromkeys([name.replace("\\", "/"), name.strip()])
+        variants = [unicodedata.normalize(form, text) for text in names for form in ("NFC", "NFD")]
+        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+            variants += [text + suffix for text in variants for suffix in IMAGE_SUFFIXES]
+        for variant in (*names, *variants):
             if (found := file_in(self.root / below, variant)).exists():
                 return found
-        if self.by_name:
-            last = unicodedata.normalize("NFC", PurePosixPath(variants[0] if "\\" in name else name).name)
-            if last in self._by_name:
-                return file_in(self.root, str(self._by_name[last].relative_to(self.root)))
+        if by_name or (self.bare_names and not re.search(r"[/\\]", name)):
+            return self._of_name(name) or path
         return path
+
+    def _of_name(self, name: str) -> Path | None:
+        """The file below that has a path's last name, with or without the ending, and has it alone."""
+        last = unicodedata.normalize("NFC", PurePosixPath(name.strip().replace("\\", "/")).name)
+        found = self._by_name.get(last)
+        return None if found is None else file_in(self.root, str(found.relative_to(self.root)))
 
     @cached_property
     def _by_name(self) -> dict[str, Path]:
-        """The files below the root by name; a name that occurs twice is left out."""
+        """The files below the root by name, images also by their name without its ending; a name that occurs twice is
+        left out."""
         found: dict[str, Path | None] = {}
-        for parent, _, names in os.walk(self.root):
+        for parent, folders, names in os.walk(self.root):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
             for name in names:
-                key = unicodedata.normalize("NFC", name)
-                found[key] = None if key in found else Path(parent) / name
+                stem, ending = os.path.splitext(name)
+                for key in {name, stem} if ending.lower() in IMAGE_SUFFIXES else {name}:
+                    key = unicodedata.normalize("NFC", key)
+                    found[key] = None if key in found else Path(parent) / name
         return {name: path for name, path in found.items() if path is not None}
 
 
@@ -171,7 +198,10 @@ def rows_by_split(tables: list[Table]) -> Found:
                         f"{row.split_group}; expected one of them"
                     )
                 if not _same_image(earlier, row):
-                    raise ValueError(f"the id {row.image_id!r} stands for two images; name another --id_column")
+                    raise ValueError(
+                        f"the id {row.image_id!r} stands for two images; name another --id_column, such as "
+                        f"{table.columns.image}"
+                    )
                 earlier.captions += row.captions
             except (OSError, ValueError) as error:
                 raise ValueError(f"{printable(table.name)}, row {i + 1}: {error}") from None
@@ -196,24 +226,36 @@ def find_columns(names: list[str], columns: Columns, where: str) -> Columns:
     captions = columns.captions
     if captions is None:
         numbered = tuple(name for name in names if NUMBERED_CAPTION.fullmatch(name.lower()))
-        plain = any(name.lower() in CAPTION_NAMES for name in names)
-        captions = numbered if numbered and not plain else (None,)
+        plain = tuple(name for name in names if name.lower() in CAPTION_NAMES)
+        # `caption_0`, `caption_1`; or `caption`, `caption_2`, where `caption` is the first.
+        are_one = len(plain) == 1 and all(re.sub(r"_?([2-9]|[1-9]\d+)$", "", name) == plain[0] for name in numbered)
+        captions = (*plain, *numbered) if numbered and (not plain or are_one) else (None,)
     return Columns(
-        _find_column(names, columns.image, IMAGE_NAMES, "images", "--image_column", where),
-        tuple(_find_column(names, name, CAPTION_NAMES, "captions", "--caption_column", where) for name in captions),
+        _find_column(names, columns.image, (IMAGE_NAMES, OTHER_IMAGE_NAMES), "images", "--image_column", where),
+        tuple(
+            _find_column(names, name, (CAPTION_NAMES, OTHER_CAPTION_NAMES), "captions", "--caption_column", where)
+            for name in captions
+        ),
         columns.id or next((name for name in ID_NAMES if name in names), None),
         columns.group or ("group_id" if "group_id" in names else None),
         columns.split_group,
     )
 
 
-def _find_column(names: list[str], given: str | None, usual: list[str], what: str, option: str, where: str) -> str:
+def _find_column(
+    names: list[str], given: str | None, usual: tuple[list[str], list[str]], what: str, option: str, where: str
+) -> str:
     if given is not None and (given in names or given.split(".")[0] in names):
         return given
-    found = [name for name in names if name.lower() in usual] if given is None else []
+    found = [name for name in names if name.lower() in usual[0]] if given is None else []
+    if not found and given is None:
+        found = [name for name in names if name.lower() in usual[1]]
     if len(found) == 1:
         return found[0]
     problem = f"several columns that may hold {what}" if found else f"no column {given or f'for {what}'}"
+    addresses = [name for name in names if re.search(r"(^|_)ur[li]s?$", name.lower())]
+    if what == "images" and given is None and addresses and not found:
+        raise ValueError(f"{where} has addresses of images, in the column {addresses[0]}: {FIRST_DOWNLOAD}")
     raise ValueError(f"{where} has {problem}; it has {', '.join(names) or 'none'}. Name one with {option}")
 
 
@@ -291,15 +333,29 @@ def captions_of(cell: object, column: str) -> list[str]:
 
 
 def _list_in(cell: str) -> list[str] | None:
-    """A list that was written as text, by JSON or by pandas: `["a cat"]`, `['a cat']`; None for any other text."""
+    """A list that was written as text, by JSON, pandas or numpy (`['a cat' 'a dog']`); None for any other text."""
     if not cell.startswith("[") or len(cell) > LONGEST_LIST:
         return None
-    for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+    for parse in (json.loads, _strings_of):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             captions = parse(cell)
             if isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions):
                 return [text for text in captions if not is_missing(text)]
     return None
+
+
+def _strings_of(cell: str) -> list[str] | None:
+    """The strings of a list as Python or numpy writes it; where something else is in it, None.
+
+    Python itself would join two strings without a comma between them.
+    """
+    strings = []
+    for token in tokenize.generate_tokens(io.StringIO(cell).readline):
+        if token.type == tokenize.STRING:
+            strings.append(ast.literal_eval(token.string))
+        elif token.string.strip() not in ("", "[", "]", ","):
+            return None
+    return strings
 
 
 def readable_class(name: str) -> str:

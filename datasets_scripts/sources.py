@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from huggingface_hub import constants
 
 from datasets_scripts.opening import license_on_card, readable
@@ -101,10 +104,16 @@ class Source:
             self._note_folders(images)
             return [replace(table_of_sidecars(path, images, self.failed), template=self.template)]
         found = tables_in(path, images)
-        if images and found:
+        if found and (images or self.images is not None):
+            # COCO's captions lie beside files of boxes and keypoints.
+            found = [file for file in found if "caption" in file.name.lower()] or found
             of_splits = [file for file in found if split_of_path(Path(file.name), is_table=True)[0]]
             if len(found) > 1 and len(of_splits) < len(found):
                 names = ", ".join(str(file.relative_to(path)) for file in found[:5])
+                if {file.stem for file in found} <= {image.stem for image in images}:
+                    raise ValueError(
+                        f"{path} has a file of text for each image, but elsewhere ({names}): put it beside its image"
+                    )
                 raise ValueError(f"{path} has images and several tables ({names}): name the one that has the captions")
             print(f"the captions are taken from {', '.join(str(file.relative_to(path)) for file in found)}")
             tables = [self._table_of_file(file, path) for file in found]
@@ -152,7 +161,7 @@ class Source:
             columns = replace(columns, image=with_images[0])
         columns = find_columns(names, columns, name)
         wanted = {*(caption.split(".")[0] for caption in columns.captions), "split"}
-        wanted |= {columns.id, columns.group, columns.split_group}
+        wanted |= {columns.id, columns.group, columns.split_group, "status"}  # status: of img2dataset
         images = None
         if columns.image in with_images:
             images = _undecoded(dataset.select_columns([columns.image]), columns.image)
@@ -166,11 +175,15 @@ class Source:
         labels = {c: f for c, f in dataset.features.items() if isinstance(f, datasets.ClassLabel) and c in wanted}
 
         def rows() -> Iterator[dict]:
-            for i, cells in enumerate(_plain_rows(texts)):
+            there = _image_is_there(images) if images is not None else itertools.repeat(True)
+            for i, (cells, is_there) in enumerate(zip(_plain_rows(texts), there)):
                 for column, feature in labels.items():
                     cells[column] = None if cells[column] is None else feature.int2str(cells[column])
+                if not is_there and isinstance(cells.get("status"), str) and cells["status"] != "success":
+                    self.failed.append(f"{name}, row {i + 1}: {cells['status']}")
+                    continue
                 if images is not None:
-                    cells[columns.image] = partial(_read_cell, images, i, columns.image)
+                    cells[columns.image] = partial(_read_cell, images, i, columns.image) if is_there else None
                 yield cells
 
         return Table(name, columns, rows(), template=self.template)
@@ -199,6 +212,8 @@ class Source:
 
     def _table_of_file(self, file: Path, root: Path) -> Table:
         place, suffix = file.relative_to(root), suffix_of(file)
+        if suffix == ".tar" and file.suffix.lower() != ".tar":
+            raise ValueError(f"{file} is packed: unpack it by gunzip, and its images can be found in it")
         if suffix not in (*TEXT_SUFFIXES, ".parquet", ".tar"):
             raise ValueError(
                 f"{file}: expected a file ending in {', '.join(TEXT_SUFFIXES)} (or with .gz), .parquet, or .tar"
@@ -218,7 +233,9 @@ class Source:
             table = Table(str(place), find_columns(names, self.columns, str(place)), rows)
         table.split, table.template = split, self.template
         if self.images is None:
-            table.images, table.folder = ImageFolder(root, by_name=False), place.parent
+            # A folder that was named as the source may be searched; that a file lies in may be any.
+            bare_names = Path(self.name).is_dir() and file.name not in METADATA
+            table.images, table.folder = ImageFolder(root, bare_names=bare_names), place.parent
         else:
             table.images = ImageFolder(self.images, by_name=True)
         table.split_by_folder = file.name in METADATA
@@ -262,6 +279,14 @@ def _undecoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
 def _plain_rows(dataset: datasets.Dataset) -> Iterator[dict]:
     for batch in dataset.with_format("arrow").iter(1000):
         yield from batch.to_pylist()
+
+
+def _image_is_there(images: datasets.Dataset) -> Iterator[bool]:
+    """For each row whether its cell holds an image, or a list that is not empty."""
+    for batch in images.with_format("arrow").iter(1000):
+        column = batch.column(0)
+        lengths = pc.list_value_length(column) if pa.types.is_list(column.type) else None
+        yield from (column.is_valid() if lengths is None else pc.greater(pc.fill_null(lengths, 0), 0)).to_pylist()
 
 
 def _holds_images(feature) -> bool:

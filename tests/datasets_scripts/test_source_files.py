@@ -57,8 +57,6 @@ def test_an_encoding_is_given_or_named_in_the_error(tmp_path):
         ('path,caption\na.jpg,"never closed\nb.jpg,x\n', [("a.jpg", '"never closed'), ("b.jpg", "x")]),
         ("path,caption\n\na.jpg,x\n\n", [("a.jpg", "x")]),
         ("path,caption\na.jpg," + "x" * 200_000 + "\n", [("a.jpg", "x" * 200_000)]),
-        ("path,caption\n", []),
-        ("", []),
     ],
 )
 def test_cells_as_people_have_them(tmp_path, text, rows):
@@ -146,3 +144,26 @@ def test_csv_module_reads_the_same(tmp_path):
     text = 'path,caption,n\n"a,1.jpg","say ""x""",1\nb.jpg,"two\nlines",2\n'
     (tmp_path / "a.csv").write_text(text)
     assert read_text_table(tmp_path / "a.csv", None, None) == list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_a_list_of_images_without_a_header(tmp_path, delimiter, capsys):
+    (tmp_path / "a.txt").write_text(f"1.jpg{delimiter}a cat\n2.JPG{delimiter}a dog\n")
+    found = read_text_table(tmp_path / "a.txt", None, None)
+    assert found == [{"image": "1.jpg", "caption": "a cat"}, {"image": "2.JPG", "caption": "a dog"}]
+    assert "the first line is no header" in capsys.readouterr().out
+
+
+def test_spaces_after_a_separator(tmp_path):
+    (tmp_path / "a.csv").write_text('image, caption\n1.jpg, "a cat, big"\n2.jpg,  a dog\n')
+    assert read_text_table(tmp_path / "a.csv", None, None) == [
+        {"image": "1.jpg", "caption": "a cat, big"},
+        {"image": "2.jpg", "caption": "a dog"},
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", ""), ("a.csv", "image,caption\n"), ("a.jsonl", "\n")])
+def test_a_table_without_rows_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} has no rows"):
+        read_text_table(tmp_path / name, None, None)

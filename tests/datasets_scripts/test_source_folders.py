@@ -97,3 +97,42 @@ def test_a_sidecar_that_cannot_be_read_is_named(tmp_path, text, message):
     (tmp_path / "data" / "1.txt").write_bytes(text)
     with pytest.raises(ValueError, match=f"1.txt.*{message}"):
         rows_of(tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", [".jpg.txt", ".TXT", ".jpg.json"])
+def test_other_names_of_what_lies_beside_an_image(tmp_path, ending):
+    write_images(tmp_path / "data", [f"{i}.jpg" for i in range(COUNT)])
+    for i in range(COUNT):
+        text = f"thing {i}" if "json" not in ending else json.dumps({"caption": f"thing {i}"})
+        (tmp_path / "data" / f"{i}{ending}").write_text(text)
+    expected = {f"{i}.jpg": [f"thing {i}"] for i in range(COUNT)}
+    assert rows_of(tmp_path / "data", tmp_path / "out") == expected
+
+
+def test_texts_of_single_images_that_lie_elsewhere_are_named(tmp_path):
+    write_images(tmp_path / "data", [f"images/{i}.jpg" for i in range(COUNT)])
+    (tmp_path / "data" / "captions").mkdir()
+    for i in range(COUNT):
+        (tmp_path / "data" / "captions" / f"{i}.txt").write_text(f"thing {i}")
+    with pytest.raises(ValueError, match="has a file of text for each image, but elsewhere .*put it beside its image"):
+        rows_of(tmp_path / "data", tmp_path / "out")
+
+
+def test_a_folder_as_it_was_unpacked(tmp_path):
+    """Names in the table lead to images in a folder beside it; COCO's captions lie among other annotations."""
+    write_images(tmp_path / "flickr8k", [f"Images/{i}.jpg" for i in range(COUNT)])
+    lines = [f"{i}.jpg,A cat {i} .\n" for i in range(COUNT)]
+    (tmp_path / "flickr8k" / "captions.txt").write_text("image,caption\n" + "".join(lines))
+    expected = {f"Images/{i}.jpg": [f"A cat {i} ."] for i in range(COUNT)}
+    assert rows_of(tmp_path / "flickr8k", tmp_path / "flickr8k_out") == expected
+    write_images(tmp_path / "coco", [f"train2017/{i}.jpg" for i in range(COUNT)])
+    entries = [{"id": i, "file_name": f"{i}.jpg"} for i in range(COUNT)]
+    captions = [{"id": i, "image_id": i, "caption": f"a thing {i}"} for i in range(COUNT)]
+    (tmp_path / "coco" / "annotations").mkdir()
+    for name, content in (("captions", captions), ("instances", [{"id": 1, "image_id": 0, "bbox": [0, 0, 1, 1]}])):
+        path = tmp_path / "coco" / "annotations" / f"{name}_train2017.json"
+        path.write_text(json.dumps({"images": entries, "annotations": content}))
+    expected = {f"train2017/{i}.jpg": [f"a thing {i}"] for i in range(COUNT)}
+    assert rows_of(tmp_path / "coco", tmp_path / "coco_out") == expected
+    options = ["--images", str(tmp_path / "coco")]
+    assert rows_of(tmp_path / "coco" / "annotations", tmp_path / "again", *options) == expected

@@ -28,7 +28,9 @@ from datasets_scripts.source_rows import (
         ([{"raw": "a"}, {"raw": "b"}], ["a", "b"]),
         ({"caption": "a"}, ["a"]),
         ('["a", "b"]', ["a", "b"]),  # JSON
-        ("['a', \"b's\"]", ["a", "b's"]),  # pandas, numpy
+        ("['a', \"b's\"]", ["a", "b's"]),  # pandas
+        ("['a' \"b's\"\n 'c']", ["a", "b's", "c"]),  # numpy
+        ("['a', b'b']", ["['a', b'b']"]), ("['a', nan]", ["['a', nan]"]), ("['a' + 'b']", ["['a' + 'b']"]),
         ("[a cat", ["[a cat"]), ("[1, 2]", ["[1, 2]"]), ("['a', 2]", ["['a', 2]"]), ("[]", ["[]"]),
         ("[__import__('os').getcwd()]", ["[__import__('os').getcwd()]"]),
         (["a", None, ""], ["a"]),
@@ -134,7 +136,7 @@ def test_paths_are_relative_to_the_table(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.jpg", "/etc/passwd", "link.jpg", "sub/../../secret.jpg", "..\\secret.jpg", "a\0.jpg", 3, ""]
+    "name", ["../secret.jpg", "/etc/passwd", "link.jpg", "sub/../../secret.jpg", "..\\secret.jpg", "a\0.jpg", 3.5, ""]
 )
 def test_no_path_leaves_the_folder(folder, name):
     for by_name in (False, True):
@@ -152,3 +154,46 @@ def test_a_url_is_to_be_downloaded_first(folder, name):
 
 def test_names_of_classes_are_made_readable():
     assert readable_class("golden_retriever") == readable_class("golden-retriever ") == "golden retriever"
+
+
+def test_images_by_their_name_alone(tmp_path):
+    """What tables of COCO, Flickr and others hold: names without folders, without endings, or of another machine."""
+    for name in ("a/1.jpg", "b/2.PNG", "b/twice.jpg", "a/twice.jpg", ".cache/4.jpg", "5.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    named, bare, own = (
+        ImageFolder(tmp_path, by_name=True),
+        ImageFolder(tmp_path, bare_names=True),
+        ImageFolder(tmp_path),
+    )
+    found = {"1.jpg": "a/1.jpg", "1": "a/1.jpg", 1: "a/1.jpg", "2": "b/2.PNG", " 1.jpg ": "a/1.jpg", "4.jpg": None}
+    found |= {"twice.jpg": None, "5": None}  # which of two? a text is no image
+    for name, expected in found.items():
+        for folder in (named, bare):
+            path = folder.find(name)
+            assert path == (tmp_path / (expected or str(name))) and path.exists() == (expected is not None)
+        assert not own.find(name).exists()
+    for name in ("../pics/1.jpg", "/home/me/pics/1.jpg", "pics/1", "C:\\pics\\1.jpg"):
+        assert named.find(name) == tmp_path / "a" / "1.jpg"
+        for folder in (bare, own):
+            if name[0] in "./":
+                with pytest.raises(ValueError, match="does not stay in .*; --images DIR names the folder"):
+                    folder.find(name)
+            else:
+                assert not folder.find(name).exists()
+    assert own.find("a/1") == tmp_path / "a" / "1.jpg"
+
+
+def test_names_of_columns_that_are_taken_only_alone():
+    def found(*names):
+        columns = find_columns(list(names), Columns(), "t")
+        return columns.image, *columns.captions
+
+    assert found("file", "description", "price") == ("file", "description")
+    assert found("file", "image", "raw", "caption") == ("image", "caption")
+    assert found("image", "caption", "caption_2", "caption_3") == ("image", "caption", "caption_2", "caption_3")
+    with pytest.raises(ValueError, match="several columns that may hold captions"):
+        found("image", "description", "prompt")
+    with pytest.raises(ValueError, match="t has addresses of images, in the column URL: .*img2dataset"):
+        found("URL", "TEXT")
+    assert found("url", "image", "text") == ("image", "text")

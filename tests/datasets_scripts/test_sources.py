@@ -145,9 +145,9 @@ def test_splits_by_any_of_their_names_and_none_where_told(tmp_path, capsys):
         (tmp_path / "data" / folder / "metadata.jsonl").write_text("".join(lines))
     rows_of(tmp_path / "data", tmp_path / "out")
     made = datasets.load_from_disk(tmp_path / "out")
-    assert (
-        all(name.startswith("val2017/") for name in made["validation"]["image_id"]) and len(made["validation"]) == 10
-    )
+    held_out = [*made["validation"]["image_id"], *made["test"]["image_id"]]
+    assert all(name.startswith("val2017/") for name in held_out) and len(held_out) == 10
+    assert len(made["train"]) == 20  # of its 30 ten are pictures of val2017 too
     assert "train2017 -> train, val2017 -> validation (--ignore_splits" in capsys.readouterr().out
     rows_of(tmp_path / "data", tmp_path / "out2", "--ignore_splits")
     made = datasets.load_from_disk(tmp_path / "out2")
@@ -186,3 +186,31 @@ def test_what_nobody_can_read_ends_in_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().startswith(f"error: {tmp_path / 'a.zip'}: expected a file ending in .csv, ")
+
+
+def test_img2datasets_parquet_with_failed_rows(tmp_path, capsys):
+    rows = [
+        {"jpg": None if i % 10 == 3 else encoded(picture(i)), "caption": f"thing {i}", "key": str(i)}
+        for i in range(COUNT)
+    ]
+    for row in rows:
+        row["status"] = "success" if row["jpg"] else "failed_to_download"
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "00000.parquet")
+    found = rows_of(tmp_path / "data", tmp_path / "out")
+    assert len(found) == COUNT - 4
+    assert "4 of them failed in the source" in capsys.readouterr().out
+    assert "row 4: failed_to_download" in (tmp_path / "out.broken.txt").read_text()
+    # Without that mark an empty cell is a row that cannot be used.
+    table = pa.Table.from_pylist(rows).drop_columns("status")
+    pq.write_table(table, tmp_path / "data" / "00000.parquet")
+    with pytest.raises(ValueError, match="4 rows cannot be used") as caught:
+        rows_of(tmp_path / "data", tmp_path / "again")
+    assert "row 4: there is no image" in str(caught.value) and "--skip_broken" in str(caught.value)
+    assert len(rows_of(tmp_path / "data", tmp_path / "again", "--skip_broken")) == COUNT - 4
+
+
+def test_a_packed_tar_is_named(tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="x.tar.gz is packed: unpack it by gunzip"):
+        rows_of(tmp_path / "x.tar.gz", tmp_path / "out")
