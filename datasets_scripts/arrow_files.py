@@ -52,6 +52,8 @@ def rgb_file(data: bytes) -> tuple[bytes, bytes]:
     Else it is written anew: a JPEG stays one (quality 95), all else becomes PNG. Orientation from EXIF is applied,
     transparent parts become white, 16-bit grey is scaled to 8 bits. Decodes the whole image.
 
+    Where a photo was taken (GPS) is never kept, since datasets are published: a JPEG loses its EXIF and XMP alone.
+
     Raises:
         Exception: of many types, where the file is broken or a decompression bomb.
     """
@@ -62,13 +64,27 @@ def rgb_file(data: bytes) -> tuple[bytes, bytes]:
     pixels = hashlib.blake2b(f"{rgb.width} x {rgb.height}:".encode(), digest_size=16)
     pixels.update(rgb.tobytes())
     if plain and image.format in KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
-        return data, pixels.digest()
+        if PILImage.ExifTags.Base.GPSInfo not in image.getexif():
+            return data, pixels.digest()
+        if image.format == "JPEG":
+            return _without_exif(data), pixels.digest()
     buffer = io.BytesIO()
     if image.format in ("JPEG", "MPO"):
         rgb.save(buffer, format="JPEG", quality=95)
     else:
         rgb.save(buffer, format="PNG")
     return buffer.getvalue(), pixels.digest()
+
+
+def _without_exif(data: bytes) -> bytes:
+    """A JPEG file without its segments of EXIF and XMP (APP1); the picture is not touched."""
+    kept, place = [data[:2]], 2
+    while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the scan
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if data[place + 1] != 0xE1:
+            kept.append(data[place:end])
+        place = end
+    return b"".join([*kept, data[place:]])
 
 
 def read_images(parts: dict[str | None, list[Row]], broken: list[str]) -> Iterator[tuple[Row, bytes]]:

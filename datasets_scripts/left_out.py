@@ -10,6 +10,7 @@ from rows.files import printable
 
 
 SHOWN = 20
+LEAVE_OUT = "Mend it, or leave such rows out with --skip_broken."
 
 
 def share(text: str) -> float:
@@ -66,7 +67,8 @@ class LeftOut:
         message = f"{', '.join(what)}, {where}"
         count = len(self.rows) + len(self.images)
         if count and not self.skip:
-            raise ValueError(f"{message}\nMend them, or leave them out with --skip_broken.")
+            elsewhere = "Do they lie in another folder? Name it by --images. " if self.images and not kept else ""
+            raise ValueError(f"{message}\n{elsewhere}Mend them, or leave them out with --skip_broken.")
         if not kept:
             raise ValueError(f"no row is left: {message}")
         if self.most is not None and count / (count + kept) > self.most:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from image_files import decoded, encoded, picture
-from PIL import Image
+from PIL import ExifTags, Image
 
 from datasets_scripts import arrow_files, building, own_data
 from datasets_scripts.building import Row
@@ -454,3 +454,26 @@ def test_nothing_is_not_written_as_a_dataset(tmp_path):
         with pytest.raises(ValueError, match="there are no rows"):
             building.build(parts, tmp_path / "out", "title", "how", "mit")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("file_format", "orientation"), [("JPEG", 1), ("JPEG", 6), ("PNG", 1), ("WEBP", 1)])
+def test_where_a_photo_was_taken_is_not_kept(file_format, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (52.0, 31.0, 12.0)
+    data = encoded(picture(3), file_format, exif=exif, **({"lossless": True} if file_format == "WEBP" else {}))
+    assert ExifTags.Base.GPSInfo in decoded(data).getexif()
+    stored, _ = arrow_files.rgb_file(data)
+    assert ExifTags.Base.GPSInfo not in decoded(stored).getexif() and b"Exif" not in stored
+    if orientation == 1:  # and the picture is as it was
+        assert np.array_equal(np.asarray(decoded(stored).convert("RGB")), np.asarray(decoded(data).convert("RGB")))
+        assert decoded(stored).format == ("JPEG" if file_format == "JPEG" else "PNG")
+    else:
+        assert decoded(stored).size == picture(3).size[::-1]
+
+
+def test_where_no_image_is_found_the_folder_is_asked_for(tmp_path):
+    rows = [Row(str(i), ["x"], (tmp_path / f"{i}.jpg").read_bytes) for i in range(3)]
+    with pytest.raises(ValueError, match="3 images are missing") as caught:
+        build({None: rows}, tmp_path / "out", shares=(0.1, 0.1))
+    assert "another folder? Name it by --images" in str(caught.value)
