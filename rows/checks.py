@@ -140,25 +140,51 @@ def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int 
     Raises:
         ValueError: at the first fault, naming the image_id.
     """
-    captions, ids = table["captions"].to_pylist(), table["image_id"].to_pylist()
+    ids = table["image_id"].to_pylist()
 
     def fail(row: int, message: str):
         where = "A row" if start is None else f"Row {start + row}"
         raise ValueError(f"{where} of the {split} split (image_id {ids[row]!r}): {message}")
 
-    for i, (image_id, texts) in enumerate(zip(ids, captions)):
-        if not isinstance(image_id, str) or not image_id:
-            fail(i, "image_id must be a string that is not empty.")
-        if not isinstance(texts, list) or not texts:
-            fail(i, f"it has captions {reprlib.repr(texts)}: expected one string or more. Drop the row.")
-        if any(not isinstance(text, str) or not text.strip() for text in texts):
-            fail(i, f"it has an empty caption in {reprlib.repr(texts)}: drop or fill it.")
-    if "group_id" in table.column_names:
-        for i, group in enumerate(table["group_id"].to_pylist()):
-            if not isinstance(group, str) or not group:
-                fail(i, f"group_id is {group!r}: expected a string that is not empty, such as its image_id.")
+    for row, message in row_faults(table).items():
+        fail(row, message)
     if teacher_dim is not None:
-        _check_teacher(table, teacher_dim, captions, fail)
+        _check_teacher(table, teacher_dim, table["captions"].to_pylist(), fail)
+
+
+def row_faults(table: pa.Table) -> dict[int, str]:
+    """Rows whose captions, image_id or group_id break the contract: place in the table, in order, and what is wrong.
+
+    Args:
+        table: as for [`check_rows`].
+    """
+    groups = table["group_id"].to_pylist() if "group_id" in table.column_names else None
+    faults = {}
+    for i, (image_id, texts) in enumerate(zip(table["image_id"].to_pylist(), table["captions"].to_pylist())):
+        if not isinstance(image_id, str) or not image_id:
+            faults[i] = "image_id must be a string that is not empty."
+        elif not isinstance(texts, list) or not texts:
+            faults[i] = f"it has captions {reprlib.repr(texts)}: expected one string or more. Drop the row."
+        elif any(_is_blank(text) for text in texts):
+            faults[i] = f"it has an empty caption in {reprlib.repr(texts)}: drop or fill it."
+        elif groups is not None and (not isinstance(groups[i], str) or not groups[i]):
+            faults[i] = f"group_id is {groups[i]!r}: expected a string that is not empty, such as its image_id."
+    return faults
+
+
+def without_empty_captions(table: pa.Table) -> tuple[pa.Table, int]:
+    """The rows without their empty captions, and how many these were; a row of empty ones alone keeps them."""
+    captions = table["captions"].to_pylist()
+    kept = [[text for text in texts or [] if not _is_blank(text)] or texts for texts in captions]
+    dropped = sum(len(before) - len(after) for before, after in zip(captions, kept) if before)
+    if dropped:
+        place = table.column_names.index("captions")
+        table = table.set_column(place, table.field(place), pa.array(kept, table.field(place).type))
+    return table, dropped
+
+
+def _is_blank(text: object) -> bool:
+    return not isinstance(text, str) or not text.strip()
 
 
 def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]], fail: Callable) -> None:

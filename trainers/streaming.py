@@ -11,8 +11,8 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from transformers import TrainerCallback
 
-from rows.checks import check_rows
-from rows.images import check_image_paths
+from rows.checks import check_rows, row_faults
+from rows.images import check_image_paths, load_rgb
 
 from .batches import make_examples, undecoded_rows
 
@@ -23,7 +23,7 @@ EMPTY_PASSES = 10  # after which a worker without a row gives up
 
 
 def stream_head(stream: datasets.IterableDataset, rows: int = HEAD_ROWS) -> datasets.Dataset:
-    """The first rows of a stream, in memory, with all its columns.
+    """The first rows of a stream, in memory, with all its columns; without those that training would leave out.
 
     Raises:
         ValueError: where the stream does not say what columns it has.
@@ -31,7 +31,24 @@ def stream_head(stream: datasets.IterableDataset, rows: int = HEAD_ROWS) -> data
     if stream.features is None:
         raise ValueError("The stream's columns are not known: give `features=` to the `map` that made them.")
     table = next(iter(stream.take(rows).with_format("arrow").iter(rows)), stream.features.arrow_schema.empty_table())
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=stream.features))
+    head = datasets.Dataset(table, info=datasets.DatasetInfo(features=stream.features))
+    if not {"image", "captions", "image_id"} <= set(head.column_names):
+        return head
+    undecoded = head.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]
+    faults = left_out_of(undecoded)
+    for row in set(range(len(undecoded))) - faults.keys():
+        try:
+            load_rgb(undecoded["image"][row].as_py())
+        except ValueError:
+            faults[row] = "unreadable"
+    # Where none is left, the check of the rows names the first fault.
+    return head.select([row for row in range(len(head)) if row not in faults] or range(len(head))) if faults else head
+
+
+def left_out_of(table: pa.Table) -> dict[int, str]:
+    """Rows without an image, or whose captions or ids cannot be used: place in the table, and why."""
+    faults = {row: "there is no image" for row, valid in enumerate(table["image"].is_valid().to_pylist()) if not valid}
+    return {**row_faults(table), **faults}
 
 
 class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
@@ -101,6 +118,10 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
                 skipped -= passed
                 yield from itertools.repeat(None, passed)
                 own = own.slice(passed)
+                if faults := left_out_of(own):
+                    ids = own["image_id"].to_pylist()
+                    yield from ({"image_id": str(ids[row]), "unreadable": reason} for row, reason in faults.items())
+                    own = own.filter(pa.array([row not in faults for row in range(len(own))]))
                 if len(own):
                     check_image_paths(own["image"], None)
                     check_rows(own, "streamed train", self.teacher_dim)

@@ -186,8 +186,6 @@ def test_skipped_batches_are_not_decoded_and_nothing_else_changes(tmp_path, monk
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"captions": []}, r"image_id '0/3'.*has captions \[\]"),
-        ({"captions": ["a", " "]}, "image_id '0/3'.*empty caption"),
         ({"teacher_image_embeds": [float("nan")] * DIM}, "image_id '0/3'.*NaN"),
         ({"teacher_text_embeds": [[1.0] * DIM] * 9}, "image_id '0/3'.*9 teacher_text_embeds for"),
     ],
@@ -196,6 +194,26 @@ def test_a_bad_row_in_mid_stream_is_named(tmp_path, values, message):
     dataset = StreamedRetrievalDataset(parquet_stream(tmp_path, change(make_rows(8), 3, **values)), 4, DIM)
     with pytest.raises(ValueError, match=message):
         list(itertools.islice(dataset, 8))
+
+
+def test_what_cannot_be_used_is_left_out_of_a_stream_and_listed(tmp_path, monkeypatch):
+    """No caption, an empty one, no image and a cut file, all of them among the rows that are looked at beforehand."""
+    rows = make_rows(24).cast_column("image", datasets.Image(decode=False))
+    cut = {"bytes": rows[9]["image"]["bytes"][:60], "path": None}
+    empty = ["", *rows[5]["captions"][1:]]
+    faults = {3: {"captions": [], "teacher_text_embeds": []}, 5: {"captions": empty}, 7: {"image": None}}
+    for row, values in {**faults, 9: {"image": cut}}.items():
+        rows = change(rows, row, **values)
+    stream = parquet_stream(tmp_path / "rows", rows, 2)
+    head = stream_head(stream)
+    assert set(head["image_id"]) == {f"0/{i}" for i in range(24)} - {"0/3", "0/5", "0/7", "0/9"}
+    settings = {"max_steps": 8, "per_device_train_batch_size": 6, "shuffle_buffer_size": 4, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path / "run", stream, **settings)
+    trainer.train()
+    reasons = dict(line.split(": ", 1) for line in trainer.unreadable)
+    assert set(reasons) == {"0/3", "0/5", "0/7", "0/9"}
+    assert "has captions []" in reasons["0/3"] and "empty caption" in reasons["0/5"]
+    assert reasons["0/7"] == "there is no image" and reasons["0/9"].startswith("unreadable image")
 
 
 def test_features_of_another_width_in_mid_stream_are_refused(tmp_path):
@@ -270,8 +288,11 @@ def test_a_stream_needs_max_steps_and_rows(tmp_path):
         make_trainer(tmp_path, parquet_stream(tmp_path / "b", make_rows(2)).filter(lambda row: False))
     with pytest.raises(ValueError, match="no column image_id"):
         make_trainer(tmp_path, parquet_stream(tmp_path / "c", make_rows(20)).remove_columns(["image_id"]))
-    with pytest.raises(ValueError, match="Row 3 .*empty caption"):
-        make_trainer(tmp_path, parquet_stream(tmp_path / "d", change(make_rows(20), 3, captions=["a", ""])))
+    with pytest.raises(ValueError, match="Row 0 .*empty caption"):  # every row
+        rows = make_rows(1)
+        make_trainer(
+            tmp_path, parquet_stream(tmp_path / "d", change(rows, 0, captions=["", *rows[0]["captions"][1:]]))
+        )
     with pytest.raises(ValueError, match="shuffle_buffer_size=0"):
         DSMDTrainingArguments(output_dir=str(tmp_path), shuffle_buffer_size=0)
 
