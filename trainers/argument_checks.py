@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import datasets
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
@@ -9,6 +11,8 @@ from transformers.trainer_utils import IntervalStrategy
 from .row_checks import check_together
 from .training_args import RetrievalTrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 # Arguments of Trainer that would have no effect here, and what to do instead.
 REFUSED = {
@@ -54,6 +58,56 @@ def check_student(model: nn.Module) -> None:
     if missing or not hasattr(model, "logit_scale"):
         lacks = ", ".join([f"config.{name}" for name in missing] or ["logit_scale"])
         raise ValueError(f"{type(model).__name__} has no {lacks}: give a DSMDModel, or a model with its interface.")
+
+
+def check_caption_length(processor, args: RetrievalTrainingArguments) -> None:
+    """Refuses captions longer than the text tower takes.
+
+    Args:
+        processor: of the student; its tokenizer knows the longest text.
+
+    Raises:
+        ValueError: `max_caption_length` is above that.
+    """
+    limit = processor.tokenizer.model_max_length
+    if args.max_caption_length > limit:
+        raise ValueError(
+            f"max_caption_length={args.max_caption_length}: the text tower takes {limit} tokens at most; lower it."
+        )
+
+
+def check_processes(images: int, args: RetrievalTrainingArguments) -> None:
+    """Refuses more processes than there are images to train on.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+    """
+    if images < args.world_size:
+        raise ValueError(
+            f"The training split has {images} images for {args.world_size} processes: start fewer processes."
+        )
+
+
+def fit_batch_size(images: int, args: RetrievalTrainingArguments) -> None:
+    """Lowers `per_device_train_batch_size` where one step would take more images than there are.
+
+    Each epoch is then one step, of all images or, on several processes, nearly all.
+
+    Args:
+        images: of the training split.
+
+    Raises:
+        ValueError: see [`check_processes`].
+    """
+    step = args.per_device_train_batch_size * args.world_size
+    if images >= step:
+        return
+    check_processes(images, args)
+    args.per_device_train_batch_size = images // args.world_size
+    logger.warning(
+        f"The training split has {images} images, fewer than one step's {step}: each epoch is one step, with "
+        f"per_device_train_batch_size={args.per_device_train_batch_size}."
+    )
 
 
 def check_evaluated(

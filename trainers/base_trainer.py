@@ -19,7 +19,7 @@ from model_cards import RunFacts, RunRecord
 from rows.columns import rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
-from .argument_checks import check_evaluated, check_student, taken_arguments
+from .argument_checks import check_caption_length, check_evaluated, check_student, fit_batch_size, taken_arguments
 from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset
 from .card import describe_run, write_readme
 from .collapse import constant_sides
@@ -83,11 +83,7 @@ class RetrievalTrainer(ResumableTrainer):
         check_student(model)
         if processing_class is None:
             raise ValueError("processing_class is missing: give the processor (image_processor and tokenizer).")
-        limit = processing_class.tokenizer.model_max_length
-        if args.max_caption_length > limit:
-            raise ValueError(
-                f"max_caption_length={args.max_caption_length}: the text tower takes {limit} tokens at most; lower it."
-            )
+        check_caption_length(processing_class, args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs, and DataParallel would tear images from their captions. "
@@ -98,12 +94,8 @@ class RetrievalTrainer(ResumableTrainer):
             known = stream_head(train_dataset) if streamed else train_dataset
             check_together(known, "train", teacher_dim, remember=not streamed)
             self.data_fingerprint = rows_fingerprint(known)
-            step = args.per_device_train_batch_size * args.world_size
-            if not streamed and len(train_dataset) < step:
-                raise ValueError(
-                    f"The training split has {len(train_dataset)} images, fewer than one step's {step}: "
-                    "lower per_device_train_batch_size."
-                )
+            if not streamed:
+                fit_batch_size(len(train_dataset), args)
             where = "the first rows of train" if streamed else "train"
             shared = find_shared_texts(known, where, "none of these is a negative for another")
             settings = {
