@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import pickle
@@ -21,6 +22,8 @@ from pathlib import Path
 # one worker on two shared cores, a step of the quickstart took 0.9 s this way, and 4.3 s with threads that spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import datasets
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
@@ -37,7 +40,10 @@ from model_cards import RunFacts
 from rows.columns import Splits
 from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
+from trainers.argument_checks import check_caption_length, check_processes, check_student
 from trainers.base_trainer import RetrievalTrainer
+from trainers.batches import RetrievalCollator
+from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
 from trainers.report import RUN_FILES, pin_revision, report
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
 from trainers.run.distributed import rank_is_first, run_launched, use_the_cores
@@ -205,7 +211,11 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     prepare_output_dir(args, data_args.overwrite_output_dir, RUN_FILES)
     checkpoint = last_checkpoint(args)
     use_the_cores(args.device, args.world_size)
-    rows = load_data(data_args, trust_remote_code=student_args.trust_remote_code)
+    rows = load_data(
+        data_args,
+        trust_remote_code=student_args.trust_remote_code,
+        before_teacher=lambda train: try_student(student_args, args, train),
+    )
     set_seed(args.seed)  # after the data: a teacher that had to be loaded must not change the student
     model, processor = build_student(student_args, training_captions(rows["train"]), teacher_width(rows))
     settings = {
@@ -239,7 +249,9 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         baseline=read_baseline(data_args.baseline_results, len(rows["test"])),
     )
     if args.do_train:
-        data = {name: value for name, value in asdict(data_args).items() if name != "overwrite_output_dir"}
+        # Which rows are left out shows in what the rows are.
+        unread = ("overwrite_output_dir", "skip_broken", "max_skipped")
+        data = {name: value for name, value in asdict(data_args).items() if name not in unread}
         data["fingerprint of the test split"] = rows_fingerprint(rows["test"])
         trainer.command = digest_of(trainer.identity(), asdict(student_args), data)
         found = enter(args, data_args.overwrite_output_dir, RUN_FILES, trainer.command)
@@ -250,6 +262,25 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
             if checkpoint is not None and trainer.is_world_process_zero():
                 print(f"{args.output_dir} holds this run, interrupted: it goes on from {Path(checkpoint).name}.")
     return trainer, rows, checkpoint, data_args.test_fold_size
+
+
+def try_student(student_args: StudentArguments, args: RetrievalTrainingArguments, train: datasets.Dataset) -> None:
+    """Builds the student that a run will build later, and throws it away: what is wrong with it or its settings is
+    better said before a teacher has run for hours.
+
+    Args:
+        train: the training split.
+
+    Raises:
+        ValueError, OSError: as the run would later.
+    """
+    model, processor = build_student(student_args, itertools.islice(training_captions(train), 1000), None)
+    check_student(model)
+    check_caption_length(processor, args)
+    check_processes(len(train), args)
+    batch = tiny_batch(RetrievalCollator(processor, args.max_caption_length), torch.device("cpu"))
+    check_embeds(model, batch)
+    check_text_pooling(model, batch)
 
 
 def say_finished(trainer: RetrievalTrainer) -> None:

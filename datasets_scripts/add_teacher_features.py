@@ -27,10 +27,11 @@ from datasets_scripts.feature_job import (
     default_workers,
     identity_of,
     make_teacher_features,
-    teacher_fingerprint,
 )
+from datasets_scripts.feature_shards import Encoding
+from datasets_scripts.left_out import share
 from datasets_scripts.opening import license_of, open_dataset
-from datasets_scripts.teacher_features import Encoding
+from datasets_scripts.teacher_identity import check_same_teachers, earlier_fingerprint, teacher_fingerprint
 from rows.command_line import Command
 from teachers import load_teacher
 from trainers.run.distributed import run_launched, use_the_cores
@@ -86,6 +87,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="Workers of each process that decode images (default: its share of the cores, 8 at most).",
     )
     parser.add_argument("--data_license", help="Licence of the data (default: what the dataset says).")
+    parser.add_flag("--skip_broken", help="Leave out rows whose image or captions cannot be used, and list them.")
+    parser.add_argument(
+        "--max_skipped",
+        type=share,
+        metavar="SHARE",
+        help="Share of rows that --skip_broken leaves out at most, such as 0.01 (default: any).",
+    )
     parser.add_flag("--trust_remote_code", help="Let the teachers' repositories run code of their own.")
     options = parser.parse_args(arguments)
     for name in ("batch_size", "shard_rows", "image_size"):
@@ -143,18 +151,24 @@ def main(arguments: list[str] | None = None) -> None:
 def _check_teacher(options: argparse.Namespace) -> None:
     """Refuses to push an output that was there already where it is not of the teachers that are named."""
     first = next(options.output_dir.glob("data/*.parquet"))
-    made_by = json.loads(pq.ParquetFile(first).read_row_group(0, columns=["teacher"])["teacher"][0].as_py())["id"]
-    asked = " + ".join(Path(name).name if Path(name).is_dir() else name for name in options.teachers)
-    if made_by != asked:
+    made_by = json.loads(pq.ParquetFile(first).read_row_group(0, columns=["teacher"])["teacher"][0].as_py())
+    try:
+        check_same_teachers(made_by, _named_teachers(options), str(options.output_dir))
+    except ValueError as error:
         sys.exit(
-            f"error: {options.output_dir} has features of {made_by}, not of {asked}: it is not pushed. Name another "
-            "--output_dir, or make it again with --overwrite_output_dir."
+            f"error: {error}: it is not pushed. Name another --output_dir, or make it again with "
+            "--overwrite_output_dir."
         )
+
+
+def _named_teachers(options: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """Id and revision of each teacher."""
+    return list(zip(options.teachers, options.teacher_revision or [None] * len(options.teachers)))
 
 
 def make(options: argparse.Namespace, state: PartialState) -> None:
     dtype = default_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
-    revisions = options.teacher_revision or [None] * len(options.teachers)
+    named = _named_teachers(options)
     weights = options.teacher_weights or [1.0] * len(options.teachers)
     with state.main_process_first():
         rows = open_dataset(options.dataset_name, options.dataset_config_name, options.streaming)
@@ -162,7 +176,7 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
         load_teacher(
             name, revision=revision, dtype=dtype, device=state.device, trust_remote_code=options.trust_remote_code
         )
-        for name, revision in zip(options.teachers, revisions)
+        for name, revision in named
     ]
     make_teacher_features(
         rows,
@@ -170,7 +184,7 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
         identity_of(
             rows,
             options.dataset_name,
-            [teacher_fingerprint(*which) for which in zip(options.teachers, revisions)],
+            [teacher_fingerprint(*which) for which in named],
         ),
         options.output_dir,
         Encoding(
@@ -184,6 +198,9 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
         num_workers=default_workers() if options.num_workers is None else options.num_workers,
         overwrite=options.overwrite_output_dir,
         license=options.data_license or license_of(rows, options.dataset_name),
+        skip_broken=options.skip_broken,
+        max_skipped=options.max_skipped,
+        earlier=lambda: [earlier_fingerprint(*which) for which in named],
     )
 
 

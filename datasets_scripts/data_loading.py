@@ -6,8 +6,9 @@ import atexit
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,10 +18,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from datasets_scripts.opening import open_dataset
+from datasets_scripts.teacher_identity import check_same_teachers
 from model_cards import describe_captions
 from rows.columns import Splits, caption_lists
-from rows.images import check_image_paths
+from rows.files import printable
+from rows.images import check_image_paths, load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_batches, teacher_description, teacher_width
+from trainers.streaming import left_out_of
 from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca
 
 
@@ -63,6 +67,14 @@ class DataArguments:
     teacher_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
     )
+    skip_broken: bool = field(
+        default=False,
+        metadata={"help": "Where a teacher's features are made: leave out rows that cannot be used, and list them."},
+    )
+    max_skipped: float | None = field(
+        default=None,
+        metadata={"help": "Share of rows that skip_broken leaves out at most, such as 0.01 (default: any)."},
+    )
     data_license: str | None = field(
         default=None, metadata={"help": "Licence of the data, shown on the card (default: what the dataset says)."}
     )
@@ -75,6 +87,8 @@ class DataArguments:
     def __post_init__(self):
         if self.test_fold_size is not None and self.test_fold_size < 1:
             raise ValueError(f"test_fold_size={self.test_fold_size}: expected 1 or more images, or none.")
+        if self.max_skipped is not None and not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped={self.max_skipped}: expected a share from 0 to 1, such as 0.01.")
         if self.streaming and self.teacher_model_name_or_path is not None:
             raise ValueError(
                 "streaming and teacher_model_name_or_path do not go together: the features are kept with the rows. "
@@ -82,8 +96,15 @@ class DataArguments:
             )
 
 
-def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
+def load_data(
+    args: DataArguments,
+    trust_remote_code: bool = False,
+    before_teacher: Callable[[datasets.Dataset], None] | None = None,
+) -> Splits:
     """The dataset's splits, named train, validation and test, with the teacher's features where there are any.
+
+    Args:
+        before_teacher: called with the training split before a teacher is loaded to make features.
 
     Raises:
         ValueError: where the dataset is not named or lacks a split, or has another teacher's features than asked for.
@@ -92,7 +113,7 @@ def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
         raise ValueError("dataset_name is missing: 'icons', a Hub id, or a folder.")
     state = PartialState()
     with state.main_process_first():  # what one process has prepared, the others find
-        rows = open_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
+        rows = open_dataset(args.dataset_name, args.dataset_config_name, args.streaming, whole_samples=True)
     wanted = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
     missing = [split for split in wanted.values() if split not in rows]
     if missing:
@@ -106,11 +127,13 @@ def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
             f"test_fold_size={args.test_fold_size} does not divide the {len(rows['test'])} test images: leave it out."
         )
     if args.streaming:
+        if state.is_main_process:
+            print("a stream is not checked for pictures that are in several splits or there under several names")
         return datasets.IterableDatasetDict(
-            {split: part if split == "train" else _stored(part) for split, part in rows.items()}
+            {split: part if split == "train" else _stored(part, split) for split, part in rows.items()}
         )
     if args.teacher_model_name_or_path is not None:
-        return _with_teacher(rows, args, trust_remote_code)
+        return _with_teacher(rows, args, trust_remote_code, before_teacher)
     if args.dataset_name == "icons":
         from datasets_scripts.icons_teacher import add_icons_features, features_file
 
@@ -120,38 +143,68 @@ def load_data(args: DataArguments, trust_remote_code: bool = False) -> Splits:
     return rows
 
 
-def _stored(stream: datasets.IterableDataset) -> datasets.Dataset:
-    """A streamed split on disk until the process ends: evaluation needs its rows in order, several times."""
+def _stored(stream: datasets.IterableDataset, split: str) -> datasets.Dataset:
+    """A streamed split on disk until the process ends: evaluation needs its rows in order, several times.
+
+    Rows that training would leave out are left out, and counted.
+    """
     folder = tempfile.TemporaryDirectory(prefix="dsmd-")
     atexit.register(folder.cleanup)
     stream = stream.cast_column("image", datasets.Image(decode=False))
+    left_out = []
+
+    def usable_rows() -> Iterator[dict]:
+        for table in stream.with_format("arrow").iter(100):
+            faults = left_out_of(table)
+            check_image_paths(table.filter(table["image"].is_valid())["image"], None)
+            for i, row in enumerate(table.to_pylist()):
+                try:
+                    if i not in faults:
+                        load_rgb(row["image"])
+                        yield row
+                        continue
+                    reason = faults[i]
+                except ValueError as error:
+                    reason = error
+                left_out.append(f"{printable(str(row['image_id']))}: {reason}")
+
     rows = datasets.Dataset.from_generator(
-        lambda: iter(stream),
-        features=stream.features,
-        cache_dir=folder.name,
-        fingerprint=os.path.basename(folder.name),
+        usable_rows, features=stream.features, cache_dir=folder.name, fingerprint=os.path.basename(folder.name)
     )
-    check_image_paths(rows.data["image"], None)
+    if left_out and PartialState().is_main_process:
+        print(f"{len(left_out):,} rows of the {split} split are left out, the first: {left_out[0]}")
     return rows.cast_column("image", datasets.Image())
 
 
-def _with_teacher(rows: datasets.DatasetDict, args: DataArguments, trust_remote_code: bool) -> datasets.DatasetDict:
+def _with_teacher(
+    rows: datasets.DatasetDict,
+    args: DataArguments,
+    trust_remote_code: bool,
+    before_teacher: Callable[[datasets.Dataset], None] | None,
+) -> datasets.DatasetDict:
     """The rows with the features of `teacher_model_name_or_path`: their own, kept from an earlier run, or made now."""
-    teacher_id = args.teacher_model_name_or_path
-    shown = Path(teacher_id).name if Path(teacher_id).is_dir() else teacher_id
+    teacher_id, revision = args.teacher_model_name_or_path, args.teacher_revision
     present = [split for split, part in rows.items() if set(TEACHER_COLUMNS) <= set(part.column_names)]
     if len(present) == len(rows):
-        description = teacher_description(rows) or {}
-        if description.get("id") != shown:
+        try:
+            check_same_teachers(teacher_description(rows) or {}, [(teacher_id, revision)], args.dataset_name)
+        except ValueError as error:
             raise ValueError(
-                f"{args.dataset_name} has features of {description.get('id', 'an unnamed teacher')}, not of {shown}: "
-                "leave teacher_model_name_or_path out, or make others with datasets_scripts.add_teacher_features."
-            )
+                f"{error}: leave teacher_model_name_or_path out, or make others with "
+                "datasets_scripts.add_teacher_features."
+            ) from None
         return rows
     from datasets_scripts.feature_job import cached_teacher_features
 
     folder = cached_teacher_features(
-        rows, teacher_id, args.teacher_revision, source=args.dataset_name, trust_remote_code=trust_remote_code
+        rows,
+        teacher_id,
+        revision,
+        source=args.dataset_name,
+        trust_remote_code=trust_remote_code,
+        skip_broken=args.skip_broken,
+        max_skipped=args.max_skipped,
+        before_teacher=None if before_teacher is None else partial(before_teacher, rows["train"]),
     )
     with PartialState().main_process_first():
         featured = datasets.load_dataset(str(folder))

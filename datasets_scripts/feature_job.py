@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 
+from datasets_scripts.feature_shards import Encoding, all_left_out, rows_in
+from datasets_scripts.left_out import LeftOut
 from datasets_scripts.opening import license_of
 from datasets_scripts.teacher_dataset import assemble, figures_table
-from datasets_scripts.teacher_features import Encoding, encode_dataset
+from datasets_scripts.teacher_features import encode_dataset
+from datasets_scripts.teacher_identity import earlier_fingerprint, teacher_fingerprint, without_names
 from rows.files import named, write_whole
 from rows.teacher_columns import TEACHER_COLUMNS
 from teachers import Teacher, load_teacher
@@ -33,7 +36,7 @@ from trainers.teacher_pca import PCA_FILE
 
 # Files that this program writes into the finished folder, and into the partial one.
 OF_OUTPUT = re.compile(rf"README\.md|{re.escape(PCA_FILE)}|data/.+-\d{{5}}-of-\d{{5}}\.parquet")
-OF_PARTIAL = re.compile(r"(settings\.json|.+-\d{5}\.(parquet|npz))(\.part)?|(dataset|replaced)/.*")
+OF_PARTIAL = re.compile(r"(settings\.json|.+-\d{5}\.(parquet|npz|json))(\.part)?|(dataset|replaced)/.*")
 
 
 def make_teacher_features(
@@ -46,6 +49,9 @@ def make_teacher_features(
     num_workers: int,
     overwrite: bool = False,
     license: str | None = None,
+    skip_broken: bool = False,
+    max_skipped: float | None = None,
+    earlier: Callable[[], list[str]] | None = None,
 ) -> None:
     """Writes a dataset with teacher features; the work of an earlier, stopped call is taken up.
 
@@ -62,6 +68,9 @@ def make_teacher_features(
         num_workers: processes that decode and tokenise.
         overwrite: replace `output`, and start afresh where the partial work was done with other settings.
         license: of the data, for the card.
+        skip_broken: leave out rows whose image or captions cannot be used, listed in `{output}.broken.txt`.
+        max_skipped: the largest share of rows that `skip_broken` leaves out, in [0, 1]; None: any.
+        earlier: the [`earlier_fingerprint`] of each teacher, by which work that was begun before is known.
 
     Raises:
         ValueError: `output` exists, or holds more than this program writes, or another process is at work on it, or
@@ -69,7 +78,7 @@ def make_teacher_features(
     """
     state = PartialState()
     partial = output.with_name(output.name + ".partial")
-    described = describe_teachers(teachers, encoding)
+    described = describe_teachers(teachers, encoding, identity["teacher files"])
     settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
     with _alone(partial) if state.is_main_process else nullcontext():
         if state.is_main_process and (partial / "replaced").is_dir() and not output.exists():
@@ -79,12 +88,20 @@ def make_teacher_features(
         if output.exists() and state.is_main_process:
             check_replaceable(output)
         if state.is_main_process:
-            _take_up(partial, settings, overwrite)
+            _take_up(partial, settings, overwrite, earlier)
         state.wait_for_everyone()
-        files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, num_workers)
+        # As it was begun: under another name of the teacher's folder, the rows must still say one thing.
+        described = json.loads((partial / "settings.json").read_text())["teacher"]
+        files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, num_workers, skip_broken)
         state.wait_for_everyone()
         if state.is_main_process:
-            figures = assemble(partial, files, described, source, license, encoding.int8)
+            kept = {split: sum(rows_in(partial, split, i) for i in range(count)) for split, count in files.items()}
+            lines, images, dropped = all_left_out(partial, files)
+            out = LeftOut(report_of(output), skip_broken, max_skipped, lines, [], images)
+            out.check(sum(kept.values()))
+            if empty := [split for split, count in kept.items() if not count]:
+                raise ValueError(f"no row is left of the {', '.join(empty)} split: all are listed in {out.report}")
+            figures = assemble(partial, files, described, source, license, encoding.int8, out.on_card())
             # From here to the end a kill loses nothing: the files under `partial` are still there.
             if output.exists():
                 check_replaceable(output)  # again: encoding took its time
@@ -93,6 +110,8 @@ def make_teacher_features(
             os.rename(partial / "dataset", output)
             _discard(partial)
             print(f"\n{figures_table(figures)}\n" if figures else "")
+            out.say(sum(kept.values()))
+            print(f"{dropped:,} empty captions dropped\n" if dropped else "", end="")
             print(f"The dataset is in {output}: train.py --dataset_name {output}")
     state.wait_for_everyone()
 
@@ -163,9 +182,16 @@ def identity_of(rows: datasets.DatasetDict | datasets.IterableDatasetDict, name:
     return {"rows": which, "columns": columns, "teacher files": teachers}
 
 
-def describe_teachers(teachers: list[Teacher], encoding: Encoding) -> dict:
+def report_of(output: Path) -> Path:
+    """The file that lists the rows which were left out of a dataset."""
+    return output.with_name(f"{output.name}.broken.txt")
+
+
+def describe_teachers(teachers: list[Teacher], encoding: Encoding, fingerprints: list[str]) -> dict:
     """What the column `teacher` says: one teacher's description, or those of several and how they are joined."""
-    described = [teacher.describe() for teacher in teachers]
+    described = [
+        {**teacher.describe(), "fingerprint": fingerprint} for teacher, fingerprint in zip(teachers, fingerprints)
+    ]
     stored = {"stored_as": "int8 with a scale a row" if encoding.int8 else "float16"}
     if encoding.image_size is not None:
         stored["images"] = f"stored with no side above {encoding.image_size} pixels; the teacher saw them whole"
@@ -181,57 +207,74 @@ def describe_teachers(teachers: list[Teacher], encoding: Encoding) -> dict:
     }
 
 
-def teacher_fingerprint(model_id: str, revision: str | None) -> str:
-    """The teacher's commit on the Hub, or a digest of the files in a folder that have to do with features."""
-    folder = Path(model_id)
-    if not folder.is_dir():
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=["*.json"])).name
-    digest = hashlib.blake2b(digest_size=16)
-    # Also one folder deep, where sentence-transformers keeps its modules; without a run's results and logs.
-    for path in sorted([*folder.glob("*"), *folder.glob("[0-9]*/*")]):
-        if (
-            path.is_file()
-            and path.suffix not in (".md", ".png")
-            and not path.name.endswith(("_results.json", "_args.json"))
-        ):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
 def cached_teacher_features(
-    rows: datasets.DatasetDict, model_id: str, revision: str | None, source: str, trust_remote_code: bool
+    rows: datasets.DatasetDict,
+    model_id: str,
+    revision: str | None,
+    source: str,
+    trust_remote_code: bool,
+    skip_broken: bool = False,
+    max_skipped: float | None = None,
+    before_teacher: Callable[[], None] | None = None,
 ) -> Path:
     """Folder of the rows with a teacher's features, made unless an earlier run has made them.
 
-    They are kept in the cache of `datasets`, by the fingerprint of the rows, the teacher's revision and the dtype.
+    They are kept in the cache of `datasets`, by the fingerprints of rows and teacher and the dtype.
+
+    Args:
+        skip_broken, max_skipped: see [`make_teacher_features`].
+        before_teacher: called before the teacher is loaded, where it is.
+
+    Raises:
+        ValueError: rows cannot be used, now or when the features were made, and are not to be skipped or are too many.
     """
     state = PartialState()
     identity = identity_of(rows, source, [teacher_fingerprint(model_id, revision)])
-    key = json.dumps([identity, str(default_dtype()), asdict(Encoding())], sort_keys=True)
-    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
+    folder = _cache_folder(identity)
+    if not folder.is_dir():
+        before = _cache_folder({**identity, "teacher files": [earlier_fingerprint(model_id, revision)]})
+        folder = before if before.is_dir() or before.with_name(f"{before.name}.partial").is_dir() else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.run")  # a second run of the same waits for the first, then finds its folder
     _acquire_together(lock, state)
     try:
         if not folder.is_dir():
+            if before_teacher is not None:
+                before_teacher()
             teacher = load_teacher(
                 model_id, revision, dtype=default_dtype(), device=state.device, trust_remote_code=trust_remote_code
             )
-            shown = Path(source).name if Path(source).exists() else source
-            licence = license_of(rows, source)
             make_teacher_features(
-                rows, [teacher], identity, folder, Encoding(), shown, default_workers(), license=licence
+                rows,
+                [teacher],
+                identity,
+                folder,
+                Encoding(),
+                Path(source).name if Path(source).exists() else source,
+                default_workers(),
+                license=license_of(rows, source),
+                skip_broken=skip_broken,
+                max_skipped=max_skipped,
+                earlier=lambda: [earlier_fingerprint(model_id, revision)],
             )
             del teacher
             if state.device.type == "cuda":
                 torch.cuda.empty_cache()
+        elif report_of(folder).is_file():
+            lines = report_of(folder).read_text(encoding="utf-8").splitlines()
+            out = LeftOut(report_of(folder), skip_broken, max_skipped, lines, [])
+            out.check(sum(map(len, rows.values())) - len(lines))
+            if state.is_main_process:
+                out.say(sum(map(len, rows.values())) - len(lines))
     finally:
         lock.release()
     return folder
+
+
+def _cache_folder(identity: dict) -> Path:
+    key = json.dumps([identity, str(default_dtype()), asdict(Encoding())], sort_keys=True)
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
 
 
 def _acquire_together(lock: FileLock, state: PartialState) -> None:
@@ -276,8 +319,12 @@ def _removed(partial: Path) -> Path:
     return partial.with_name(f".{partial.name}.removed")
 
 
-def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
-    """Makes the partial folder, or checks that what it holds was made with the same settings."""
+def _take_up(partial: Path, settings: dict, overwrite: bool, earlier: Callable[[], list[str]] | None = None) -> None:
+    """Makes the partial folder, or checks that what it holds was made with the same settings.
+
+    Args:
+        earlier: see [`make_teacher_features`].
+    """
     if _removed(partial).exists():  # of a run that was killed
         shutil.rmtree(_removed(partial))
     path = partial / "settings.json"
@@ -285,10 +332,15 @@ def _take_up(partial: Path, settings: dict, overwrite: bool) -> None:
         if not path.is_file():
             raise ValueError(f"{partial} is in the way, and is no partial work of this program: move it.")
         before = json.loads(path.read_text())
-        if before == settings:
+        before["teacher"], now = without_names(before["teacher"]), dict(settings)
+        now["teacher"] = without_names(settings["teacher"])
+        if "fingerprint" not in json.dumps(before["teacher"]) and earlier is not None:  # begun before there were any
+            now["teacher files"] = earlier()
+            now["teacher"] = without_names(settings["teacher"], "fingerprint")
+        if before == now:
             return
         if not overwrite:
-            differing = [name for name in settings if before.get(name) != settings[name]]
+            differing = [name for name in now if before.get(name) != now[name]]
             raise ValueError(
                 f"{partial} holds work with another {', '.join(differing)}: finish it with the settings it was begun "
                 "with, remove it, or start afresh with --overwrite_output_dir."

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import datasets
 from huggingface_hub import DatasetCard
 
-from datasets_scripts.samples import captions_of_sample, id_of_sample, image_names, place_of_tar
+from datasets_scripts.tar_stream import only_whole, open_tars
 from rows.columns import Splits
 from rows.images import check_image_paths
 
 
-Part = datasets.Dataset | datasets.IterableDataset
-
-
-def open_dataset(name: str, config_name: str | None = None, streaming: bool = False) -> Splits:
+def open_dataset(
+    name: str, config_name: str | None = None, streaming: bool = False, whole_samples: bool = False
+) -> Splits:
     """All splits of a dataset.
 
     Args:
         name: 'icons', a folder written by `save_to_disk`, a folder of data files as on the Hub, or a Hub id.
         config_name: of a Hub dataset.
         streaming: read as it is used, from data files or the Hub.
+        whole_samples: of a webdataset that is not streamed, leave out samples without an image or captions, and say
+            how many; else they are rows with None or an empty list.
 
     Raises:
         ValueError: it cannot be read or streamed, is a single split, or names images that lie elsewhere.
@@ -40,16 +40,17 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
         raise ValueError(f"{name} is a single split: save a `DatasetDict` with its splits.")
     else:
         with readable(name):
+            if (tars := open_tars(name, config_name, streaming)) is not None:
+                return tars if streaming or not whole_samples else only_whole(tars)
             rows = datasets.load_dataset(name, config_name, streaming=streaming)
         if not streaming:
-            rows = datasets.DatasetDict({split: _webdataset_rows(part, name) for split, part in rows.items()})
             return _checked(rows, name)
         unknown = [split for split, part in rows.items() if part.column_names is None]
         if unknown:
             raise ValueError(
                 f"{name} does not say what columns its {', '.join(unknown)} split has: it cannot be streamed."
             )
-        return type(rows)({split: _webdataset_rows(part, name) for split, part in rows.items()})
+        return rows
     _checked(rows, name)
     if streaming:
         return datasets.IterableDatasetDict({split: part.to_iterable_dataset() for split, part in rows.items()})
@@ -78,49 +79,6 @@ def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
             if isinstance(feature, datasets.Image):
                 check_image_paths(part.data[column], Path(name) if Path(name).is_dir() else None)
     return rows
-
-
-def _webdataset_rows(part: Part, name: str) -> Part:
-    """Samples of a webdataset (KEY.jpg with KEY.txt or KEY.json) as rows; those without an image or a caption are left
-    out. Any other part stays as it is."""
-    names = part.column_names
-    if "__key__" not in names:
-        return part
-    images = list(image_names(names))
-    if not images:
-        raise ValueError(f"The webdataset has no images (its files end in {', '.join(names)}).")
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "captions": datasets.List(datasets.Value("string")),
-            "image_id": datasets.Value("string"),
-        }
-    )
-    for image in images:
-        part = part.cast_column(image, datasets.Image(decode=False))
-    part = part.filter(partial(_is_whole, images))
-    return part.map(partial(_sample_to_row, images, name), remove_columns=names, features=features)
-
-
-# Top-level functions: a loader's worker that is not forked gets them pickled.
-
-
-def _described(sample: dict) -> dict | None:
-    return sample["json"] if isinstance(sample.get("json"), dict) else None
-
-
-def _is_whole(images: list[str], sample: dict) -> bool:
-    has_image = any(sample[image] is not None for image in images)
-    return has_image and bool(captions_of_sample(_described(sample), sample.get("txt")))
-
-
-def _sample_to_row(images: list[str], name: str, sample: dict) -> dict:
-    described = _described(sample)
-    return {
-        "image": next(sample[image] for image in images if sample[image] is not None),
-        "captions": captions_of_sample(described, sample.get("txt")),
-        "image_id": id_of_sample(described, sample["__key__"], place_of_tar(sample["__url__"], name)),
-    }
 
 
 def license_of(rows: Splits, name: str) -> str | None:

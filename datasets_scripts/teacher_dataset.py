@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from datasets_scripts.building import license_fields
-from datasets_scripts.teacher_features import shard_file
+from datasets_scripts.feature_shards import rows_in, shard_file
 from model_cards.tables import as_text, bullets
 from rows.columns import id_hash
 from rows.teacher_columns import teacher_columns, teacher_tensors
@@ -26,9 +26,19 @@ WIDTHS = (512, 256, 128)  # at which the teacher is evaluated too: the width is 
 
 
 def assemble(
-    partial: Path, files: dict[str, int], described: dict, source: str, license: str | None, int8: bool
+    partial: Path,
+    files: dict[str, int],
+    described: dict,
+    source: str,
+    license: str | None,
+    int8: bool,
+    left_out: str = "",
 ) -> dict[str, dict[str, float]]:
     """Makes the finished dataset, `partial/dataset`, of the files under `partial`: they stay, as hard links.
+
+    Args:
+        files: number of files of each split; those without a row are passed over.
+        left_out: a paragraph for the card.
 
     Returns:
         The teacher's figures by split, see [`evaluate_teacher`].
@@ -37,20 +47,21 @@ def assemble(
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped here
     (folder / "data").mkdir(parents=True)
     components = None
-    if files.get("train"):
-        components = fit_pca(stored_features(partial, "train", number) for number in range(files["train"]))
+    numbers = {split: [i for i in range(count) if rows_in(partial, split, i)] for split, count in files.items()}
+    if numbers.get("train"):
+        components = fit_pca(stored_features(partial, "train", number) for number in numbers["train"])
         save_pca(components, folder)
     figures = {
-        split: evaluate_teacher(partial, split, count, components, described["dim"], int8)
-        for split, count in files.items()
+        split: evaluate_teacher(partial, split, of_split, components, described["dim"], int8)
+        for split, of_split in numbers.items()
         if split != "train"
     }
-    write_features_card(folder, partial, files, described, figures, source, license, int8)
-    for split, count in files.items():
-        for number in range(count):
+    write_features_card(folder, partial, numbers, described, figures, source, license, int8, left_out)
+    for split, of_split in numbers.items():
+        for place, number in enumerate(of_split):
             # As the Hub names files. Splits are read off the names; named in the card instead, `datasets` would take
             # any local folder of the same name for this one (its cache then knows only the card).
-            target = folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+            target = folder / "data" / f"{split}-{place:05d}-of-{len(of_split):05d}.parquet"
             try:
                 os.link(shard_file(partial, split, number), target)
             except OSError:  # a disk without hard links
@@ -65,7 +76,7 @@ def stored_features(folder: Path, split: str, number: int) -> tuple[torch.Tensor
 
 
 def evaluate_teacher(
-    folder: Path, split: str, count: int, components: torch.Tensor | None, dim: int, int8: bool
+    folder: Path, split: str, numbers: list[int], components: torch.Tensor | None, dim: int, int8: bool
 ) -> dict[str, float]:
     """The teacher's own retrieval on a split, on its first files, until they hold 10,000 images.
 
@@ -74,7 +85,7 @@ def evaluate_teacher(
         stand for several images, `rsum_by_index`, which counts an image's own alone.
     """
     image, text, groups, captions, exact = [], [], [], [], []
-    for number in range(count):
+    for number in numbers:
         part_image, part_text = stored_features(folder, split, number)
         path = shard_file(folder, split, number)
         column = "group_id" if "group_id" in pq.read_schema(path).names else "image_id"
@@ -123,18 +134,19 @@ def figures_table(figures: dict[str, dict[str, float]]) -> str:
 def write_features_card(
     folder: Path,
     partial: Path,
-    files: dict[str, int],
+    files: dict[str, list[int]],
     described: dict,
     figures: dict[str, dict[str, float]],
     source: str,
     license: str | None,
     int8: bool,
+    left_out: str = "",
 ) -> None:
     """The dataset's card: what is in it, which teacher, how good the teacher is on it."""
     counts = {}
-    for split, count in files.items():
+    for split, numbers in files.items():
         images = captions = 0
-        for number in range(count):
+        for number in numbers:
             column = pq.read_table(shard_file(partial, split, number), columns=["captions"])["captions"]
             images += len(column)
             captions += pc.sum(pc.list_value_length(column)).as_py()
@@ -170,7 +182,7 @@ For distilling a dual encoder for retrieval.
 
 | split | images | captions |
 |---|---|---|
-{rows}
+{rows}{left_out}
 
 Data: {as_text(source)}. Licence: {as_text(license or "not stated by the source")}.
 

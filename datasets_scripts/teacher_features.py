@@ -2,80 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from datasets.table import embed_table_storage
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from rows.checks import check_rows
-from rows.files import write_whole
+from datasets_scripts.feature_shards import Encoding, Shard, plan, shard_file, write_shard
 from rows.images import check_image_paths, load_rgb
-from rows.teacher_columns import feature_columns, teacher_columns
+from rows.teacher_columns import teacher_columns
 from teachers import Teacher
 from trainers.run.loader_workers import shielded
-
-
-ROWS_IN_GROUP = 256  # of a parquet file: what a reader in random order has to decompress for one row
-
-
-@dataclass
-class Encoding:
-    """How features are made and stored; with other values they are other features.
-
-    Args:
-        weights: of the teachers, summing to 1; a dot product of two features is this mean of the teachers' cosines.
-        int8: store int8 with one scale a row instead of float16.
-        batch_size: images in a batch; of captions as many as make about the same work.
-        shard_rows: rows in a file.
-        image_size: store images with no side above this many pixels, as a student of this size would squash them
-            again in every epoch; the teacher sees them whole. None: as they are.
-    """
-
-    weights: list[float] = field(default_factory=lambda: [1.0])
-    int8: bool = False
-    batch_size: int = 64
-    shard_rows: int = 1024
-    image_size: int | None = None
-
-
-@dataclass
-class Shard:
-    """Rows of one file: what of them must be encoded, and what has been so far."""
-
-    split: str
-    number: int
-    table: pa.Table  # images as bytes
-    distinct_images: list[int]  # row of each distinct image
-    image_of_row: list[int]  # [N] which of the distinct images
-    distinct_captions: list[str]  # longest first
-    text_of_caption: list[int]  # [C] which of the distinct captions
-    batches: list[tuple[str, range]]  # ("image" or "text", places among the distinct ones), in order
-    features: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"image": [], "text": []})
-    stored_images: list[bytes] = field(default_factory=list)  # of the distinct images so far, with `image_size`
-
-    @property
-    def is_encoded(self) -> bool:
-        return len(self.features["image"]) + len(self.features["text"]) == len(self.batches)
-
-    def contents(self, kind: str, places: range) -> tuple[str, list[bytes] | list[str]]:
-        if kind == "text":
-            return kind, [self.distinct_captions[i] for i in places]
-        return kind, [self.table["image"][self.distinct_images[i]].as_py()["bytes"] for i in places]
 
 
 def encode_dataset(
@@ -85,6 +30,7 @@ def encode_dataset(
     encoding: Encoding,
     folder: Path,
     num_workers: int,
+    skip_broken: bool = False,
 ) -> dict[str, int]:
     """Writes `folder/{split}-{number}.parquet` for every `shard_rows` rows that have no such file yet.
 
@@ -98,6 +44,7 @@ def encode_dataset(
         description: JSON, the constant column `teacher`.
         folder: exists.
         num_workers: processes that decode images and tokenise captions.
+        skip_broken: leave out rows whose captions, ids or image cannot be used, and note them, see [`all_left_out`].
 
     Returns:
         The number of files of each split.
@@ -118,8 +65,12 @@ def encode_dataset(
             for number, chunk in _chunks(part, encoding.shard_rows):
                 files[split] = number + 1
                 if _is_own(turn) and not shard_file(folder, split, number).is_file():
-                    pending.append(plan(split, number, chunk(), encoding))
-                    yield from (pending[-1].contents(*batch) for batch in pending[-1].batches)
+                    shard = plan(split, number, chunk(), encoding, skip_broken)
+                    if shard.batches:
+                        pending.append(shard)
+                        yield from (shard.contents(*batch) for batch in shard.batches)
+                    else:
+                        write_shard(shard, description, encoding.int8, folder)
                 turn += 1
 
     loader = DataLoader(
@@ -132,16 +83,17 @@ def encode_dataset(
     )
     with ThreadPoolExecutor(1) as writer:
         written: Future | None = None  # the file before is written while the next is encoded
-        for kind, prepared, stored_images in shielded(loader):
+        for kind, prepared, stored_images, unreadable in shielded(loader):
             shard = pending[0]
-            if kind == "error":
-                raise ValueError(_unreadable_row(shard, *prepared))
-            make = "image_features" if kind == "image" else "text_features"
-            parts_of_row = [getattr(teacher, make)(inputs) for teacher, inputs in zip(teachers, prepared)]
-            shard.features[kind].append(join(parts_of_row, encoding.weights))
+            shard.note_unreadable(unreadable, skip_broken)
+            if prepared is not None:
+                make = "image_features" if kind == "image" else "text_features"
+                parts_of_row = [getattr(teacher, make)(inputs) for teacher, inputs in zip(teachers, prepared)]
+                shard.features[kind].append(join(parts_of_row, encoding.weights))
             if kind == "image":
                 shard.stored_images += stored_images
-                bar.update(len(shard.features[kind][-1]))
+                bar.update(len(shard.batches[shard.done][1]))
+            shard.done += 1
             if shard.is_encoded:
                 if written is not None:
                     written.result()
@@ -168,79 +120,6 @@ def join(features: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def plan(split: str, number: int, rows: datasets.Dataset, encoding: Encoding) -> Shard:
-    """Batches of the distinct images, and of the distinct captions by length: padding costs as much as words."""
-    table = rows.with_format("arrow")[:]
-    check_rows(table.drop_columns("image"), split, None, number * encoding.shard_rows)
-    try:
-        table = embed_table_storage(table)  # its chunks stay: one of them holds 2 GB of images at most
-    except OSError as error:
-        raise ValueError(f"An image file of the {split} split cannot be read: {error}") from error
-    places: dict[bytes, int] = {}
-    distinct_images, image_of_row = [], []
-    contents = (content for chunk in table["image"].chunks for content in chunk.field("bytes"))
-    for row, content in enumerate(contents):
-        digest = hashlib.blake2b(content.as_buffer() or b"", digest_size=16).digest()
-        if digest not in places:
-            places[digest] = len(places)
-            distinct_images.append(row)
-        image_of_row.append(places[digest])
-    captions = table["captions"].to_pylist()
-    distinct = sorted({text for texts in captions for text in texts}, key=lambda text: (-len(text), text))
-    place = {text: i for i, text in enumerate(distinct)}
-    size = encoding.batch_size
-    batches = [("image", range(i, min(i + size, len(distinct_images)))) for i in range(0, len(distinct_images), size)]
-    start = 0
-    while start < len(distinct):  # about `size` times 256 characters, with their padding
-        stop = min(len(distinct), start + max(1, size * 256 // max(len(distinct[start]), 16)))
-        batches.append(("text", range(start, stop)))
-        start = stop
-    text_of_caption = [place[text] for texts in captions for text in texts]
-    return Shard(split, number, table, distinct_images, image_of_row, distinct, text_of_caption, batches)
-
-
-def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> None:
-    """The shard's rows with the teacher's columns as one parquet file, written beside and renamed.
-
-    With int8, splits other than train also leave their exact float16 features as `.npz`, to tell what int8 costs.
-
-    Raises:
-        ValueError: features that are NaN, infinite or zero as they are stored, naming their rows.
-    """
-    image = torch.cat(shard.features["image"]).cpu()[shard.image_of_row]  # [N, D]
-    text = torch.cat(shard.features["text"]).cpu()[shard.text_of_caption]  # [C, D]
-    counts = pa.compute.list_value_length(shard.table["captions"]).to_numpy()
-    ids = shard.table["image_id"].to_pylist()
-    try:
-        columns = feature_columns(image, text, counts, ids, int8)
-    except ValueError as error:
-        raise ValueError(f"{shard.split} split: {error} Try another --dtype, or another teacher.") from None
-    columns["teacher"] = pa.array([description] * len(ids)), datasets.Value("string")
-    table = shard.table
-    if shard.stored_images:
-        paths = pa.chunked_array([chunk.field("path") for chunk in table["image"].chunks]).combine_chunks()
-        images = pa.array([shard.stored_images[place] for place in shard.image_of_row], pa.binary())
-        images = pa.StructArray.from_arrays([images, paths], ["bytes", "path"])
-        table = table.set_column(table.column_names.index("image"), "image", images)
-    schema = datasets.Features.from_arrow_schema(shard.table.schema)
-    schema["image"] = datasets.Image()  # decoded again for a reader
-    for name, (array, feature) in columns.items():
-        table = table.append_column(name, array)
-        schema[name] = feature
-    path = shard_file(folder, shard.split, shard.number)
-    if int8 and shard.split != "train":
-        exact = path.with_suffix(".npz")
-        with write_whole(exact) as beside, beside.open("wb") as file:  # a path would get another ending from numpy
-            np.savez(file, image=image.half().numpy(), text=text.half().numpy())
-    table = table.cast(schema.arrow_schema).replace_schema_metadata(schema.arrow_schema.metadata)
-    with write_whole(path) as beside:
-        pq.write_table(table, beside, row_group_size=ROWS_IN_GROUP)
-
-
-def shard_file(folder: Path, split: str, number: int) -> Path:
-    return folder / f"{split}-{number:05d}.parquet"
-
-
 class Preparation(torch.utils.data.Dataset):
     """What a loader's worker does with a batch of images or captions before the model."""
 
@@ -248,21 +127,28 @@ class Preparation(torch.utils.data.Dataset):
         self.teachers = teachers
         self.image_size = image_size
 
-    def __getitems__(self, batch: tuple[str, list]) -> tuple[str, object, list[bytes]]:
-        """Kind, the teachers' inputs, and images as they are to be stored where they are not stored as they came."""
+    def __getitems__(self, batch: tuple[str, list]) -> tuple[str, list | None, list[bytes], dict[int, str]]:
+        """Prepares a batch.
+
+        Returns:
+            Its kind; the teachers' inputs of what can be read, None where nothing can; images as they are to be stored
+            where they are not stored as they came; the reason of each image that cannot be read, by its place.
+        """
         kind, contents = batch
         if kind == "text":
-            return kind, [teacher.prepare_texts(contents) for teacher in self.teachers], []
-        images = []
+            return kind, [teacher.prepare_texts(contents) for teacher in self.teachers], [], {}
+        images, readable, unreadable = [], [], {}
         for i, content in enumerate(contents):
             try:
                 images.append(load_rgb({"bytes": content or b"", "path": None}))
+                readable.append(content)
             except ValueError as error:
-                return "error", (i, str(error)), []
+                unreadable[i] = str(error)
         stored = []
         if self.image_size is not None:
-            stored = [shrunk(content, image, self.image_size) for content, image in zip(contents, images)]
-        return kind, [teacher.prepare_images(images) for teacher in self.teachers], stored
+            stored = [shrunk(content, image, self.image_size) for content, image in zip(readable, images)]
+        prepared = [teacher.prepare_images(images) for teacher in self.teachers] if images else None
+        return kind, prepared, stored, unreadable
 
 
 def shrunk(content: bytes, image: Image.Image, size: int) -> bytes:
@@ -285,12 +171,6 @@ def shrunk(content: bytes, image: Image.Image, size: int) -> bytes:
 
 def _as_it_is(batch):
     return batch
-
-
-def _unreadable_row(shard: Shard, place_in_batch: int, message: str) -> str:
-    place = shard.batches[len(shard.features["image"])][1][place_in_batch]
-    image_id = shard.table["image_id"][shard.distinct_images[place]].as_py()
-    return f"{shard.split} split, image_id {image_id!r}: {message}. Drop the row."
 
 
 def _undecoded(part: datasets.Dataset | datasets.IterableDataset, split: str):

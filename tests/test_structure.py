@@ -28,6 +28,8 @@ HELD_ELSEWHERE = {
     "datasets_scripts/flickr30k.py": "tests/datasets_scripts/test_karpathy.py",
     "datasets_scripts/icons_teacher.py": "tests/datasets_scripts/test_icons.py",
     "datasets_scripts/feature_job.py": "tests/datasets_scripts/test_add_teacher_features.py",
+    "datasets_scripts/feature_shards.py": "tests/datasets_scripts/test_add_teacher_features.py",
+    "datasets_scripts/tar_stream.py": "tests/datasets_scripts/test_samples.py",
     "datasets_scripts/teacher_features.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/teacher_dataset.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/opening.py": "tests/test_train.py",

@@ -14,6 +14,7 @@ from conftest import DIM, make_rows, make_student
 from safetensors.torch import load_file
 
 import train
+from datasets_scripts import feature_job
 from rows.teacher_columns import TEACHER_COLUMNS
 from trainers import RetrievalTrainingArguments
 from trainers.run import hub_push
@@ -254,6 +255,80 @@ def test_missing_features_are_made_once_and_the_student_may_be_narrower(tmp_path
 def test_features_of_another_teacher_than_asked_for_are_refused(tmp_path, data, teacher):
     recipe = write_recipe(tmp_path, data, teacher_model_name_or_path=str(teacher))
     assert "features of an unnamed teacher, not of tiny-teacher" in refused(recipe)
+
+
+def without_features(folder, data, **broken):
+    """The rows of `data` without teacher features; of each split in `broken` the image of one row is no image."""
+    parts = {split: part.remove_columns(TEACHER_COLUMNS) for split, part in datasets.load_from_disk(data).items()}
+    for split, row in broken.items():
+        features = datasets.Features({**parts[split].features, "image": datasets.Image(decode=False)})
+        rows = [*parts[split].cast_column("image", datasets.Image(decode=False))]
+        rows[row] = {**rows[row], "image": {"bytes": b"no image", "path": None}}
+        parts[split] = datasets.Dataset.from_list(rows, features).cast_column("image", datasets.Image())
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_caption_length": 4000}, "max_caption_length=4000: the text tower takes"),
+        ({"vision_config": {"model_type": "vitt"}}, "vitt"),
+        ({"text_config": None, "text_model_name_or_path": "no/such-tower"}, "no/such-tower"),
+        ({"text_config": None}, "Which text tower"),
+    ],
+)
+def test_what_is_wrong_with_the_student_is_said_before_the_teacher_runs(
+    tmp_path, data, teacher, monkeypatch, settings, message
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    calls, load = [], feature_job.load_teacher
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(feature_job, "load_teacher", counted)
+    plain = {"dataset_name": without_features(tmp_path / "plain", data), "teacher_model_name_or_path": str(teacher)}
+    assert message in refused(write_recipe(tmp_path, data, **plain, **settings))
+    assert not calls
+    assert "such_a_key" in refused([*write_recipe(tmp_path, data, **plain), "--losses", "such_a_key"])
+    assert not calls
+
+
+def test_rows_that_a_teacher_cannot_read_are_left_out_where_one_says_so(tmp_path, data, teacher, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    plain = without_features(tmp_path / "plain", data, train=3, validation=0, test=11)
+    settings = {"dataset_name": plain, "teacher_model_name_or_path": str(teacher), "num_train_epochs": 1}
+    recipe = write_recipe(tmp_path, data, **settings)
+    assert "train split, image_id '0/3': unreadable image" in (said := refused(recipe)) and "--skip_broken" in said
+    assert "at most (--max_skipped)" in refused([*recipe, "--skip_broken", "--max_skipped", "0.01"])
+    train.main([*recipe, "--skip_broken"])
+    assert "3 rows are left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["test_images"] == 11
+    # Features that are found in the cache were made without these rows: that is said each time, and refused likewise.
+    assert "3 rows cannot be used" in (said := refused([*recipe, "--overwrite_output_dir"])) and "0/3" in said
+    train.main([*recipe, "--skip_broken", "--overwrite_output_dir"])
+    assert "3 rows are left out" in capsys.readouterr().out
+
+
+def test_features_that_were_cached_by_the_earlier_name_are_found(tmp_path, data, teacher, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    plain = without_features(tmp_path / "plain", data)
+    settings = {"dataset_name": plain, "teacher_model_name_or_path": str(teacher), "num_train_epochs": 1}
+    recipe = write_recipe(tmp_path, data, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_job, "teacher_fingerprint", feature_job.earlier_fingerprint)
+        train.main(recipe)
+    monkeypatch.setattr(feature_job, "load_teacher", None)
+    train.main([*recipe, "--overwrite_output_dir"])
+    assert len([path for path in (tmp_path / "cache" / "dsmd_teacher_features").iterdir() if path.is_dir()]) == 1
+
+
+def test_fewer_images_than_a_batch_are_one_batch(tmp_path, data):
+    train.main(write_recipe(tmp_path, data, per_device_train_batch_size=64, num_train_epochs=2))
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["max_steps"] == 2 and state["train_batch_size"] == len(datasets.load_from_disk(data)["train"])
 
 
 def test_a_student_wider_than_its_teacher_is_refused(tmp_path, data):

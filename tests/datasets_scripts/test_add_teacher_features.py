@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,8 +22,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from datasets_scripts import add_teacher_features as script
 from datasets_scripts import feature_job
+from datasets_scripts.feature_shards import Encoding, all_left_out, shard_file, write_shard
 from datasets_scripts.teacher_dataset import evaluate_teacher, figures_table
-from datasets_scripts.teacher_features import Encoding, encode_dataset, join, shard_file, write_shard
+from datasets_scripts.teacher_features import encode_dataset, join
 from rows.checks import check_dataset
 from rows.columns import rows_and_captions
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_features, teacher_rows
@@ -148,7 +150,7 @@ def test_the_teachers_own_figures_count_equal_captions(tmp_path):
     figures = {}
     for split, rows in parts.items():
         rows.to_parquet(shard_file(tmp_path, split, 0))
-        figures[split] = evaluate_teacher(tmp_path, split, 1, None, DIM, False)
+        figures[split] = evaluate_teacher(tmp_path, split, [0], None, DIM, False)
     groups, owner = rows_and_captions(parts["test"])
     names = [caption for own in parts["test"]["captions"] for caption in own]
     embeds = *teacher_rows(parts["test"]), groups, groups[owner]
@@ -523,14 +525,134 @@ def test_rows_that_cannot_be_encoded_are_named(source, teacher_folder, tmp_path)
             ({"captions": ["a", " "]}, r"Row 9 .*\(image_id '0/9'\): it has an empty caption"),
             (
                 {"image": {"bytes": None, "path": "no/there.png"}},
-                "image file of the train split cannot be .*there.png",
+                "image_id '0/9': its image file cannot be read: .*there.png",
             ),
         )
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{message}.*--skip_broken"):
             add(with_row(9, **values), [teacher], tmp_path / str(i))
     with pytest.raises(ValueError, match="no column captions .*own_data"):
         add(datasets.DatasetDict({"train": rows.rename_column("captions", "text")}), [teacher], tmp_path / "new")
+
+
+@pytest.fixture(scope="module")
+def broken_source(source, tmp_path_factory):
+    """Of each split rows that cannot be used: a cut JPEG, no image, a text, no caption; one more has an empty one.
+
+    The rows of train's second file, 5 to 9, are all such.
+    """
+    rows = {split: list(part) for split, part in datasets.load_from_disk(source).items()}
+    features = datasets.load_from_disk(source)["train"].features
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(buffer, "JPEG")
+    cut = {"bytes": buffer.getvalue()[:200], "path": None}
+    faults = [{"image": cut}, {"image": None}, {"image": {"bytes": b"text", "path": None}}, {"captions": []}]
+    faults += [{"captions": [" ", ""]}]
+    for i, fault in enumerate(faults):
+        rows["train"][5 + i] = {**rows["train"][5 + i], **fault}
+    rows["train"][12]["captions"] = [*rows["train"][12]["captions"], " "]
+    rows["test"][0]["image"] = cut
+    rows["validation"][11]["captions"] = []
+    folder = tmp_path_factory.mktemp("broken")
+    encoded = datasets.Features({**features, "image": datasets.Image(decode=False)})
+    parts = {split: datasets.Dataset.from_list(as_bytes(part), encoded) for split, part in rows.items()}
+    datasets.DatasetDict({split: part.cast(features) for split, part in parts.items()}).save_to_disk(folder / "data")
+    return folder / "data"
+
+
+def as_bytes(rows: list[dict]) -> list[dict]:
+    """Rows whose decoded images are files."""
+    result = []
+    for row in rows:
+        if isinstance(row["image"], Image.Image):
+            buffer = io.BytesIO()
+            row["image"].save(buffer, "PNG")
+            row = {**row, "image": {"bytes": buffer.getvalue(), "path": None}}
+        result.append(row)
+    return result
+
+
+BROKEN = {"train 0/5", "train 0/6", "train 0/7", "train 0/8", "train 0/9", "test 2/0", "validation 1/11"}
+
+
+def test_broken_rows_are_left_out_listed_and_counted(broken_source, output, teacher_folder, tmp_path, capsys):
+    command = [*arguments(broken_source, teacher_folder, tmp_path / "out"), "--skip_broken"]
+    too_many = r"14.9 % of the rows cannot be used, expected 10 % at most \(--max_skipped\)"
+    with pytest.raises(SystemExit, match=too_many):
+        script.main([*command, "--max_skipped", "0.1"])
+    script.main([*command, "--max_skipped", "0.15"])  # takes up what was made
+    said = capsys.readouterr().out
+    assert "7 rows are left out" in said and "1 empty captions dropped" in said
+    listed = (tmp_path / "out.broken.txt").read_text().splitlines()
+    assert {line.split(":")[0] for line in listed} == BROKEN and len(listed) == 7
+    assert any("test 2/0: unreadable image: " in line for line in listed)
+    made, whole = datasets.load_dataset(str(tmp_path / "out")), datasets.load_dataset(str(output))
+    assert {split: len(part) for split, part in made.items()} == {"train": 18, "validation": 11, "test": 11}
+    for split, part in made.items():
+        check_dataset(part, split, 16)
+        rows = {row["image_id"]: row for row in whole[split]}
+        for row in part:
+            expected = rows[row["image_id"]]
+            assert row["captions"] == expected["captions"]
+            for name in TEACHER_COLUMNS:
+                np.testing.assert_allclose(row[name], expected[name], rtol=1e-2, atol=1e-3)
+    # A file of which nothing is left is none, and the others are numbered without it.
+    names = {path.name for path in (tmp_path / "out" / "data").glob("train-*")}
+    assert names == {f"train-{i:05d}-of-00004.parquet" for i in range(4)}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "left out" in card and "| train | 18 |" in card
+
+
+@pytest.mark.parametrize("how", ["streamed", "resized", "int8", "two processes", "resumed"])
+def test_the_same_are_left_out_whatever_the_way(broken_source, teacher_folder, tmp_path, how, stopped):
+    command = [*arguments(broken_source, teacher_folder, tmp_path / "out"), "--skip_broken"]
+    if how == "two processes":
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+        result = run([*torchrun, "--rdzv-endpoint", "localhost:0", script.__file__, *command])
+        assert result.returncode == 0, result.stderr[-3000:]
+    elif how == "resumed":
+        with pytest.raises(SystemExit, match="--skip_broken"):  # at the first that is broken
+            script.main(command[:-1])
+        assert not (tmp_path / "out").exists()
+        stopped(command)
+        script.main(command)
+    else:
+        more = {"streamed": ["--streaming"], "resized": ["--image_size", "24"], "int8": ["--int8"]}[how]
+        script.main([*command, *more])
+    made = datasets.load_dataset(str(tmp_path / "out"))
+    assert {split: len(part) for split, part in made.items()} == {"train": 18, "validation": 11, "test": 11}
+    listed = (tmp_path / "out.broken.txt").read_text().splitlines()
+    assert {line.split(":")[0] for line in listed} == BROKEN and len(listed) == 7
+    teacher = load_teacher(str(teacher_folder))
+    for row in made["test"] if how == "resized" else made["train"]:
+        text = teacher.embed_texts(row["captions"])
+        scale = torch.tensor(row["teacher_text_scale"])[:, None] if how == "int8" else 1
+        torch.testing.assert_close(torch.tensor(row["teacher_text_embeds"]) * scale, text, rtol=2e-2, atol=2e-2)
+        if how == "resized":
+            assert row["image"].size == (24, 24)
+
+
+def test_a_file_that_is_missing_is_left_out_too(source, teacher_folder, tmp_path):
+    rows = datasets.load_from_disk(source)["train"].select(range(4)).cast_column("image", datasets.Image(decode=False))
+    examples = list(rows)
+    examples[2]["image"] = {"bytes": None, "path": "no/there.png"}
+    rows = datasets.DatasetDict({"train": datasets.Dataset.from_list(examples, features=rows.features)})
+    (tmp_path / "made").mkdir()
+    teacher = load_teacher(str(teacher_folder))
+    files = encode_dataset(rows, [teacher], "{}", Encoding(), tmp_path / "made", 0, skip_broken=True)
+    lines, images, dropped = all_left_out(tmp_path / "made", files)
+    assert not lines and not dropped and len(images) == 1
+    assert images[0].startswith("train 0/2: ") and "no/there.png" in images[0]
+    assert pq.read_table(tmp_path / "made" / "train-00000.parquet")["image_id"].to_pylist() == ["0/0", "0/1", "0/3"]
+
+
+def test_a_split_of_which_nothing_is_left_is_named(broken_source, teacher_folder, tmp_path):
+    rows = datasets.load_from_disk(broken_source)
+    rows = datasets.DatasetDict({"train": rows["train"], "test": rows["train"].select(range(5, 10))})
+    rows.save_to_disk(tmp_path / "rows")
+    command = [*arguments(tmp_path / "rows", teacher_folder, tmp_path / "out"), "--skip_broken"]
+    with pytest.raises(SystemExit, match="no row is left of the test split: all are listed in .*out.broken.txt"):
+        script.main(command)
 
 
 def test_files_outside_the_dataset_are_brought_in_without_their_path(teacher_folder, tmp_path):
@@ -674,21 +796,35 @@ def test_a_stream_that_has_changed_is_not_mixed_with_partial_work(teacher_folder
         script.main(arguments(tmp_path / "b" / "data", teacher_folder, tmp_path / "out", *options))
 
 
-def test_the_fingerprint_is_of_all_that_makes_features(teacher_folder, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(teacher_folder, folder)
-    before = feature_job.teacher_fingerprint(str(folder), None)
-    assert before == feature_job.teacher_fingerprint(str(teacher_folder), None)
-    (folder / "eval_results.json").write_text("{}")
-    (folder / "checkpoint-3").mkdir()
-    (folder / "checkpoint-3" / "model.safetensors").touch()
-    assert feature_job.teacher_fingerprint(str(folder), None) == before
-    for name in ("pytorch_model.bin", "modeling_dsmd.py", "tokenizer.json"):
-        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
-        (folder / name).write_bytes(content + b" ")
-        assert feature_job.teacher_fingerprint(str(folder), None) != before, name
-        (folder / name).write_bytes(content) if content else (folder / name).unlink()
-        assert feature_job.teacher_fingerprint(str(folder), None) == before
+def begun_before_fingerprints(partial: Path, teacher: Path) -> None:
+    """Makes partial work what it would have been then."""
+    settings = json.loads((partial / "settings.json").read_text())
+    del settings["teacher"]["fingerprint"]
+    settings["teacher files"] = [feature_job.earlier_fingerprint(str(teacher), None)]
+    (partial / "settings.json").write_text(json.dumps(settings))
+
+
+def test_a_moved_teacher_goes_on_and_another_of_its_name_does_not(
+    output, source, teacher_folder, other_folder, tmp_path, stopped
+):
+    stopped(arguments(source, teacher_folder, tmp_path / "out"))
+    moved = shutil.copytree(teacher_folder, tmp_path / "moved")
+    (Path(moved) / "README.md").write_text("edited")
+    namesake = shutil.copytree(other_folder, tmp_path / "elsewhere" / teacher_folder.name)
+    with pytest.raises(SystemExit, match="work with another teacher files"):
+        script.main(arguments(source, namesake, tmp_path / "out"))
+    script.main(arguments(source, moved, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(output)
+
+
+def test_work_that_was_begun_before_fingerprints_goes_on(source, teacher_folder, other_folder, tmp_path, stopped):
+    stopped(arguments(source, teacher_folder, tmp_path / "out"))
+    begun_before_fingerprints(tmp_path / "out.partial", teacher_folder)
+    with pytest.raises(SystemExit, match="work with another teacher files"):
+        script.main(arguments(source, other_folder, tmp_path / "out"))
+    script.main(arguments(source, teacher_folder, tmp_path / "out"))
+    rows = datasets.load_dataset(str(tmp_path / "out"))
+    assert "fingerprint" not in json.loads(rows["test"][0]["teacher"])  # all rows say one thing, as it was begun
 
 
 def test_two_processes_do_not_write_one_folder(source, teacher_folder, tmp_path):
@@ -753,9 +889,12 @@ def test_killed_while_partial_work_is_removed_it_goes_on(source, teacher_folder,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_was_there_is_only_pushed_as_what_it_is(output, source, other_folder, hub):
+def test_what_was_there_is_only_pushed_as_what_it_is(output, source, other_folder, hub, tmp_path):
     with pytest.raises(SystemExit, match="has features of tiny, not of other: it is not pushed"):
         script.main(arguments(source, other_folder, output, "--push_to_hub", "user/features"))
+    namesake = shutil.copytree(other_folder, tmp_path / "tiny")
+    with pytest.raises(SystemExit, match="has features of another tiny than this one: .*: it is not pushed"):
+        script.main(arguments(source, namesake, output, "--push_to_hub", "user/features"))
     assert not [name for name in hub.files("datasets/user/features") if name.startswith("data/")]
 
 

@@ -7,11 +7,13 @@ from pathlib import Path, PurePosixPath
 
 import datasets
 import pytest
+from huggingface_hub import HfApi
 from image_files import encoded, picture
 
 from datasets_scripts import own_data
 from datasets_scripts.opening import open_dataset
 from datasets_scripts.samples import captions_of_sample, id_of_sample, place_of_tar
+from datasets_scripts.tar_stream import rows_of_tars
 
 
 COUNT = 12
@@ -98,12 +100,66 @@ def test_one_way_from_a_sample_to_a_row(tmp_path, how, monkeypatch):
         assert {row["image_id"]: row["captions"] for row in rows} == expected and len(rows) == COUNT
 
 
-def test_a_sample_without_a_caption_does_not_break_a_stream(tmp_path):
-    files = [file for i in range(8) for file in sample(i, "lines")]
-    files += [("8.jpg", encoded(picture(8))), ("8.txt", b" \n"), ("9.jpg", encoded(picture(9)))]
-    write_tar(tmp_path / "tars" / "x.tar", files)
-    rows = list(open_dataset(str(tmp_path / "tars"), streaming=True)["train"])
-    assert [row["image_id"] for row in rows] == [f"x/{i}" for i in range(8)]
+@pytest.fixture
+def mixed_tars(tmp_path, monkeypatch):
+    """Ten samples, a .png and a .GIF among .jpg: one has an empty text, one no image. Two more failed to download."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = [file for i in range(6) for file in sample(i, "lines")]
+    files += [("6.png", encoded(picture(6), "PNG")), ("6.txt", b"thing 6"), ("7.GIF", encoded(picture(7), "GIF"))]
+    files += [("7.json", as_json(caption="thing 7")), ("8.jpg", encoded(picture(8))), ("8.txt", b" \n")]
+    files += [("9.txt", b"thing 9")]
+    files += [(f"{i}.json", as_json(caption="x", status="failed_to_download")) for i in (10, 11)]
+    write_tar(tmp_path / "tars" / "x.tar", files[4:] + files[:4])
+    return str(tmp_path / "tars")
+
+
+def test_what_is_left_out_does_not_break_a_stream_and_is_counted(mixed_tars, capsys):
+    rows = list(open_dataset(mixed_tars, streaming=True)["train"])
+    captions = {row["image_id"]: row["captions"] for row in rows}
+    assert set(captions) == {f"x/{i}" for i in range(10)}
+    assert captions["x/6"] == ["thing 6"] and captions["x/7"] == ["thing 7"] and captions["x/8"] == []
+    assert [row["image_id"] for row in rows if row["image"] is None] == ["x/9"]
+    assert {row["image"].size for row in rows if row["image"]} == {picture(0).size}
+    stored = open_dataset(mixed_tars)["train"]
+    assert list(zip(stored["image_id"], stored["captions"])) == list(captions.items())
+    whole = open_dataset(mixed_tars, whole_samples=True)["train"]
+    assert {*whole["image_id"]} == {f"x/{i}" for i in range(8)}
+    assert "2 samples of the train split have no image or no captions and are left out" in capsys.readouterr().out
+
+
+def test_tars_that_change_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for count in (3, 5):
+        write_tar(tmp_path / "tars" / "x.tar", [file for i in range(count) for file in sample(i, "lines")])
+        assert len(open_dataset(str(tmp_path / "tars"))["train"]) == count
+
+
+def test_tars_on_the_hub(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "test"):
+        write_tar(tmp_path / "tars" / f"{split}.tar", [file for i in range(4) for file in sample(i, "img2dataset")])
+    HfApi().create_repo("user/tars", repo_type="dataset")
+    HfApi().upload_folder(repo_id="user/tars", repo_type="dataset", folder_path=tmp_path / "tars")
+    for streaming in (False, True):
+        parts = open_dataset("user/tars", streaming=streaming)
+        assert [row["image_id"] for row in parts["test"]] == [f"test/{i}" for i in range(4)]
+        assert [row["captions"] for row in parts["train"]] == [[f"thing {i}"] for i in range(4)]
+
+
+def test_a_stream_names_what_is_wrong_with_a_tar(tmp_path):
+    two = [("a.jpg", encoded(picture(0))), ("a.txt", b"x"), ("b.jpg", encoded(picture(1))), ("b.png", b"x")]
+    for files, message in (
+        (two, "sample b has 2 images"),
+        ([("a.json", b"[1]")], "x.tar: a.json: expected an object"),
+        ([("a.txt", b"\xff\xff")], "x.tar: a.txt: .*codec"),
+    ):
+        write_tar(tmp_path / "x.tar", files)
+        with pytest.raises(ValueError, match=message):
+            list(rows_of_tars([str(tmp_path / "x.tar")], str(tmp_path)))
+    write_tar(tmp_path / "x.tar", [(f"im.{i}.{e}", d) for i in range(3) for e, d in (("jpg", b"1"), ("txt", b"a"))])
+    assert [row["image_id"] for row in rows_of_tars([str(tmp_path / "x.tar")], str(tmp_path))] == [
+        "x/im.0", "x/im.1", "x/im.2"
+    ]  # fmt: skip
 
 
 def test_keys_with_dots_end_at_the_last_where_the_first_would_mix_samples(tmp_path):
