@@ -80,6 +80,9 @@ def _without_exif(data: bytes) -> bytes:
     """A JPEG file without its segments of EXIF and XMP (APP1); the picture is not touched."""
     kept, place = [data[:2]], 2
     while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the scan
+        if data[place + 1] == 0xFF:  # filled up
+            place += 1
+            continue
         end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if data[place + 1] != 0xE1:
             kept.append(data[place:end])

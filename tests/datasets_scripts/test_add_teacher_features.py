@@ -754,6 +754,8 @@ def test_pushed_to_the_hub_it_loads_and_streams(output, source, teacher_folder, 
         assert list(rows[split]) == list(local[split])
     stream = datasets.load_dataset("user/features", streaming=True)["train"]
     assert [row["image_id"] for row in stream] == local["train"]["image_id"]
+    script.main(arguments("user/features", teacher_folder, tmp_path / "of_hub"))  # from the Hub, too
+    assert "# user/features with teacher features" in (tmp_path / "of_hub" / "README.md").read_text()
     for content in hub.files("datasets/user/features").values():
         assert str(tmp_path).encode() not in content
 
