@@ -5,7 +5,6 @@ with the step's raw losses after it. Weights carry no gradient and are finite fo
 changes is in buffers and so in the `state_dict`. No call waits for the device.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 
@@ -20,30 +19,47 @@ SMALLEST, LARGEST = 1e-30, 1e30
 class LossBalancer(nn.Module):
     """What every balancer has. `names` gives the order of the losses in every `[n]` tensor."""
 
+    starts_from_losses = True  # whether the first step's losses count for its own weights
+
     def __init__(self, names: Sequence[str]):
         super().__init__()
         if isinstance(names, str) or not names or len(set(names)) != len(names):
             raise ValueError(f"names is {names!r}; expected one or more different names of losses")
         self.names = tuple(names)
+        self._starts: dict[str, float] = {}
+
+    def _add_state(self, name: str, start: float = 0.0, shape: Sequence[int] | None = None) -> None:
+        """A buffer of the checkpoint, `[n]` unless a shape is given, float32 or, where `start` is an int, int64.
+
+        Args:
+            start: what it is filled with before the first step.
+        """
+        self._starts[name] = start
+        self.register_buffer(name, torch.full((len(self.names),) if shape is None else shape, start))
 
     def weights(self) -> Tensor:
         """`[n]` float32, no gradient; constant until the next `update`."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def initialise(self, losses: Tensor) -> None:
         """Forget the past and start from the raw losses `[n]` of the first step."""
-        raise NotImplementedError
+        self._read(losses)
+        for name, start in self._starts.items():
+            self.get_buffer(name).fill_(start)
+        if self.starts_from_losses:
+            self.update(losses)
 
     def update(self, losses: Tensor) -> None:
         """Take in the raw losses `[n]` of a step. A loss that is not finite leaves its own state as it was."""
         raise NotImplementedError
 
-    def _read(self, losses: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The losses `[n]` as float32 in [0, LARGEST], 0 where not finite, and a mask `[n]` of the finite ones."""
         if losses.shape != (len(self.names),):
             expected = f"[{len(self.names)}], one each for {', '.join(self.names)}"
             raise ValueError(f"losses has shape {list(losses.shape)}; expected {expected}")
-        losses = losses.to(like.device, torch.float32)
+        losses = losses.to(next(self.buffers()).device, torch.float32)
         finite = torch.isfinite(losses)
         return torch.where(finite, losses, 0.0).clamp(0.0, LARGEST), finite
 
@@ -70,11 +86,8 @@ class FixedBalancer(LossBalancer):
     def weights(self) -> Tensor:
         return self.given.clone()
 
-    def initialise(self, losses: Tensor) -> None:
-        self._read(losses, self.given)
-
     def update(self, losses: Tensor) -> None:
-        self._read(losses, self.given)
+        self._read(losses)
 
 
 class PublishedBalancer(LossBalancer):
@@ -100,21 +113,15 @@ class PublishedBalancer(LossBalancer):
         _check_positive("temperature", temperature)
         self.scale = scale
         self.temperature = temperature
-        self.register_buffer("previous", torch.zeros(len(self.names)))  # A_i(t-1); 0 before the first step
-        self.register_buffer("current", torch.ones(len(self.names)))
+        self._add_state("previous")  # A_i(t-1); 0 before the first step
+        self._add_state("current", 1.0)
 
     def weights(self) -> Tensor:
         return self.current.clone()
 
     @torch.no_grad()
-    def initialise(self, losses: Tensor) -> None:
-        self.previous.zero_()
-        self.current.fill_(1.0)
-        self.update(losses)
-
-    @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        losses, finite = self._read(losses, self.previous)
+        losses, finite = self._read(losses)
         largest = losses.max().clamp(min=SMALLEST)
         losses = losses.maximum(1e-6 * largest)
         magnification = largest / losses
@@ -156,10 +163,10 @@ class DynamicBalancer(LossBalancer):
         self.temperature = temperature
         self.smoothing = smoothing
         # How many losses the means have taken in, from the first positive one on.
-        self.register_buffer("seen", torch.zeros(len(self.names), dtype=torch.int64))
-        self.register_buffer("fast", torch.zeros(len(self.names)))
-        self.register_buffer("slow", torch.zeros(len(self.names)))
-        self.register_buffer("largest", torch.zeros(len(self.names)))
+        self._add_state("seen", 0)
+        self._add_state("fast")
+        self._add_state("slow")
+        self._add_state("largest")
 
     @torch.no_grad()
     def weights(self) -> Tensor:
@@ -169,14 +176,8 @@ class DynamicBalancer(LossBalancer):
         return len(self.names) * torch.softmax(rates / self.temperature, dim=0) / magnitudes
 
     @torch.no_grad()
-    def initialise(self, losses: Tensor) -> None:
-        for buffer in self.buffers():
-            buffer.zero_()
-        self.update(losses)
-
-    @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        losses, finite = self._read(losses, self.fast)
+        losses, finite = self._read(losses)
         taken = finite & ((losses > 0) | (self.seen > 0))
         self.seen.add_(taken)
         plain = 1 / self.seen.clamp(min=1)
@@ -195,19 +196,14 @@ class GeometricMeanBalancer(LossBalancer):
 
     def __init__(self, names: Sequence[str]):
         super().__init__(names)
-        self.register_buffer("current", torch.ones(len(self.names)))
+        self._add_state("current", 1.0)
 
     def weights(self) -> Tensor:
         return self.current.clone()
 
     @torch.no_grad()
-    def initialise(self, losses: Tensor) -> None:
-        self.current.fill_(1.0)
-        self.update(losses)
-
-    @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        losses, finite = self._read(losses, self.current)
+        losses, finite = self._read(losses)
         smallest = (1e-6 * losses.max()).clamp(min=SMALLEST)
         self.current.copy_(torch.where(finite, 1 / losses.maximum(smallest), self.current))
 
@@ -224,6 +220,8 @@ class DWABalancer(LossBalancer):
         temperature: T, above 0; the paper's is 2.
     """
 
+    starts_from_losses = False
+
     def __init__(self, names: Sequence[str], steps_per_epoch: int, temperature: float = 2.0):
         super().__init__(names)
         if steps_per_epoch < 1:
@@ -231,11 +229,11 @@ class DWABalancer(LossBalancer):
         _check_positive("temperature", temperature)
         self.steps_per_epoch = steps_per_epoch
         self.temperature = temperature
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros(len(self.names)))  # finite losses of this epoch
-        self.register_buffer("mean", torch.zeros(len(self.names)))  # the mean of these
-        self.register_buffer("last", torch.zeros(len(self.names)))  # mean of the last whole epoch; 0: none yet
-        self.register_buffer("before", torch.zeros(len(self.names)))  # mean of the epoch before it
+        self._add_state("updates", 0, shape=())
+        self._add_state("seen")  # finite losses of this epoch
+        self._add_state("mean")  # the mean of these
+        self._add_state("last")  # mean of the last whole epoch; 0: none yet
+        self._add_state("before")  # mean of the epoch before it
 
     @torch.no_grad()
     def weights(self) -> Tensor:
@@ -244,14 +242,8 @@ class DWABalancer(LossBalancer):
         return len(self.names) * torch.softmax(rates / self.temperature, dim=0)
 
     @torch.no_grad()
-    def initialise(self, losses: Tensor) -> None:
-        self._read(losses, self.mean)
-        for buffer in self.buffers():
-            buffer.zero_()
-
-    @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        losses, finite = self._read(losses, self.mean)
+        losses, finite = self._read(losses)
         self.seen.add_(finite)
         self.mean.add_(torch.where(finite, (losses - self.mean) / self.seen.clamp(min=1), 0.0))
         self.updates.add_(1)
@@ -274,24 +266,21 @@ class UncertaintyBalancer(LossBalancer):
         rate: step size of s, above 0. One update moves no s by more than 1.
     """
 
+    starts_from_losses = False
+
     def __init__(self, names: Sequence[str], rate: float = 0.025):
         super().__init__(names)
         _check_positive("rate", rate)
         self.rate = rate
-        self.register_buffer("log_variance", torch.zeros(len(self.names)))
+        self._add_state("log_variance")
 
     @torch.no_grad()
     def weights(self) -> Tensor:
         return torch.exp(-self.log_variance) / 2
 
     @torch.no_grad()
-    def initialise(self, losses: Tensor) -> None:
-        self._read(losses, self.log_variance)
-        self.log_variance.zero_()
-
-    @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        losses, finite = self._read(losses, self.log_variance)
+        losses, finite = self._read(losses)
         steps = (self.rate * (1 - torch.exp(-self.log_variance) * losses) / 2).clamp(-1.0, 1.0)
         # Clamped to log SMALLEST and log LARGEST, so that the weights stay finite.
         self.log_variance.sub_(torch.where(finite, steps, 0.0)).clamp_(math.log(SMALLEST), math.log(LARGEST))
@@ -306,12 +295,14 @@ class RandomBalancer(LossBalancer):
         seed: of the random numbers, which repeat after 16,384 steps.
     """
 
+    starts_from_losses = False
+
     def __init__(self, names: Sequence[str], seed: int = 0):
         super().__init__(names)
         numbers = torch.randn(16384, len(self.names), generator=torch.Generator().manual_seed(seed))
         # Drawn ahead: so they are the same on every rank and in a resumed run, and lie on the device.
         self.register_buffer("numbers", numbers, persistent=False)
-        self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
+        self._add_state("updates", 0, shape=(1,))
 
     @torch.no_grad()
     def weights(self) -> Tensor:
@@ -319,24 +310,20 @@ class RandomBalancer(LossBalancer):
         return len(self.names) * torch.softmax(numbers, dim=0)
 
     @torch.no_grad()
-    def initialise(self, losses: Tensor) -> None:
-        self._read(losses, self.numbers)
-        self.updates.zero_()
-
-    @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        self._read(losses, self.numbers)
+        self._read(losses)
         self.updates.add_(1)
 
 
+# Kind -> its class and the settings of this.
 BALANCERS = {
-    "dynamic": DynamicBalancer,
-    "published": PublishedBalancer,
-    "geometric_mean": GeometricMeanBalancer,
-    "dwa": DWABalancer,
-    "uncertainty": UncertaintyBalancer,
-    "random": RandomBalancer,
-    "fixed": FixedBalancer,
+    "dynamic": (DynamicBalancer, ("temperature", "smoothing")),
+    "published": (PublishedBalancer, ("scale", "temperature")),
+    "geometric_mean": (GeometricMeanBalancer, ()),
+    "dwa": (DWABalancer, ("steps_per_epoch", "temperature")),
+    "uncertainty": (UncertaintyBalancer, ("rate",)),
+    "random": (RandomBalancer, ("seed",)),
+    "fixed": (FixedBalancer, ("weights",)),
 }
 
 
@@ -352,15 +339,12 @@ def make_balancer(kind: str, names: Sequence[str], **settings) -> LossBalancer:
     """
     if kind not in BALANCERS:
         raise ValueError(f"balancer kind is {kind!r}; expected one of {', '.join(BALANCERS)}")
-    balancer = BALANCERS[kind]
-    parameters = dict(inspect.signature(balancer).parameters)
-    del parameters["names"]
-    unknown = sorted(set(settings) - set(parameters))
+    balancer, known = BALANCERS[kind]
+    unknown = sorted(set(settings) - set(known))
     if unknown:
-        raise ValueError(f"the {kind} balancer has no setting {', '.join(unknown)}; it has {', '.join(parameters)}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise ValueError(f"the {kind} balancer needs the setting {name}")
+        raise ValueError(f"the {kind} balancer has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    if kind == "dwa" and "steps_per_epoch" not in settings:
+        raise ValueError("the dwa balancer needs the setting steps_per_epoch")
     return balancer(names, **settings)
 
 
