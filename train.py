@@ -38,6 +38,7 @@ from datasets_scripts.data_loading import (
 from datasets_scripts.opening import license_of
 from model_cards import RunFacts
 from rows.columns import Splits
+from rows.files import shown_name
 from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
 from trainers.argument_checks import check_caption_length, check_processes, check_student
@@ -238,7 +239,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     )
     name = data_args.dataset_name
     trainer.facts = RunFacts(
-        dataset_name=Path(name).name if Path(name).is_dir() else name,
+        dataset_name=shown_name(name),
         splits={"eval": data_args.validation_split, "test": data_args.test_split},
         data=data_facts(rows, data_args) if args.do_train and args.should_save else {},  # only who saves writes a card
         data_license=data_args.data_license or license_of(rows, name),

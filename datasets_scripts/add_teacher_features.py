@@ -33,6 +33,7 @@ from datasets_scripts.left_out import share
 from datasets_scripts.opening import license_of, open_dataset
 from datasets_scripts.teacher_identity import check_same_teachers, earlier_fingerprint, teacher_fingerprint
 from rows.command_line import Command
+from rows.files import shown_name
 from teachers import load_teacher
 from trainers.run.distributed import run_launched, use_the_cores
 
@@ -194,7 +195,7 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
             shard_rows=options.shard_rows,
             image_size=options.image_size,
         ),
-        source=Path(options.dataset_name).name if Path(options.dataset_name).exists() else options.dataset_name,
+        source=shown_name(options.dataset_name),
         num_workers=default_workers() if options.num_workers is None else options.num_workers,
         overwrite=options.overwrite_output_dir,
         license=options.data_license or license_of(rows, options.dataset_name),

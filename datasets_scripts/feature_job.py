@@ -27,7 +27,7 @@ from datasets_scripts.opening import license_of
 from datasets_scripts.teacher_dataset import assemble, figures_table
 from datasets_scripts.teacher_features import encode_dataset
 from datasets_scripts.teacher_identity import earlier_fingerprint, teacher_fingerprint, without_names
-from rows.files import named, write_whole
+from rows.files import named, shown_name, write_whole
 from rows.teacher_columns import TEACHER_COLUMNS
 from teachers import Teacher, load_teacher
 from trainers.run.distributed import usable_cores
@@ -250,7 +250,7 @@ def cached_teacher_features(
                 identity,
                 folder,
                 Encoding(),
-                Path(source).name if Path(source).exists() else source,
+                shown_name(source),
                 default_workers(),
                 license=license_of(rows, source),
                 skip_broken=skip_broken,

@@ -49,7 +49,7 @@ from inference.encoders import (
 )
 from inference.export_tables import export_readme, recall_table, speed_table
 from rows.command_line import Command, run_program
-from rows.files import write_beside
+from rows.files import shown_name, write_beside
 
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, imported below, would report to its makers
@@ -221,10 +221,8 @@ def main(arguments: list[str] | None = None) -> None:
             export(model, processor, beside, options.opset)
             tables = [speed_table(model, processor, beside)]
             if rows is not None:
-                source = (
-                    Path(options.dataset_name).name if Path(options.dataset_name).exists() else options.dataset_name
-                )
-                tables.append(recall_table(model, processor, beside, rows, f"{source} {options.split}"))
+                title = f"{shown_name(options.dataset_name)} {options.split}"
+                tables.append(recall_table(model, processor, beside, rows, title))
             name = Path(student).resolve().name if local else student.split("/")[-1]
             (beside / "README.md").write_text(export_readme(name, None if local else student, tables))
     except (OSError, ValueError, pickle.UnpicklingError) as error:

@@ -25,6 +25,11 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:3])) + more
 
 
+def shown_name(source: str) -> str:
+    """What a card may say of a dataset or a model: a Hub id as it is, of a local path its last part alone."""
+    return Path(source).name if Path(source).exists() else source
+
+
 def file_in(folder: Path, name: str) -> Path:
     """`folder / name`, for a name that was read from a file and cannot be trusted to stay in the folder.
 

@@ -94,6 +94,13 @@ def output(source, teacher_folder, tmp_path_factory):
     return folder
 
 
+def test_the_card_names_a_dataset_that_is_no_local_path(source, teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "open_dataset", lambda *_: datasets.load_from_disk(source))
+    monkeypatch.setattr(script, "license_of", lambda *_: "mit")
+    script.main(arguments("user/data", teacher_folder, tmp_path / "out"))
+    assert "# user/data with teacher features" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_features_are_those_of_a_direct_call(output, source, teacher_folder):
     teacher = load_teacher(str(teacher_folder))
     rows, before = datasets.load_dataset(str(output)), datasets.load_from_disk(source)
