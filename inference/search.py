@@ -34,11 +34,11 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from model_cards.grid import Cell, check_replaceable, result_grid
-from rows.columns import LONGEST_CAPTION
 from rows.command_line import Command, run_program
 from rows.files import printable, write_whole
 from rows.images import open_image, to_rgb
 from rows.teacher_columns import rows_to_numpy
+from rows.texts import cut
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -78,7 +78,7 @@ class Index:
     @torch.inference_mode()
     def search_text(self, query: str, k: int = 10) -> list[Result]:
         """The k images most similar to a text, best first; fewer where there are fewer."""
-        inputs = self.processor(text=[query[:LONGEST_CAPTION]], padding=True, truncation=True, return_tensors="pt")
+        inputs = self.processor(text=[cut(query)], padding=True, truncation=True, return_tensors="pt")
         return self._search(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output, k)
 
     @torch.inference_mode()

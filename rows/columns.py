@@ -9,8 +9,6 @@ import datasets
 import torch
 
 
-# Captions are cut to this many characters: of a million, a tokenizer takes seconds, and minutes to be trained on them.
-LONGEST_CAPTION = 8192
 Splits = datasets.DatasetDict | datasets.IterableDatasetDict
 
 

@@ -14,6 +14,7 @@ from transformers.utils.hub import resolve_revision
 # Importing them registers their classes: our own folders then load without running the code inside.
 import modeling_dsmd  # noqa: F401
 import teachers.beit3  # noqa: F401
+from rows.texts import text_positions
 
 from .teacher import SentenceTransformersTeacher, Teacher
 
@@ -148,17 +149,10 @@ def _check_weights(model_id: str, info: dict) -> None:
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: dict) -> int:
     """The longest text, in tokens, that processor, tokenizer and position embeddings all allow."""
-    limits = [settings.get("max_length", NO_LIMIT), tokenizer.model_max_length]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions:
-        limits.append(positions)
-    for name, module in model.named_modules():
-        # RoBERTa and models like it number positions from the row after the padding's.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    if min(limits) >= NO_LIMIT:
+    longest = min(settings.get("max_length", NO_LIMIT), tokenizer.model_max_length, text_positions(model))
+    if longest >= NO_LIMIT:
         raise ValueError(
             f"Neither the tokenizer nor the configuration of {type(model).__name__} says how long a text may be: "
             "set model_max_length in tokenizer_config.json."
         )
-    return min(limits)
+    return longest

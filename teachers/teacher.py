@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from rows.columns import LONGEST_CAPTION
 from rows.images import to_rgb
+from rows.texts import cut
 
 
 IMAGE_SETTINGS = (
@@ -96,7 +96,7 @@ class Teacher:
 
     def prepare_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Inputs of `text_features`, as CPU tensors, from N >= 1 texts; texts that are too long are cut."""
-        texts = [text[:LONGEST_CAPTION] for text in texts]
+        texts = [cut(text) for text in texts]
         texts = [text.lower() for text in texts] if self.lower_case else texts
         inputs = self.tokenizer(texts, return_tensors="pt", **self.text_settings)
         return {name: inputs[name] for name in inputs if name in self.text_inputs}
@@ -166,7 +166,7 @@ class SentenceTransformersTeacher(Teacher):
         return self._prepare([to_rgb(image) for image in images])
 
     def prepare_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        return self._prepare([text[:LONGEST_CAPTION] for text in texts])
+        return self._prepare([cut(text) for text in texts])
 
     def _prepare(self, inputs: list[Image.Image] | list[str]) -> dict[str, torch.Tensor]:
         prepared = self.model.preprocess(inputs, prompt=self.prompt)  # it tells images from texts by itself

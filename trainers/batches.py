@@ -11,10 +11,11 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from rows.columns import LONGEST_CAPTION, id_hash, text_id
+from rows.columns import id_hash, text_id
 from rows.files import printable
 from rows.images import load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
+from rows.texts import cut
 
 
 NO_TEXT = -1  # no text_id: fills up the lists of those images that have fewer texts than others
@@ -220,7 +221,7 @@ class RetrievalCollator:
         examples = [example for example in examples if "image" in example]
         if not examples:
             raise ValueError(f"None of the {len(unreadable)} images of a batch could be read: {unreadable[:3]}, ...")
-        captions = [caption[:LONGEST_CAPTION] for example in examples for caption in example["captions"]]
+        captions = [cut(caption) for example in examples for caption in example["captions"]]
         tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.max_length)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         order = np.argsort(-lengths, kind="stable")

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rows.columns import LONGEST_CAPTION
 from rows.images import load_rgb
+from rows.texts import cut
 
 from .metrics import fold_metrics, retrieval_metrics
 from .run import distributed
@@ -77,7 +77,7 @@ def encode(
         for start in range(0, len(own), args.eval_batch_size):
             rows = by_length[start : start + args.eval_batch_size]
             text = tokenizer(
-                [captions[own[i]][:LONGEST_CAPTION] for i in rows],
+                [cut(captions[own[i]]) for i in rows],
                 padding=True,
                 truncation=True,
                 max_length=args.max_caption_length,

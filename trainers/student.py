@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,7 +15,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BaseImageProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     VisionTextDualEncoderProcessor,
     ViTImageProcessorPil,
@@ -25,7 +23,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.trainer_utils import align_special_tokens
 
 from modeling_dsmd import DSMDModel
-from rows.columns import LONGEST_CAPTION
+from rows.texts import cut, text_positions
 
 
 @dataclass
@@ -174,15 +172,6 @@ def align_tokens(model: DSMDModel, processor: VisionTextDualEncoderProcessor) ->
             module.eos_token_id = config.eos_token_id
 
 
-def text_positions(tower: PreTrainedModel) -> float:
-    """The longest caption, in tokens with the special ones, that a text tower has positions for; may be infinite."""
-    positions = getattr(tower.config, "max_position_embeddings", None) or math.inf
-    embedding = getattr(getattr(tower, "embeddings", None), "position_embeddings", None)
-    if getattr(embedding, "padding_idx", None) is not None:  # RoBERTa and its kin start after padding's own position
-        positions -= embedding.padding_idx + 1
-    return positions
-
-
 def without_cropping(processor: BaseImageProcessor) -> BaseImageProcessor:
     """A vision checkpoint's image processor, made to squash the whole image to the size that it would crop to.
 
@@ -233,7 +222,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((caption[:LONGEST_CAPTION] for caption in captions), trainer)
+    tokenizer.train_from_iterator(map(cut, captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],

@@ -17,8 +17,8 @@ from inference import search
 from inference.search import index_folder
 from model_cards.grid import Cell, result_grid
 from rows.checks import check_dataset
-from rows.columns import LONGEST_CAPTION
 from rows.files import printable
+from rows.texts import LONGEST_CAPTION
 from teachers import load_teacher
 from trainers.batches import RetrievalCollator, RetrievalDataset
 from trainers.student import train_tokenizer

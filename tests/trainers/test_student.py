@@ -22,7 +22,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from trainers.student import StudentArguments, build_student, text_positions
+from rows.texts import text_positions
+from trainers.student import StudentArguments, build_student
 
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.27, 0.26, 0.28]
