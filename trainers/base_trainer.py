@@ -20,7 +20,7 @@ from rows.columns import rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
 from .argument_checks import check_caption_length, check_evaluated, check_student, fit_batch_size, taken_arguments
-from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset
+from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views
 from .card import describe_run, write_readme
 from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, leave_out_unused, tiny_batch
@@ -98,21 +98,15 @@ class RetrievalTrainer(ResumableTrainer):
                 fit_batch_size(len(train_dataset), args)
             where = "the first rows of train" if streamed else "train"
             shared = find_shared_texts(known, where, "none of these is a negative for another")
-            settings = {
-                "captions_per_image": args.captions_per_image,
-                "random_shift": args.random_shift,
-                "random_zoom": args.random_zoom,
-                "seed": args.data_seed if args.data_seed is not None else args.seed,
-            }
+            seed = args.data_seed if args.data_seed is not None else args.seed
+            views = Views(args.captions_per_image, args.random_shift, args.random_zoom, seed)
             if streamed:
-                share = {"rank": args.process_index, "world_size": args.world_size}
+                share = (args.process_index, args.world_size)
                 train_dataset = StreamedRetrievalDataset(
-                    train_dataset, args.shuffle_buffer_size, teacher_dim, **share, **settings
+                    train_dataset, args.shuffle_buffer_size, teacher_dim, *share, views
                 )
             else:
-                train_dataset = RetrievalDataset(
-                    train_dataset, with_teacher=teacher_dim is not None, shared_texts=shared.ids, **settings
-                )
+                train_dataset = RetrievalDataset(train_dataset, teacher_dim is not None, views, shared.ids)
         several = isinstance(eval_dataset, dict)
         evaluated = eval_dataset if several else {"validation": eval_dataset}
         if eval_dataset is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Set
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -21,6 +22,25 @@ from rows.texts import cut
 NO_TEXT = -1  # no text_id: fills up the lists of those images that have fewer texts than others
 
 
+@dataclass(frozen=True)
+class Views:
+    """What an epoch sees of a row: which of its captions, and how its image is augmented.
+
+    Args:
+        captions_per_image: how many captions to draw for each image; None for all.
+        random_shift, random_zoom: see [`random_view`].
+        seed: of all random choices.
+    """
+
+    captions_per_image: int | None = None
+    random_shift: float = 0.0
+    random_zoom: float = 0.0
+    seed: int = 42
+
+
+AS_THEY_ARE = Views()  # all captions, images not augmented
+
+
 def undecoded_rows(
     dataset: datasets.Dataset | datasets.IterableDataset, with_teacher: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -35,11 +55,7 @@ def undecoded_rows(
 def make_examples(
     table: pa.Table,
     epoch: int,
-    with_teacher: bool,
-    captions_per_image: int | None = None,
-    random_shift: float = 0.0,
-    random_zoom: float = 0.0,
-    seed: int = 42,
+    views: Views,
     shared_texts: Set[int] | None = frozenset(),
     pooled_images: torch.Tensor | None = None,
 ) -> Iterator[dict]:
@@ -48,9 +64,10 @@ def make_examples(
     Args:
         table: rows of [`undecoded_rows`].
         epoch: with seed and image_id it determines all random choices.
+        views: what is drawn.
+        shared_texts: see [`RetrievalDataset`].
         pooled_images: `[N, W]`, what a frozen vision tower makes of the images, to be given in their place; a row of
             NaN for one that could not be read.
-        The others are those of [`RetrievalDataset`].
 
     Yields:
         `image_id`, `group` (int64), `captions`, and `image` (RGB) or, where it cannot be read, `unreadable` (the
@@ -60,15 +77,16 @@ def make_examples(
     """
     captions = table["captions"].to_pylist()
     groups = table["group_id" if "group_id" in table.column_names else "image_id"].to_pylist()
+    with_teacher = "teacher_image_embeds" in table.column_names
     if with_teacher:
         teacher_image = teacher_features(table, "teacher_image_embeds")  # [N, D]
         teacher_text = teacher_features(table, "teacher_text_embeds")  # [all captions of the N images, D]
         offsets = np.cumsum([0] + [len(texts) for texts in captions])
     for i, image_id in enumerate(table["image_id"].to_pylist()):
-        rng = random.Random(f"{seed}/{epoch}/{image_id}")
+        rng = random.Random(f"{views.seed}/{epoch}/{image_id}")
         chosen = list(range(len(captions[i])))
-        if captions_per_image is not None and len(chosen) > captions_per_image:
-            chosen = sorted(rng.sample(chosen, captions_per_image))
+        if views.captions_per_image is not None and len(chosen) > views.captions_per_image:
+            chosen = sorted(rng.sample(chosen, views.captions_per_image))
         example = {
             "image_id": image_id,
             "group": id_hash(groups[i]),
@@ -82,7 +100,7 @@ def make_examples(
         try:
             if pooled_images is None or pooled_images[i].isnan().all():
                 image = load_rgb(table["image"][i].as_py())
-                example["image"] = random_view(image, rng, random_shift, random_zoom)
+                example["image"] = random_view(image, rng, views.random_shift, views.random_zoom)
             if pooled_images is not None:
                 example["image"] = pooled_images[i]
         except ValueError as error:
@@ -102,9 +120,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
     Args:
         dataset: columns `image`, `captions`, `image_id`, and optionally `group_id` and the teacher's features.
         with_teacher: also read the teacher's features.
-        captions_per_image: how many captions to draw for each image; None for all.
-        random_shift, random_zoom: see [`random_view`].
-        seed: of all random choices.
+        views: what is drawn of a row.
         shared_texts: ids of the texts that stand for several images, see [`find_shared_texts`]; None: nobody knows
             which do.
     """
@@ -113,21 +129,12 @@ class RetrievalDataset(torch.utils.data.Dataset):
         self,
         dataset: datasets.Dataset,
         with_teacher: bool,
-        captions_per_image: int | None = None,
-        random_shift: float = 0.0,
-        random_zoom: float = 0.0,
-        seed: int = 42,
+        views: Views = AS_THEY_ARE,
         shared_texts: Set[int] | None = frozenset(),
     ):
         self.rows = undecoded_rows(dataset, with_teacher)
-        self.settings = {
-            "with_teacher": with_teacher,
-            "captions_per_image": captions_per_image,
-            "random_shift": random_shift,
-            "random_zoom": random_zoom,
-            "seed": seed,
-            "shared_texts": shared_texts,
-        }
+        self.views = views
+        self.shared_texts = shared_texts
         # In shared memory, so that persistent workers see a new epoch too.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.pooled_images: torch.Tensor | None = None  # [N, W] of a frozen tower, see [`keep_frozen_outputs`]
@@ -143,7 +150,7 @@ class RetrievalDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         pooled = None if self.pooled_images is None else self.pooled_images[list(indices)]
-        return list(make_examples(self.rows[list(indices)], int(self.epoch), **self.settings, pooled_images=pooled))
+        return list(make_examples(self.rows[list(indices)], int(self.epoch), self.views, self.shared_texts, pooled))
 
 
 def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:

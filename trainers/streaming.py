@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from rows.checks import check_rows, row_faults
 from rows.images import check_image_paths, load_rgb
 
-from .batches import make_examples, undecoded_rows
+from .batches import AS_THEY_ARE, Views, make_examples, undecoded_rows
 
 
 HEAD_ROWS = 1000  # of a stream that are checked before training
@@ -65,7 +65,7 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
         shuffle_buffer_size: rows that each worker of each process holds, undecoded, to draw from.
         teacher_dim: width D that teacher features must have; None if they are not read.
         rank, world_size: number of this process, from 0, and of all processes.
-        **settings: `captions_per_image`, `random_shift`, `random_zoom` and `seed`; see [`RetrievalDataset`].
+        views: what is drawn of a row.
     """
 
     def __init__(
@@ -75,17 +75,15 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
         teacher_dim: int | None,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 42,
-        **settings,
+        views: Views = AS_THEY_ARE,
     ):
-        with_teacher = teacher_dim is not None
-        rows = undecoded_rows(stream, with_teacher)
+        rows = undecoded_rows(stream, with_teacher=teacher_dim is not None)
         # A buffer fed from several shards at once makes `datasets` sleep for 5 s at the end of each pass.
-        self.stream = rows.shuffle(seed=seed, buffer_size=shuffle_buffer_size, max_buffer_input_shards=1)
+        self.stream = rows.shuffle(seed=views.seed, buffer_size=shuffle_buffer_size, max_buffer_input_shards=1)
         self.teacher_dim = teacher_dim
         self.rank = rank
         self.world_size = world_size
-        self.settings = {"with_teacher": with_teacher, "seed": seed, "shared_texts": None, **settings}
+        self.views = views
         self.batches_to_skip = 0
         self.batch_size = 1
 
@@ -125,7 +123,7 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
                 if len(own):
                     check_image_paths(own["image"], None)
                     check_rows(own, "streamed train", self.teacher_dim)
-                    yield from make_examples(own, epoch, **self.settings)
+                    yield from make_examples(own, epoch, self.views, shared_texts=None)
             empty_passes = 0 if own_rows else empty_passes + 1
             if empty_passes == EMPTY_PASSES:
                 raise ValueError(

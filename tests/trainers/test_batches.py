@@ -1,6 +1,7 @@
 """Batches: who belongs to whom, and draws that depend on nothing but seed, epoch and image."""
 
 import itertools
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -10,10 +11,10 @@ from conftest import make_rows, make_student
 from PIL import Image
 
 from rows.columns import id_hash
-from trainers.batches import RetrievalCollator, RetrievalDataset, random_view, text_buckets
+from trainers.batches import RetrievalCollator, RetrievalDataset, Views, random_view, text_buckets
 
 
-SETTINGS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}
+VIEWS = Views(captions_per_image=2, random_shift=0.2, random_zoom=0.2, seed=3)
 
 
 def test_a_batch_keeps_captions_features_and_images_together():
@@ -90,17 +91,17 @@ def test_draws_depend_on_seed_epoch_and_image_alone():
             for e in dataset.__getitems__(order)
         }
 
-    first = views(RetrievalDataset(rows, True, **SETTINGS), list(range(12)), 1)
-    shuffled = views(RetrievalDataset(rows.shuffle(seed=1), True, **SETTINGS), list(range(11, -1, -1)), 1)
+    first = views(RetrievalDataset(rows, True, VIEWS), list(range(12)), 1)
+    shuffled = views(RetrievalDataset(rows.shuffle(seed=1), True, VIEWS), list(range(11, -1, -1)), 1)
     assert first == shuffled
-    assert first != views(RetrievalDataset(rows, True, **SETTINGS), list(range(12)), 2)
-    assert first != views(RetrievalDataset(rows, True, **{**SETTINGS, "seed": 4}), list(range(12)), 1)
+    assert first != views(RetrievalDataset(rows, True, VIEWS), list(range(12)), 2)
+    assert first != views(RetrievalDataset(rows, True, replace(VIEWS, seed=4)), list(range(12)), 1)
     assert all(len(captions) <= 2 for _, captions in first.values())
 
 
 def test_sampled_captions_keep_their_own_features():
     rows = make_rows(12)
-    for example in RetrievalDataset(rows, True, **SETTINGS).__getitems__(list(range(12))):
+    for example in RetrievalDataset(rows, True, VIEWS).__getitems__(list(range(12))):
         row = rows[int(example["image_id"].split("/")[1])]
         for caption, feature in zip(example["captions"], example["teacher_text"]):
             expected = row["teacher_text_embeds"][row["captions"].index(caption)]

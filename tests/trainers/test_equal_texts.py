@@ -15,7 +15,7 @@ from tiny_trainer import first_gradients, largest_difference, make_trainer
 from rows.columns import id_hash, rows_and_captions, text_id, text_ids
 from rows.teacher_columns import teacher_rows
 from trainers import ContrastiveTrainer, DSMDTrainer, equal_texts, retrieval_metrics
-from trainers.batches import NO_TEXT, RetrievalCollator, RetrievalDataset
+from trainers.batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views
 from trainers.distillation_trainer import STATE_FILE
 from trainers.equal_texts import find_shared_texts
 from trainers.feature_queue import UNKNOWN_TEXT
@@ -191,7 +191,7 @@ def test_resume_gives_the_same_run_and_goes_on_from_a_queue_without_texts(tmp_pa
 def test_a_stream_names_the_texts_of_every_caption(tmp_path, named):
     named.to_parquet(tmp_path / "rows.parquet")
     stream = datasets.load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train", streaming=True)
-    example = next(iter(StreamedRetrievalDataset(stream, 1, DIM, captions_per_image=1)))
+    example = next(iter(StreamedRetrievalDataset(stream, 1, DIM, views=Views(captions_per_image=1))))
     (row,) = (row for row in named if row["image_id"] == example["image_id"])
     assert example["image_texts"] == [text_id(caption) for caption in row["captions"]]
     assert example["text_ids"] == [text_id(caption) for caption in example["captions"]]

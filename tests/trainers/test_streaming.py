@@ -27,11 +27,11 @@ from trainers import (
     base_trainer,
     streaming,
 )
-from trainers.batches import RetrievalDataset, make_examples
+from trainers.batches import RetrievalDataset, Views, make_examples
 from trainers.streaming import StreamedRetrievalDataset, stream_head
 
 
-DRAWS = {"captions_per_image": 2, "random_shift": 0.2, "random_zoom": 0.2, "seed": 3}
+VIEWS = Views(captions_per_image=2, random_shift=0.2, random_zoom=0.2, seed=3)
 
 
 def parquet_stream(folder, rows, shards: int = 1) -> datasets.IterableDataset:
@@ -71,8 +71,8 @@ def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def with_pass(monkeypatch):
     """Lets examples tell which pass they are of, and shares of a pass span several tables."""
 
-    def marked(table, epoch, **settings):
-        for example in make_examples(table, epoch, **settings):
+    def marked(table, epoch, views):
+        for example in make_examples(table, epoch, views):
             yield {**example, "pass": epoch}
 
     monkeypatch.setattr(streaming, "make_examples", marked)
@@ -127,9 +127,9 @@ def test_a_process_reads_no_more_shards_than_its_own(tmp_path):
 
 def test_examples_are_those_of_a_map_style_dataset(tmp_path, with_pass):
     rows = make_rows(12)
-    stored = RetrievalDataset(rows, with_teacher=True, shared_texts=None, **DRAWS)
+    stored = RetrievalDataset(rows, with_teacher=True, views=VIEWS, shared_texts=None)
     position = {image_id: i for i, image_id in enumerate(rows["image_id"])}
-    streamed = StreamedRetrievalDataset(parquet_stream(tmp_path, rows, 2), 5, DIM, **DRAWS)
+    streamed = StreamedRetrievalDataset(parquet_stream(tmp_path, rows, 2), 5, DIM, views=VIEWS)
     for example in itertools.islice(streamed, 30):
         stored.set_epoch(example.pop("pass"))
         expected = stored[position[example["image_id"]]]
@@ -144,7 +144,7 @@ def test_order_follows_seed_and_pass_and_the_buffer_shuffles(tmp_path):
     stream = parquet_stream(tmp_path, rows)
 
     def order(buffer: int, **settings) -> list[list[str]]:
-        dataset = StreamedRetrievalDataset(stream, buffer, None, **settings)
+        dataset = StreamedRetrievalDataset(stream, buffer, None, views=Views(**settings))
         ids = [example["image_id"] for example in itertools.islice(dataset, 48)]
         return [ids[:24], ids[24:]]
 
@@ -166,7 +166,7 @@ def test_skipped_batches_are_not_decoded_and_nothing_else_changes(tmp_path, monk
         return load_rgb(image)
 
     def batches(skip: int) -> list[list]:
-        dataset = StreamedRetrievalDataset(stream, 6, DIM, **DRAWS)
+        dataset = StreamedRetrievalDataset(stream, 6, DIM, views=VIEWS)
         dataset.skip(skip, batch_size=4)
         loader = DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=list)
         return list(itertools.islice(loader, 11))
