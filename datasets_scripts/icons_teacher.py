@@ -14,7 +14,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,11 +22,11 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_dsmd  # noqa: F401  (registers the class with AutoModel)
 from datasets_scripts.icons import icons_fingerprint, load_icons
-from rows.columns import id_hash
+from rows.columns import id_hash, rows_and_captions
 from rows.command_line import Command
 from rows.files import write_whole
 from rows.images import load_rgb
-from rows.teacher_columns import quantize
+from rows.teacher_columns import feature_columns, quantize
 from trainers.metrics import metrics_from_ranks, ranks
 
 
@@ -60,7 +59,7 @@ def add_icons_features(rows: datasets.DatasetDict, file: Path | None = None) -> 
         embeds, keys = {}, {}
         for kind in ("image", "text"):
             scale = stored.get_tensor(f"{kind}_scale").float()
-            embeds[kind] = (stored.get_tensor(f"{kind}_embeds").float() * scale[:, None]).numpy().astype(np.float16)
+            embeds[kind] = stored.get_tensor(f"{kind}_embeds").float() * scale[:, None]
             keys[kind] = {key: i for i, key in enumerate(stored.get_tensor(f"{kind}_keys").tolist())}
 
     def find(kind: str, text: str) -> int:
@@ -68,28 +67,16 @@ def add_icons_features(rows: datasets.DatasetDict, file: Path | None = None) -> 
             raise ValueError(f"{file.name} has no {kind} feature for {text!r}.")
         return keys[kind][id_hash(text)]
 
-    dim = embeds["image"].shape[1]
-    column = datasets.List(datasets.Value("float16"), length=dim)
     result = datasets.DatasetDict()
     for split, part in rows.items():
-        captions = part["captions"][:]  # at once: row by row takes seconds
-        image = embeds["image"][[find("image", image_id) for image_id in part["image_id"][:]]]
+        captions, image_ids = part["captions"][:], part["image_id"][:]  # at once: row by row takes seconds
+        image = embeds["image"][[find("image", image_id) for image_id in image_ids]]
         text = embeds["text"][[find("text", caption) for row in captions for caption in row]]
-        offsets = pa.array(np.cumsum([0, *map(len, captions)]), pa.int32())
-        image, text = (pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dim) for rows in (image, text))
+        columns = feature_columns(image, text, np.array([len(row) for row in captions]), image_ids)
+        columns["teacher"] = ([json.dumps(teacher)] * len(part), datasets.Value("string"))
         features = datasets.Dataset.from_dict(
-            {
-                "teacher_image_embeds": image,
-                "teacher_text_embeds": pa.ListArray.from_arrays(offsets, text),
-                "teacher": [json.dumps(teacher)] * len(part),
-            },
-            features=datasets.Features(
-                {
-                    "teacher_image_embeds": column,
-                    "teacher_text_embeds": datasets.List(column),
-                    "teacher": datasets.Value("string"),
-                }
-            ),
+            {name: values for name, (values, _) in columns.items()},
+            features=datasets.Features({name: feature for name, (_, feature) in columns.items()}),
         )
         result[split] = datasets.concatenate_datasets([part, features], axis=1)
     return result
@@ -122,9 +109,8 @@ def ranks_on(tensors: dict[str, torch.Tensor], test: datasets.Dataset) -> tuple[
     row_of = {kind: {key: i for i, key in enumerate(tensors[f"{kind}_keys"].tolist())} for kind in ("image", "text")}
     image = tensors["image_embeds"][[row_of["image"][id_hash(i)] for i in test["image_id"]]]
     text = tensors["text_embeds"][[row_of["text"][id_hash(c)] for captions in test["captions"] for c in captions]]
-    groups = torch.tensor([id_hash(group) for group in test["group_id"]])
-    counts = torch.tensor([len(captions) for captions in test["captions"]])
-    return ranks(image, text, groups, torch.repeat_interleave(groups, counts))
+    groups, caption_to_image = rows_and_captions(test)
+    return ranks(image, text, groups, groups[caption_to_image])
 
 
 def bootstrap(image_ranks: torch.Tensor, text_ranks: torch.Tensor, draws: int = 1000) -> tuple[float, float]:
