@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from pathlib import Path
+from functools import partial
 
 import datasets
 import torch
 
-from datasets_scripts.teacher_features import Encoding, encode_dataset
+from datasets_scripts.teacher_features import Encoding
+from trainers.timing import seconds_of
 
 from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, training_step
 from .gpu.common import make_rows, make_trainer
-from .teacher_features import make_teacher
+from .teacher_features import make_teacher, whole
 
 
 def measure(images: int = 4, rounds: int = 2, tiny: bool = False) -> list[Row]:
@@ -43,13 +43,10 @@ def measure(images: int = 4, rounds: int = 2, tiny: bool = False) -> list[Row]:
         optimizer = trainer.create_optimizer()
         rows = datasets.DatasetDict({"train": make_rows(images, trainer.model.config.projection_dim)})
 
-        def cached() -> float:
-            started = time.perf_counter()
+        def cached() -> None:
             training_step(trainer, collate(trainer, first_examples(trainer, images)), optimizer)()
-            return time.perf_counter() - started
 
-        def online() -> float:
-            started = time.perf_counter()
+        def online() -> None:
             examples = first_examples(trainer, images)
             image = teacher.image_features(teacher.prepare_images([example["image"] for example in examples]))
             captions = [caption for example in examples for caption in example["captions"]]
@@ -58,15 +55,9 @@ def measure(images: int = 4, rounds: int = 2, tiny: bool = False) -> list[Row]:
             for example, row, of_captions in zip(examples, image, texts):
                 example |= {"teacher_image": row.numpy(), "teacher_text": of_captions.numpy()}
             training_step(trainer, collate(trainer, examples), optimizer)()
-            return time.perf_counter() - started
 
-        def making() -> float:
-            with tempfile.TemporaryDirectory() as features:
-                started = time.perf_counter()
-                encode_dataset(rows, [teacher], "{}", Encoding(), Path(features), num_workers=0)
-                return time.perf_counter() - started
-
-        with_cache, with_teacher, to_make = interleaved(cached, online, making, rounds=rounds)
+        sides = partial(seconds_of, cached), partial(seconds_of, online), partial(whole, teacher, rows, Encoding(), 0)
+        with_cache, with_teacher, to_make = interleaved(*sides, rounds=rounds)
         captions = sum(len(example["captions"]) for example in first_examples(trainer, images))
     faster = statistics.median(slow / fast for slow, fast in zip(with_teacher, with_cache))
     epochs = statistics.median(once / (slow - fast) for once, slow, fast in zip(to_make, with_teacher, with_cache))

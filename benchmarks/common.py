@@ -8,9 +8,9 @@ import multiprocessing
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from trainers import DSMDTrainer
 from trainers.base_trainer import RetrievalTrainer
 from trainers.run.distributed import usable_cores
+from trainers.timing import seconds_of
 
 
 @dataclass
@@ -106,8 +107,7 @@ def training_step(
     """A function that takes one step on a fixed batch and returns its seconds; without an optimiser it stops at the
     gradients."""
 
-    def step() -> float:
-        started = time.perf_counter()
+    def step() -> None:
         inputs = dict(batch)
         trainer.begin_step([inputs])
         trainer.compute_loss(trainer.model, inputs).backward()
@@ -116,10 +116,9 @@ def training_step(
         if isinstance(trainer, DSMDTrainer):
             trainer.end_step()
         trainer.model.zero_grad()
-        return time.perf_counter() - started
 
     trainer.model.train()
-    return step
+    return partial(seconds_of, step)
 
 
 def fill_queues(trainer: RetrievalTrainer) -> None:

@@ -10,13 +10,14 @@ as many captions, beside half of both, to see how time and memory grow.
 from __future__ import annotations
 
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from trainers.metrics import ranks
+from trainers.timing import seconds_of
 
 from .common import Row, interleaved, print_table, ratio
 
@@ -37,12 +38,6 @@ def make_embeds(images: int, captions: int, dim: int) -> tuple[torch.Tensor, tor
     text = torch.randn(captions, dim).add_(image[text_groups], alpha=0.12)
     image, text = (torch.nn.functional.normalize(rows, dim=1) for rows in (image, text))
     return image, text, image_groups, text_groups
-
-
-def seconds_of_ranks(*problem: torch.Tensor) -> float:
-    started = time.perf_counter()
-    ranks(*problem)
-    return time.perf_counter() - started
 
 
 def ranks_by_sorting(queries: np.ndarray, items: np.ndarray, answers: list[np.ndarray]) -> list[int]:
@@ -69,14 +64,12 @@ def beside_the_loop(
     some_images, some_texts = (generator.permutation(count)[:some] for count in (images, captions))
 
     def loop() -> float:
-        started = time.perf_counter()
-        ranks_by_sorting(image[some_images], text, [texts_of[i] for i in some_images])
-        between = time.perf_counter()
-        ranks_by_sorting(text[some_texts], image, [text_groups[[i]] for i in some_texts])
-        ended = time.perf_counter()
-        return (between - started) / len(some_images) * images + (ended - between) / len(some_texts) * captions
+        texts, groups = [texts_of[i] for i in some_images], [text_groups[[i]] for i in some_texts]
+        there = seconds_of(lambda: ranks_by_sorting(image[some_images], text, texts))
+        back = seconds_of(lambda: ranks_by_sorting(text[some_texts], image, groups))
+        return there / len(some_images) * images + back / len(some_texts) * captions
 
-    times = interleaved(lambda: seconds_of_ranks(*problem), loop, rounds=rounds)
+    times = interleaved(partial(seconds_of, partial(ranks, *problem)), loop, rounds=rounds)
     ours, theirs = (statistics.median(column) for column in times)
     return [
         Row(
@@ -93,13 +86,13 @@ def at_scale(side: int = 100_000, dim: int = 256) -> list[Row]:
     """The table's rows of time and memory of `side` x `side` pairs; half the side is timed before and after it."""
     half = make_embeds(side // 2, side // 2, dim)
     whole = make_embeds(side, side, dim)
-    before = seconds_of_ranks(*half)
+    before = seconds_of(partial(ranks, *half))
     # Writing 5 resets VmHWM to what is held now.
     Path("/proc/self/clear_refs").write_text("5")
     held = memory_mib("VmRSS")
-    seconds = seconds_of_ranks(*whole)
+    seconds = seconds_of(partial(ranks, *whole))
     extra = memory_mib("VmHWM") - held
-    smaller = statistics.mean([before, seconds_of_ranks(*half)])
+    smaller = statistics.mean([before, seconds_of(partial(ranks, *half))])
     embeds = sum(rows.nbytes for rows in whole[:2]) / 2**20
     return [
         Row(

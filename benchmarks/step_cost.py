@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 
 import datasets
 import torch
@@ -25,6 +25,7 @@ from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.distillation_trainer import summed
 from trainers.losses import PAIRS
 from trainers.student import StudentArguments, build_student
+from trainers.timing import seconds_of
 
 from .captions_per_second import four_pair_trainer
 from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, ratio, training_step
@@ -39,15 +40,13 @@ def bare_step(trainer: DSMDTrainer, batch: dict, optimizer: torch.optim.Optimize
     The gradient at the embeddings, which the losses would give, is all ones.
     """
 
-    def step() -> float:
-        started = time.perf_counter()
+    def step() -> None:
         embeds = trainer.embed(trainer.model, batch)
         torch.autograd.backward(embeds, [torch.ones_like(rows) for rows in embeds])
         optimizer.step()
         trainer.model.zero_grad()
-        return time.perf_counter() - started
 
-    return step
+    return partial(seconds_of, step)
 
 
 def paper_student(captions: int = 32, rounds: int = 3, tiny: bool = False) -> list[Row]:
@@ -90,20 +89,18 @@ def loss_times(trainer: DSMDTrainer, batch: dict) -> tuple[Callable[[], float], 
 
     def losses() -> float:
         leaves = [rows.detach().requires_grad_() for rows in embeds]
-        started = time.perf_counter()
-        (trainer.balancer.weights() * summed(trainer.loss_terms(*leaves, batch))).sum().backward()
-        return time.perf_counter() - started
+        return seconds_of(
+            lambda: (trainer.balancer.weights() * summed(trainer.loss_terms(*leaves, batch))).sum().backward()
+        )
 
     @torch.no_grad()
-    def products() -> float:
-        started = time.perf_counter()
+    def products() -> None:
         for query, target in PAIRS:
             similarities = student[query] @ dictionary[target].T
             similarities @ dictionary[target]
             student[query] @ teacher[target].T
-        return time.perf_counter() - started
 
-    return losses, products
+    return losses, partial(seconds_of, products)
 
 
 def quickstart_trainer(trainer_class, rows: datasets.Dataset, folder: str, images: int, **settings):

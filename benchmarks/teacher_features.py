@@ -13,7 +13,6 @@ import argparse
 import io
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from datasets_scripts.teacher_features import Encoding, Preparation, encode_dataset, plan
 from teachers import Teacher, load_teacher
+from trainers.timing import seconds_of
 
 from .common import Row
 
@@ -91,20 +91,18 @@ def bare(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding) -> fl
     prepared = [preparation.__getitems__(shard.contents(*batch))[:2] for batch in shard.batches]
     # Copied to the device before the clock starts.
     prepared = [(kind, ({name: value.to(device) for name, value in inputs.items()},)) for kind, (inputs,) in prepared]
-    started = time.perf_counter()
-    for kind, (inputs,) in prepared:
-        (teacher.image_features if kind == "image" else teacher.text_features)(inputs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+
+    def forwards() -> None:
+        for kind, (inputs,) in prepared:
+            (teacher.image_features if kind == "image" else teacher.text_features)(inputs)
+
+    return seconds_of(forwards)
 
 
 def whole(teacher: Teacher, rows: datasets.DatasetDict, encoding: Encoding, num_workers: int) -> float:
     """Seconds from stored rows to the finished files of features."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        encode_dataset(rows, [teacher], "{}", encoding, Path(folder), num_workers)
-        return time.perf_counter() - started
+        return seconds_of(lambda: encode_dataset(rows, [teacher], "{}", encoding, Path(folder), num_workers))
 
 
 def rates(model: str, rows: int, rounds: int, batch_size: int, num_workers: int) -> tuple[float, float, float]:

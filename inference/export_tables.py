@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,8 +16,6 @@ from transformers import PreTrainedModel, VisionTextDualEncoderProcessor
 from inference.encoders import (
     RUNTIMES,
     TIMED_TOKENS,
-    Encoder,
-    Inputs,
     encode_by_onnx,
     encode_by_torch,
     example_inputs,
@@ -28,6 +25,7 @@ from inference.encoders import (
 from model_cards.tables import as_text, markdown_table
 from trainers.batches import RetrievalCollator, RetrievalDataset
 from trainers.metrics import retrieval_metrics
+from trainers.timing import median_seconds
 
 
 THREADS = (1, 2)
@@ -50,7 +48,7 @@ def speed_table(model: PreTrainedModel, processor: VisionTextDualEncoderProcesso
             for threads in THREADS:
                 torch.set_num_threads(threads)
                 encoder = encode_by_onnx(path, threads) if ending else encode_by_torch(tower)
-                milliseconds.append(milliseconds_of(encoder, examples[0]))
+                milliseconds.append(1000 * median_seconds(partial(encoder, examples[0]), runs=20))
             cosines = np.concatenate([(encoder(x) * y).sum(1) for x, y in zip(examples, expected)])
             size = path.stat().st_size if ending else weights[name]
             figures = [f"{size / 1e6:.1f}", *(f"{value:.2f}" for value in milliseconds), f"{cosines.min():.4f}"]
@@ -61,16 +59,6 @@ def speed_table(model: PreTrainedModel, processor: VisionTextDualEncoderProcesso
 
 def num_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def milliseconds_of(encoder: Encoder, inputs: Inputs, runs: int = 20) -> float:
-    """Median of some runs after two that warm up."""
-    times = []
-    for _ in range(runs + 2):
-        started = time.perf_counter()
-        encoder(inputs)
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[2:])
 
 
 def recall_table(

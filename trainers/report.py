@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from rows.files import write_json
 
 from .base_trainer import RetrievalTrainer
 from .teacher_pca import PCA_FILE
+from .timing import median_seconds
 
 
 logger = logging.getLogger(__name__)
@@ -128,19 +126,7 @@ def latency(model: torch.nn.Module, processor, max_length: int) -> dict[str, flo
     figures = {}
     for batch in (1, 64):
         images, ids = pixels.expand(batch, -1, -1, -1).contiguous(), tokens.expand(batch, -1).contiguous()
-        figures[f"ms_per_image_batch_{batch}"] = 1000 * _seconds(lambda x=images: model(pixel_values=x)) / batch
-        figures[f"ms_per_caption_batch_{batch}"] = 1000 * _seconds(lambda x=ids: model(input_ids=x)) / batch
+        figures[f"ms_per_image_batch_{batch}"] = 1000 * median_seconds(lambda x=images: model(pixel_values=x)) / batch
+        figures[f"ms_per_caption_batch_{batch}"] = 1000 * median_seconds(lambda x=ids: model(input_ids=x)) / batch
     model.train(was_training)
     return figures
-
-
-def _seconds(call: Callable[[], object], runs: int = 10) -> float:
-    """Median of some runs after two that warm up."""
-    times = []
-    for _ in range(runs + 2):
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[2:])
