@@ -30,7 +30,7 @@ from transformers import VisionTextDualEncoderProcessor, ViTImageProcessorPil
 
 from benchmarks.process_memory import own_bytes, tree
 from datasets_scripts.opening import open_dataset
-from rows.teacher_columns import feature_columns
+from rows.teacher_columns import dataset_of, feature_columns
 from trainers.batches import RetrievalCollator, RetrievalDataset
 from trainers.student import train_tokenizer
 
@@ -52,11 +52,8 @@ def write_features(folder: Path, gigabytes: float) -> None:
         "image_id": (pa.array(ids), datasets.Value("string")),
         **feature_columns(image, text, np.full(BLOCK, CAPTIONS), ids),
     }
-    features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
-    table = pa.table({name: array for name, (array, _) in columns.items()}).cast(features.arrow_schema)
-    block = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
     blocks = max(1, round(gigabytes * 1e9 / ROW_BYTES / BLOCK))
-    datasets.DatasetDict({"train": datasets.concatenate_datasets([block] * blocks)}).save_to_disk(folder)
+    datasets.DatasetDict({"train": datasets.concatenate_datasets([dataset_of(columns)] * blocks)}).save_to_disk(folder)
 
 
 def read(folder: Path) -> dict[str, float]:

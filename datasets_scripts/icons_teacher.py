@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from rows.columns import id_hash, rows_and_captions
 from rows.command_line import Command
 from rows.files import write_whole
 from rows.images import load_rgb
-from rows.teacher_columns import feature_columns, quantize
+from rows.teacher_columns import dataset_of, feature_columns, quantize
 from trainers.metrics import metrics_from_ranks, ranks
 
 
@@ -73,12 +74,8 @@ def add_icons_features(rows: datasets.DatasetDict, file: Path | None = None) -> 
         image = embeds["image"][[find("image", image_id) for image_id in image_ids]]
         text = embeds["text"][[find("text", caption) for row in captions for caption in row]]
         columns = feature_columns(image, text, np.array([len(row) for row in captions]), image_ids)
-        columns["teacher"] = ([json.dumps(teacher)] * len(part), datasets.Value("string"))
-        features = datasets.Dataset.from_dict(
-            {name: values for name, (values, _) in columns.items()},
-            features=datasets.Features({name: feature for name, (_, feature) in columns.items()}),
-        )
-        result[split] = datasets.concatenate_datasets([part, features], axis=1)
+        columns["teacher"] = pa.array([json.dumps(teacher)] * len(part)), datasets.Value("string")
+        result[split] = datasets.concatenate_datasets([part, dataset_of(columns)], axis=1)
     return result
 
 

@@ -23,7 +23,7 @@ from datasets_scripts.opening import open_dataset
 from rows.checks import check_rows
 from rows.command_line import Command, run_program
 from rows.files import write_beside
-from rows.teacher_columns import feature_columns, teacher_columns
+from rows.teacher_columns import dataset_of, feature_columns, teacher_columns
 
 
 def read_tensor(path: Path) -> torch.Tensor:
@@ -82,11 +82,8 @@ def with_features(
             )
     columns = feature_columns(image[torch.from_numpy(starts)], text, counts, ids)
     columns["teacher"] = pa.array([json.dumps(teacher)] * len(part)), datasets.Value("string")
-    features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
-    table = pa.table({name: array for name, (array, _) in columns.items()}).cast(features.arrow_schema)
-    added = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
     old = [*teacher_columns(part.column_names), *({"teacher"} & set(part.column_names))]
-    return datasets.concatenate_datasets([part.remove_columns(old), added], axis=1)
+    return datasets.concatenate_datasets([part.remove_columns(old), dataset_of(columns)], axis=1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -98,6 +98,13 @@ def feature_columns(
     return columns
 
 
+def dataset_of(columns: dict[str, tuple[pa.Array, object]]) -> datasets.Dataset:
+    """A dataset in memory of columns as [`feature_columns`] gives them: name -> (values, `datasets` feature)."""
+    features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
+    table = pa.table({name: array for name, (array, _) in columns.items()}).cast(features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
 def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str) -> tuple[pa.Array, object]:
     """The values of images as they are; those of captions as lists, one for each row of the dataset."""
     if kind == "image":

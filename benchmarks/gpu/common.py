@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import BertConfig, VisionTextDualEncoderProcessor, ViTConfig, ViTImageProcessorPil, set_seed
 
 from modeling_dsmd import DSMDModel
+from rows.teacher_columns import dataset_of, feature_columns
 from trainers import DSMDTrainer, DSMDTrainingArguments
 from trainers.run.distributed import usable_cores
 from trainers.student import train_tokenizer
@@ -53,24 +54,16 @@ def make_rows(count: int, dim: int) -> datasets.Dataset:
     # As in COCO: most of 9 to 15 words, few of 25 and more.
     lengths = np.exp(rng.normal(np.log(11.7), 0.25, (count, CAPTIONS))).round().astype(int).clip(min=5)
     features = rng.normal(size=(count * (1 + CAPTIONS), dim)).astype(np.float16)
-    vectors = pa.FixedSizeListArray.from_arrays(features.ravel(), dim)
-    offsets = pa.array(np.arange(0, count * CAPTIONS + 1, CAPTIONS, dtype=np.int32))
-    vector = datasets.List(datasets.Value("float16"), length=dim)
+    image, text = torch.from_numpy(features).split([count, count * CAPTIONS])
+    captions = [[" ".join(rng.choice(words, length)) for length in row] for row in lengths]
+    ids = [str(i) for i in range(count)]
     columns = {
-        "image": [images[i % len(images)] for i in range(count)],
-        "captions": [[" ".join(rng.choice(words, length)) for length in row] for row in lengths],
-        "image_id": [str(i) for i in range(count)],
-        "teacher_image_embeds": vectors[:count],
-        "teacher_text_embeds": pa.ListArray.from_arrays(offsets, vectors[count:]),
+        "image": (pa.array([images[i % len(images)] for i in range(count)]), datasets.Image()),
+        "captions": (pa.array(captions), datasets.List(datasets.Value("string"))),
+        "image_id": (pa.array(ids), datasets.Value("string")),
+        **feature_columns(image, text, np.full(count, CAPTIONS), ids),
     }
-    kinds = {
-        "image": datasets.Image(),
-        "captions": datasets.List(datasets.Value("string")),
-        "image_id": datasets.Value("string"),
-        "teacher_image_embeds": vector,
-        "teacher_text_embeds": datasets.List(vector),
-    }
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    return dataset_of(columns)
 
 
 def make_trainer(folder: str, count: int, tiny: bool, **settings) -> DSMDTrainer:
