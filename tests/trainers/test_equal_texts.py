@@ -86,8 +86,8 @@ def test_ids_are_63_bits_of_the_text_as_it_is_written():
 def test_a_batch_names_its_texts(named):
     _, processor = make_student()
     shared = find_shared_texts(named, "train", "").ids
-    settings = {"captions_per_image": 1, "seed": 3}
-    examples = RetrievalDataset(named, True, shared_texts=shared, **settings).__getitems__([0, 1, 2, 3])
+    one = Views(captions_per_image=1, seed=3)
+    examples = RetrievalDataset(named, True, one, shared).__getitems__([0, 1, 2, 3])
     batch = RetrievalCollator(processor, 32)(examples)
     drawn = {text_id(caption) for example in examples for caption in example["captions"]}
     assert set(batch["text_ids"].tolist()) == drawn and batch["text_ids"].shape == (4,)
@@ -97,7 +97,7 @@ def test_a_batch_names_its_texts(named):
     for own, texts in zip(named["captions"][:4], batch["image_texts"].tolist()):
         expected = {text_id(caption) for caption in own} & shared  # drawn or not
         assert set(texts) - {NO_TEXT} == expected and texts.count(NO_TEXT) == len(texts) - len(expected)
-    plain = RetrievalCollator(processor, 32)(RetrievalDataset(named, True, **settings).__getitems__([0, 1]))
+    plain = RetrievalCollator(processor, 32)(RetrievalDataset(named, True, one).__getitems__([0, 1]))
     assert not {"text_ids", "image_texts"} & plain.keys()
 
 
@@ -151,8 +151,8 @@ def test_texts_that_no_other_image_has_need_not_be_known(tmp_path, named, traine
     found = {}
     for which, texts in (("shared", find_shared_texts(named, "train", "").ids), ("all", None), ("none", frozenset())):
         trainer = make_trainer(tmp_path / which, named, trainer_class=trainer_class)
-        assert trainer.train_dataset.settings["shared_texts"] == find_shared_texts(named, "train", "").ids
-        trainer.train_dataset.settings["shared_texts"] = texts
+        assert trainer.train_dataset.shared_texts == find_shared_texts(named, "train", "").ids
+        trainer.train_dataset.shared_texts = texts
         trainer.train()
         found[which] = trainer.model.state_dict()
     assert all(torch.equal(tensor, found["all"][name]) for name, tensor in found["shared"].items())
