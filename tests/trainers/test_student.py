@@ -1,14 +1,9 @@
 """Students of tower folders as the Hub has them: their image processors, their position embeddings; towers of timm."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from beside import run_checks
 from PIL import Image
 from tiny_towers import bert, convnext, deit, dinov2, make_processor, mobilevit, modernbert, roberta, swin, vit
 from transformers import (
@@ -100,15 +95,4 @@ def test_a_limit_of_the_tokenizer_stays(tmp_path):
 
 
 def test_towers_of_timm():
-    """In a process of its own: with timm and torchvision on its path, transformers chooses other image processors."""
-    folder = Path(sys.prefix) / "timm"
-    assert (folder / "timm").is_dir(), f"{folder} lacks timm: run `make install`"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--noconftest", str(Path(__file__).with_name("timm_checks.py"))],
-        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert re.search(r"^\d+ passed in", result.stdout, re.MULTILINE), result.stdout[-2000:]
+    run_checks("trainers/timm_checks.py")

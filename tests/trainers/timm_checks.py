@@ -2,19 +2,10 @@
 
 import json
 
-import torch
-
-
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:  # PyPI's, made for CUDA, has no operators beside a torch for CPUs; towers need none of them
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import numpy as np
 import pytest
 import timm
+import torch
 from conftest import DIM, make_rows
 from PIL import Image
 from tiny_towers import SMALL, assert_clean, assert_same, bert, make, make_inputs, make_processor, run, scatter
