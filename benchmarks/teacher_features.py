@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from datasets_scripts.teacher_features import Encoding, Preparation, encode_dataset, plan
 from teachers import Teacher, load_teacher
@@ -61,7 +61,7 @@ def make_teacher(model: str, device: torch.device, dtype: torch.dtype) -> Teache
     )
     with tempfile.TemporaryDirectory() as folder:
         CLIPModel(make_config(model)).save_pretrained(folder)
-        CLIPProcessor(CLIPImageProcessor(), fast).save_pretrained(folder)
+        CLIPProcessor(CLIPImageProcessorPil(), fast).save_pretrained(folder)
         return load_teacher(folder, dtype=dtype, device=device)
 
 

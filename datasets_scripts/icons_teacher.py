@@ -134,7 +134,7 @@ def main() -> None:
     rows = load_icons()
     model, processor = (
         AutoModel.from_pretrained(folder),
-        AutoProcessor.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder, backend="pil"),
     )
     exact = extract(model, processor, rows)
     stored = {name: tensor for name, tensor in exact.items() if name.endswith("_keys")}

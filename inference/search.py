@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--image {options.image} cannot be read: {error}")
     try:
         model = AutoModel.from_pretrained(options.model_name_or_path, trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(options.model_name_or_path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(options.model_name_or_path, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {options.model_name_or_path} is no student that can be read: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -62,7 +62,7 @@ class DSMDModel(PreTrainedModel):
 
     Example:
         >>> model = AutoModel.from_pretrained("path/or/repo", trust_remote_code=True)
-        >>> processor = AutoProcessor.from_pretrained("path/or/repo", trust_remote_code=False)
+        >>> processor = AutoProcessor.from_pretrained("path/or/repo", backend="pil", trust_remote_code=False)
         >>> inputs = processor(text=["arrow left"], images=[image], return_tensors="pt", padding=True)
         >>> model(**inputs).logits_per_image
     """

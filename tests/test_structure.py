@@ -1,6 +1,7 @@
 """The house as it is meant: imports run one way, files are short, and tests mirror the tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_rows_loads_no_transformers():
     code = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
     code += "assert 'transformers' not in sys.modules, 'transformers'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_image_processors_are_pillows_wherever_torchvision_can_be_imported():
+    """transformers then prefers torchvision's, whose resizing gives other pixels than a student learned from."""
+    texts = [*product_files(), Path("README.md"), Path("model_cards/example/README.md"), *Path("docs").glob("*.md")]
+    loads = [
+        (path, call)
+        for path in texts
+        for call in re.findall(
+            r"Auto(?:Image)?Processor\.from_pretrained\((?:[^()]|\([^()]*\))*\)",
+            (ROOT / path).read_text(encoding="utf-8"),
+        )
+    ]
+    assert len(loads) > 8
+    assert not [load for load in loads if 'backend="pil"' not in load[1]]
 
 
 @pytest.mark.parametrize("path", product_files(), ids=str)

@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoProcessor,
     AutoTokenizer,
     BaseImageProcessor,
     PreTrainedTokenizerFast,
@@ -107,7 +106,12 @@ def build_student(
     """
     if args.model_name_or_path is not None:
         model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        origin = {"trust_remote_code": args.trust_remote_code}
+        # Not AutoProcessor: it hands `backend` to the tokenizer too, which would write it down with every checkpoint.
+        processor = VisionTextDualEncoderProcessor(
+            AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil", **origin),
+            AutoTokenizer.from_pretrained(args.model_name_or_path, **origin),
+        )
         align_tokens(model, processor)
         return model, processor
     for modality in ("vision", "text"):

@@ -97,7 +97,7 @@ class Encoder:
 
     def __init__(self, model_id: str, **settings):
         self.model = AutoModel.from_pretrained(model_id, **settings).eval()
-        self.processor = AutoProcessor.from_pretrained(model_id, **settings)
+        self.processor = AutoProcessor.from_pretrained(model_id, backend="pil", **settings)
         for query in ("warm up", Image.new("RGB", (64, 64))):  # or the first person's times would be longer
             self.encode([query])
 

@@ -224,7 +224,7 @@ class Beit3RetrievalModel(PreTrainedModel):
 
     Example:
         >>> model = AutoModel.from_pretrained("path/or/repo", trust_remote_code=True)
-        >>> processor = AutoProcessor.from_pretrained("path/or/repo")
+        >>> processor = AutoProcessor.from_pretrained("path/or/repo", backend="pil")
         >>> inputs = processor(text=["a dog"], images=[image], padding=True, truncation=True, return_tensors="pt")
         >>> model(**inputs).logits_per_image
     """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DIM, make_rows
+from conftest import DIM, make_rows, make_student
 from PIL import Image
 from tiny_towers import SMALL, assert_clean, assert_same, bert, make, make_inputs, make_processor, run, scatter
 from tiny_trainer import largest_difference, make_trainer
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from modeling_dsmd import DSMDModel
+from teachers import load_teacher
 from trainers.student import StudentArguments, build_student
 
 
@@ -164,3 +165,20 @@ def test_resume_gives_the_same_run(tower, tmp_path):
     assert largest_difference(end, resumed.model.state_dict()) == 0.0
     assert largest_difference(unbroken.distillation_state(), resumed.distillation_state()) == 0.0
     assert largest_difference(end, DSMDModel.from_pretrained(checkpoint).state_dict()) > 1e-4
+
+
+def test_students_and_teachers_are_loaded_with_pillows_image_processor(tmp_path):
+    """Though transformers would choose torchvision's, whose pixels are others."""
+    student, processor = make_student()
+    for part in (student, processor):
+        part.save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path).image_processor) is not ViTImageProcessorPil
+    _, saved = build_student(StudentArguments(model_name_or_path=str(tmp_path)), [], None)
+    teacher = load_teacher(str(tmp_path))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 75, 3), dtype=np.uint8))
+    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    for found in (saved.image_processor, teacher.image_processor):
+        assert type(found) is ViTImageProcessorPil
+        assert torch.equal(found(images=image, return_tensors="pt")["pixel_values"], expected)
+    saved.save_pretrained(tmp_path)  # as a run's checkpoints do
+    assert not [path for path in tmp_path.glob("*.json") if '"pil"' in path.read_text()]
