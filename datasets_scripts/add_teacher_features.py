@@ -3,9 +3,9 @@
     accelerate launch -m datasets_scripts.add_teacher_features --dataset_name D --teacher_model_name_or_path ID \\
         --output_dir DIR
 
-It can be stopped at any moment: the same command goes on from the last whole file, with the same result. The output is
-a folder as the Hub has it (`data/*.parquet`, a card), for `train.py --dataset_name DIR`, `datasets.load_dataset(DIR)`,
-streamed or not.
+It can be stopped at any moment: the same command goes on from the last whole file, with the same result; with another
+number of threads features may differ by rounding. The output is a folder as the Hub has it (`data/*.parquet`, a card),
+for `train.py --dataset_name DIR`, `datasets.load_dataset(DIR)`, streamed or not.
 """
 
 from __future__ import annotations

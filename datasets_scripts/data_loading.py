@@ -231,7 +231,12 @@ def teacher_projection(
     if width is None or projection_dim == width:
         return None
     if projection_dim > width:
-        raise ValueError(f"projection_dim={projection_dim} is more than the {width} of the teacher's features.")
+        way_out = f"train with --projection_dim {width} or less"
+        if saved is not None:
+            way_out = "evaluate it by --method contrastive, which takes features of any width, or make wider ones"
+        raise ValueError(
+            f"projection_dim={projection_dim} is more than the {width} of the teacher's features: {way_out}."
+        )
     components = None if saved is None else _stored_pca(saved, "model")
     if components is None and args.dataset_name != "icons":
         components = _stored_pca(args.dataset_name, "dataset")

@@ -35,8 +35,9 @@ def encode_dataset(
     """Writes `folder/{split}-{number}.parquet` for every `shard_rows` rows that have no such file yet.
 
     Every process takes its share of the files. What is in a file does not depend on the number of processes or on what
-    stood there before: a file is made of its own rows alone, and is whole or absent. An image or
-    caption that occurs several times in a file is encoded once.
+    stood there before: a file is made of its own rows alone, and is whole or absent. It does depend, by rounding, on
+    the number of threads: on a CPU torch adds in another order, and single features differ in float16's last digits.
+    An image or caption that occurs several times in a file is encoded once.
 
     Args:
         rows: the splits; columns `image`, `captions`, `image_id` and any others, which are kept.

@@ -332,7 +332,22 @@ def test_fewer_images_than_a_batch_are_one_batch(tmp_path, data):
 
 
 def test_a_student_wider_than_its_teacher_is_refused(tmp_path, data):
-    assert "projection_dim=20 is more than the 16" in refused(write_recipe(tmp_path, data, projection_dim=20))
+    said = refused(write_recipe(tmp_path, data, projection_dim=20))
+    assert "projection_dim=20 is more than the 16" in said and "train with --projection_dim 16 or less" in said
+
+
+def test_a_student_wider_than_other_features_is_evaluated_as_the_refusal_says(tmp_path, data, capsys):
+    train.main(write_recipe(tmp_path, data, num_train_epochs=1))
+    rows = datasets.load_from_disk(data)
+    narrow = {split: make_rows(len(part), seed=i, dim=8) for i, (split, part) in enumerate(rows.items())}
+    datasets.DatasetDict(narrow).save_to_disk(tmp_path / "narrow")
+    again = ["--dataset_name", str(tmp_path / "narrow"), "--do_train", "False", "--do_eval", "--use_cpu"]
+    again += ["--model_name_or_path", str(tmp_path / "run"), "--report_to", "none"]
+    assert "evaluate it by --method contrastive" in refused(again)
+    train.main([*again, "--method", "contrastive"])
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert results["test_images"] == 12 and results["share_of_teacher"] > 0  # each at its own width
+    assert "teacher_index_test_rsum" not in results
 
 
 def parquet_folder(folder, rows, splits=("train", "validation", "test")):

@@ -220,6 +220,16 @@ def test_two_processes_give_the_files_of_one(output, source, teacher_folder, tmp
     assert contents(tmp_path / "two") == contents(output)
 
 
+def test_another_number_of_threads_changes_rounding_alone(output, source, teacher_folder, tmp_path):
+    torch.set_num_threads(3)
+    script.main(arguments(source, teacher_folder, tmp_path / "three"))
+    one, three = (datasets.load_dataset(str(folder)) for folder in (output, tmp_path / "three"))
+    for split, part in one.items():
+        for got, expected in zip(teacher_rows(three[split]), teacher_rows(part)):
+            torch.testing.assert_close(got, expected, rtol=2**-9, atol=2**-12)
+        assert three[split].remove_columns(TEACHER_COLUMNS)[:]["captions"] == part["captions"][:]
+
+
 KILLER = """
 import sys
 from datasets_scripts import add_teacher_features as script
@@ -922,6 +932,12 @@ def test_images_in_several_chunks(output, source, teacher_folder, tmp_path):
         for name in TEACHER_COLUMNS:
             for got, expected in zip(part[name], whole[split][name]):
                 np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_dataset_of_the_hub_is_named_on_the_card(teacher_folder, tmp_path, hub):
+    datasets.DatasetDict({"train": make_rows(3).remove_columns(TEACHER_COLUMNS)}).push_to_hub("user/photos")
+    script.main(arguments("user/photos", teacher_folder, tmp_path / "out"))
+    assert "# user/photos with teacher features" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_mistyped_dataset_is_named(teacher_folder, tmp_path):
