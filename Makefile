@@ -12,9 +12,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchscale==0.3.0  # it pins a dead fairscale
 	# The emoji's third style; what it asks for, a typesetter under the AGPL, is not needed to read a font.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps rinoh-typeface-symbola==0.1.1
-	# Beside the environment, for one test: where transformers sees torchvision it takes other image processors.
+	# Beside the environment, for two tests: where transformers sees torchvision it takes other image processors.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/beside \
-		timm==1.0.31 torchvision==0.28.0
+		timm==1.0.31 torchvision==0.28.0 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4
 	touch $@
 
 install: $(INSTALLED)  ## make .venv and install the project into it

@@ -315,7 +315,7 @@ def leave(trainer: RetrievalTrainer) -> None:
 def main(argv: list[str]) -> None:
     try:
         trainer, rows, checkpoint, fold_size = prepare(argv)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # a tower or teacher may need what is not installed
         sys.exit(f"error: {error}")  # bad input: the message says what to do, a traceback would hide it
     except pickle.UnpicklingError:
         sys.exit(NO_PICKLES)

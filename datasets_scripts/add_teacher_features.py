@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.overwrite_output_dir or not options.output_dir.exists():
         try:
             make(options, state)
-        except ValueError as error:
+        except (ImportError, ValueError) as error:  # what a teacher needs may not be installed
             sys.exit(f"error: {error}")
         except OSError as error:
             if not options.output_dir.with_name(f"{options.output_dir.name}.partial").exists():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.hf_api import RepoFile
+
+from rows.files import shown_name
+from teachers.open_clip_teacher import HUB_PREFIX
 
 
 # As transformers, PEFT and open_clip name them. What lies beside them under another name, such as a copy in half
@@ -30,6 +32,7 @@ def teacher_fingerprint(model_id: str, revision: str | None) -> str:
     Raises:
         OSError: it is not there or cannot be reached.
     """
+    model_id = model_id.removeprefix(HUB_PREFIX)
     folder = Path(model_id)
     if folder.is_dir():
         digests = _of_folder(folder)
@@ -92,6 +95,7 @@ def _digest_of(path: Path, digest):
 
 def earlier_fingerprint(model_id: str, revision: str | None) -> str:
     """What stood for a teacher before: its commit, or a digest of nearly all its files. Older work is found by it."""
+    model_id = model_id.removeprefix(HUB_PREFIX)
     folder = Path(model_id)
     if not folder.is_dir():
         return _commit_of(model_id, revision)
@@ -106,11 +110,6 @@ def earlier_fingerprint(model_id: str, revision: str | None) -> str:
 
 def _commit_of(model_id: str, revision: str | None) -> str:
     return Path(snapshot_download(model_id, revision=revision, allow_patterns=["*.json"])).name
-
-
-def shown_name(model_id: str) -> str:
-    """A teacher's name as it is published: of a folder only the last part."""
-    return os.path.basename(os.path.abspath(model_id)) if os.path.isdir(model_id) else model_id
 
 
 def without_names(description: dict, *more: str) -> dict:

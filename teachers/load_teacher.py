@@ -1,4 +1,4 @@
-"""One interface over teachers: dual encoders of transformers and sentence-transformers, BEiT-3, our own students."""
+"""One interface over teachers: dual encoders of transformers, sentence-transformers, open_clip; BEiT-3; students."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import modeling_dsmd  # noqa: F401
 import teachers.beit3  # noqa: F401
 from rows.texts import text_positions
 
+from .open_clip_teacher import HUB_PREFIX, is_open_clip, load_open_clip
 from .teacher import SentenceTransformersTeacher, Teacher
 
 
@@ -34,8 +35,9 @@ def load_teacher(
     """Loads a dual encoder as a teacher.
 
     A model with a `modules.json` is loaded by sentence-transformers, since its features come from all the modules that
-    this file lists, and not from the encoder alone; any other model by transformers. Weights in an old `.bin` are read
-    as tensors only, never unpickled.
+    this file lists, and not from the encoder alone; one with an `open_clip_config.json` and no config of transformers,
+    or named by `hf-hub:`, by open_clip; any other model by transformers. Weights in an old `.bin` are read as tensors
+    only, never unpickled.
 
     Args:
         model_id: a Hub id or a folder.
@@ -47,16 +49,23 @@ def load_teacher(
     Raises:
         ValueError: the model is no dual encoder, or its checkpoint does not hold exactly its weights.
         RuntimeError: the same for the weights of BEiT-3, which checks them itself.
-        ImportError: sentence-transformers is needed and not installed.
+        ImportError: sentence-transformers or open_clip is needed and not installed.
     """
+    given, model_id = model_id, model_id.removeprefix(HUB_PREFIX)
     pinned = resolve_revision(model_id, revision)  # one commit for all files
     origin = {"revision": pinned, "trust_remote_code": trust_remote_code}
     source = {
-        "id": os.path.basename(os.path.abspath(model_id)) if os.path.isdir(model_id) else model_id,
+        "id": os.path.basename(os.path.abspath(model_id)) if os.path.isdir(model_id) else given,
         "revision": getattr(pinned, "resolved", None),
     }
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
-    modules = cached_file(model_id, "modules.json", revision=pinned, **quiet)
+
+    def find(name: str) -> str | None:
+        return cached_file(model_id, name, revision=pinned, **quiet)
+
+    modules = find("modules.json")
+    if given != model_id or (modules is None and is_open_clip(find)):
+        return load_open_clip(model_id, pinned, source, dtype, device, trust_remote_code)
     if modules is not None:
         with open(modules, encoding="utf-8") as file:
             subfolder = json.load(file)[0]["path"]

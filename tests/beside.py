@@ -1,4 +1,4 @@
-"""Tests in a process of their own, which sees timm and torchvision: with torchvision in sight transformers
+"""Tests in a process of their own, which sees timm, torchvision and open_clip: with torchvision in sight transformers
 takes other image processors, so they stand beside the environment and not in it."""
 
 import os
@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 def packages() -> Path:
     """The folder that `make install` fills."""
     folder = Path(sys.prefix) / "beside"
-    assert (folder / "timm").is_dir(), f"{folder} lacks timm: run `make install`"
+    assert (folder / "open_clip").is_dir(), f"{folder} lacks open_clip: run `make install`"
     return folder
 
 

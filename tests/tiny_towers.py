@@ -1,8 +1,11 @@
 """Tiny towers of the real classes, students of them, and how outputs are compared; shared by tests."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModel,
     BertConfig,
     CLIPConfig,
     CLIPModel,
@@ -100,6 +103,27 @@ def scatter(model):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model
+
+
+def small_run(folder):
+    """Options that make a recipe's run a tiny one, with pre-trained towers that are written to `folder`."""
+    folder, processor = Path(folder), make_processor()
+    text = BertConfig(vocab_size=len(processor.tokenizer), max_position_embeddings=64, **SMALL)
+    for name, config, part in (("vit", vit(), processor.image_processor), ("bert", text, processor.tokenizer)):
+        AutoModel.from_config(config).save_pretrained(folder / name)
+        part.save_pretrained(folder / name)
+    options = {
+        "vision_model_name_or_path": folder / "vit",
+        "text_model_name_or_path": folder / "bert",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 8,
+        "queue_size": 8,
+        "dataloader_num_workers": 0,
+        "dataloader_persistent_workers": False,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 def make(vision=vit, text=bert, vision_pooling="mean", text_pooling="mean", projection_dim=8):
