@@ -28,6 +28,7 @@ HELD_ELSEWHERE = {
     "datasets_scripts/coco.py": "tests/datasets_scripts/test_karpathy.py",
     "datasets_scripts/flickr30k.py": "tests/datasets_scripts/test_karpathy.py",
     "datasets_scripts/icons_teacher.py": "tests/datasets_scripts/test_icons.py",
+    "datasets_scripts/feature_files.py": "tests/datasets_scripts/test_import_teacher_features.py",
     "datasets_scripts/feature_job.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/feature_shards.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/tar_stream.py": "tests/datasets_scripts/test_samples.py",

@@ -9,6 +9,7 @@ import os
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,12 +18,14 @@ from hostile.fuzzing import NASTY, TEXT, TIMES, VALUES, fuzz, mutations
 from hypothesis import strategies as st
 from image_files import encoded, picture
 from PIL import Image
+from safetensors.numpy import save_file
 from tiny_trainer import make_trainer
 from transformers import HfArgumentParser
 
 import train
 from datasets_scripts import coco, import_teacher_features, own_data
 from datasets_scripts.data_loading import DataArguments
+from datasets_scripts.feature_files import read_features
 from datasets_scripts.opening import open_dataset
 from rows.checks import check_dataset
 from rows.images import load_rgb
@@ -59,7 +62,7 @@ def build(tmp_path, main, arguments: list) -> None:
     except SystemExit as stop:
         assert str(stop.code).startswith("error: ")
     else:
-        for split, part in datasets.load_from_disk(output).items():
+        for split, part in open_dataset(str(output)).items():
             check_dataset(part, split, None)
         shutil.rmtree(output)
     assert {*os.listdir(tmp_path)} - before <= {"out.broken.txt"}
@@ -194,6 +197,25 @@ def test_feature_files(times, tmp_path):
         which = ["--features", "train", tmp_path / "features.pt", tmp_path / "features.pt"]
         arguments = ["--dataset_name", tmp_path / "rows", *which, "--teacher_model_name_or_path", "any"]
         build(tmp_path, import_teacher_features.main, arguments)
+
+
+@pytest.mark.parametrize("form", [".npy", ".safetensors", ".parquet"])
+def test_keyed_feature_files(times, tmp_path, form):
+    ids, features = [f"image {i}" for i in range(6)], np.ones((6, 4), np.float32)
+    whole = tmp_path / f"whole{form}"
+    if form == ".parquet":
+        datasets.Dataset.from_dict({"image_id": ids, "features": features}).to_parquet(whole)
+    else:
+        np.save(whole, features) if form == ".npy" else save_file({"features": features}, whole)
+
+    @fuzz(20 * times, data=mutations([whole.read_bytes()]), named=mutations([json.dumps({"image_id": ids}).encode()]))
+    def check(data, named):
+        (tmp_path / f"data{form}").write_bytes(data)
+        (tmp_path / "data.json").write_bytes(named)
+        try:
+            read_features([tmp_path / f"data{form}"], ["image_id"])
+        except ValueError as error:
+            assert str(error)
 
 
 def test_parquet(times, tmp_path, monkeypatch):
