@@ -197,7 +197,7 @@ def test_of_the_hub_by_either_name_and_at_its_commit(dfn, hub):
             teacher = load_teacher(name, revision=revision)
             assert teacher.source == {"id": name, "revision": commit}
             assert torch.equal(teacher.embed_texts(TEXTS), expected) == (commit == first)
-        assert teacher_fingerprint(name, first) == first
+    assert teacher_fingerprint("hf-hub:user/dfn", first) == teacher_fingerprint("user/dfn", first)
     cache = Path(os.environ["HF_HUB_CACHE"]) if "HF_HUB_CACHE" in os.environ else Path(os.environ["HF_HOME"]) / "hub"
     fetched = {path.name for path in (cache / "models--user--dfn").rglob("snapshots/*/*")}
     assert WEIGHTS in fetched and "open_clip_pytorch_model.bin" not in fetched
