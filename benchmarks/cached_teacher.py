@@ -17,7 +17,7 @@ from functools import partial
 import datasets
 import torch
 
-from datasets_scripts.teacher_features import Encoding
+from datasets_scripts.feature_shards import Encoding
 from trainers.timing import seconds_of
 
 from .common import Row, collate, fill_queues, first_examples, interleaved, print_table, training_step

@@ -24,7 +24,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
-from datasets_scripts.teacher_features import Encoding, Preparation, encode_dataset, plan
+from datasets_scripts.feature_shards import Encoding, plan
+from datasets_scripts.teacher_features import Preparation, encode_dataset
 from teachers import Teacher, load_teacher
 from trainers.timing import seconds_of
 

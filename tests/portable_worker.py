@@ -15,8 +15,9 @@ from conftest import make_rows, make_student
 from tiny_trainer import make_trainer
 
 from datasets_scripts.feature_job import default_workers
+from datasets_scripts.feature_shards import Encoding
 from datasets_scripts.opening import open_dataset
-from datasets_scripts.teacher_features import Encoding, encode_dataset
+from datasets_scripts.teacher_features import encode_dataset
 from teachers import load_teacher
 from trainers import ContrastiveTrainer, RetrievalTrainingArguments
 from trainers.run.distributed import usable_cores
