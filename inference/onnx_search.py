@@ -18,8 +18,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not those for which P
 
 
 def pixels(image: Image.Image, settings: dict) -> np.ndarray:
-    """`[1, 3, H, W]`: the image upright, on white, squashed to the student's size, normalised."""
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    """`[1, 3, H, W]`: the image upright, 8 bits, on white, squashed to the student's size, normalised."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which PIL would cut at 255
+        sixteen = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        image = Image.fromarray(((sixteen + 128) // 257).astype(np.uint8))
+    image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     values = np.asarray(image.resize(settings["size"], settings["resample"])) * settings["rescale_factor"]
     return ((values - settings["mean"]) / settings["std"]).astype(np.float32).transpose(2, 0, 1)[None]

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from modeling_dsmd.configuration_dsmd import OLDEST_TRANSFORMERS
+from rows.images import UPRIGHT_ON_WHITE
 
 from . import tables
 from .record import RunRecord
@@ -102,13 +103,13 @@ def usage_code(repo: str, captions: list[str] | None = None, revision: str | Non
     image = f'cached_file(repo, "assets/query.png"{at})' if captions else '"photo.jpg"'
     captions = [tables.one_line(caption) for caption in captions or ["a first caption", "a second caption"]]
     return f"""import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor
 {"from transformers.utils import cached_file" + chr(10) if "cached" in image else ""}
 repo = {json.dumps(repo)}
 model = AutoModel.from_pretrained(repo{at}, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(repo, backend="pil", trust_remote_code=False{at})
-image = Image.open({image}).convert("RGB")
+{UPRIGHT_ON_WHITE.format(file=image)}
 captions = {json.dumps(captions, ensure_ascii=False)}
 inputs = processor(text=captions, images=[image], padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():

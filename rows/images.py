@@ -25,6 +25,9 @@ LONGEST_SIDES = 200
 # The most scans of a progressive JPEG with the most pixels allowed; a smaller one may have more. Ten are usual, and
 # each takes as long to decode as a whole image.
 SCANS = 20
+# [`to_rgb`] for 8 bits, as code for those who have not this project; `file` is an expression.
+UPRIGHT_ON_WHITE = """image = ImageOps.exif_transpose(Image.open({file}))  # upright; and on white:
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")"""
 HEIC_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
 JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 

@@ -112,6 +112,7 @@ def build_student(
             AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil", **origin),
             AutoTokenizer.from_pretrained(args.model_name_or_path, **origin),
         )
+        take_any_mode(processor)
         align_tokens(model, processor)
         return model, processor
     for modality in ("vision", "text"):
@@ -141,6 +142,7 @@ def build_student(
     else:
         tokenizer = train_tokenizer(captions, args.vocab_size)
     processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    take_any_mode(processor)
     if args.vision_config is None and args.text_config is None:
         model = DSMDModel.from_vision_text_pretrained(
             args.vision_model_name_or_path,
@@ -174,6 +176,15 @@ def align_tokens(model: DSMDModel, processor: VisionTextDualEncoderProcessor) ->
     for module in tower.modules():
         if isinstance(getattr(module, "eos_token_id", None), int) and isinstance(config.eos_token_id, int):
             module.eos_token_id = config.eos_token_id
+
+
+def take_any_mode(processor: VisionTextDualEncoderProcessor) -> None:
+    """Lets users give the saved processor images of any mode; it would refuse a grey one or one with transparency.
+
+    Training gives it RGB alone, so nothing changes there.
+    """
+    if hasattr(processor, "image_processor"):  # what is no student is refused later
+        processor.image_processor.do_convert_rgb = True
 
 
 def without_cropping(processor: BaseImageProcessor) -> BaseImageProcessor:

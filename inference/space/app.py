@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import gradio as gr
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from starlette.exceptions import HTTPException
@@ -52,8 +53,12 @@ def load_images() -> datasets.Dataset:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright, and what is transparent on white, as the student was trained."""
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    """Upright, 16 bits scaled to 8, and what is transparent on white, as the student was trained."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL would cut 16 bits at 255
+        sixteen = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        image = Image.fromarray(((sixteen + 128) // 257).astype(np.uint8))
+    image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

@@ -223,8 +223,9 @@ def test_images_of_a_folder(tmp_path, monkeypatch):
         picture(1).save(tmp_path / name)
     app = load_app(monkeypatch, IMAGES=str(tmp_path))
     assert len(app.load_images()) == 3
-    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK"):
-        image = picture(3, mode)
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"):
+        sixteen = Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100) * 10)
+        image = sixteen if mode == "I;16" else picture(3, mode)
         if mode in ("RGBA", "LA"):
             image.putalpha(Image.linear_gradient("L").resize(image.size))
         np.testing.assert_array_equal(np.asarray(app.to_rgb(image)), np.asarray(to_rgb(image)), err_msg=mode)
