@@ -41,7 +41,7 @@ from rows.columns import Splits
 from rows.files import shown_name
 from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
-from trainers.argument_checks import check_caption_length, check_processes, check_student
+from trainers.argument_checks import check_processes, check_student
 from trainers.base_trainer import RetrievalTrainer
 from trainers.batches import RetrievalCollator
 from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
@@ -58,7 +58,7 @@ from trainers.run.output_dir import (
     prepare_output_dir,
 )
 from trainers.run.run_identity import rows_fingerprint
-from trainers.student import StudentArguments, build_student
+from trainers.student import StudentArguments, build_student, set_caption_length
 
 
 # Of transformers' settings those that most runs set.
@@ -277,7 +277,7 @@ def try_student(student_args: StudentArguments, args: RetrievalTrainingArguments
     """
     model, processor = build_student(student_args, itertools.islice(training_captions(train), 1000), None)
     check_student(model)
-    check_caption_length(processor, args)
+    set_caption_length(model, processor.tokenizer, args, trains=True)
     check_processes(len(train), args)
     batch = tiny_batch(RetrievalCollator(processor, args.max_caption_length), torch.device("cpu"))
     check_embeds(model, batch)

@@ -34,6 +34,8 @@ if __name__ == "__main__":
     settings = json.loads((folder / "image_preprocessing.json").read_text())
     vision, text = (InferenceSession(folder / f"{name}_model.onnx") for name in ("vision", "text"))
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(query)
+    if tokens.overflowing:
+        print(f"The text is cut: the student reads its first {len(tokens.ids)} tokens.", file=sys.stderr)
     query = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0][0]
     images = (pixels(Image.open(p, formats=FORMATS), settings) for p in paths)
     index = np.concatenate([vision.run(None, {"pixel_values": image})[0] for image in images])

@@ -30,7 +30,7 @@ from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from model_cards.grid import Cell, check_replaceable, result_grid
@@ -227,6 +227,12 @@ def read_image(path: Path) -> Image.Image:
         return to_rgb(open_image(file))
 
 
+def cut_of(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """How much of a text the student reads, in a sentence; None where it reads the whole."""
+    tokens, most = len(tokenizer(cut(text), verbose=False)["input_ids"]), tokenizer.model_max_length
+    return f"The text has {tokens} tokens, of which the student reads the first {most}." if tokens > most else None
+
+
 def student_fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
     """What an image's embedding depends on, hashed: weights, configuration and the settings of the images."""
 
@@ -323,6 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
     if index.skipped:
         print(f"{len(index.skipped)} files were left out:")
         print("\n".join(f"  {printable(path)}: {reason}" for path, reason in index.skipped.items()))
+    if options.image is None and (cut := cut_of(processor.tokenizer, query)):
+        print(cut)
     search = index.search_text if options.image is None else index.search_image
     results = search(query, options.k)
     print(f"{len(results)} of {len(index):,} images:")

@@ -60,22 +60,6 @@ def check_student(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no {lacks}: give a DSMDModel, or a model with its interface.")
 
 
-def check_caption_length(processor, args: RetrievalTrainingArguments) -> None:
-    """Refuses captions longer than the text tower takes.
-
-    Args:
-        processor: of the student; its tokenizer knows the longest text.
-
-    Raises:
-        ValueError: `max_caption_length` is above that.
-    """
-    limit = processor.tokenizer.model_max_length
-    if args.max_caption_length > limit:
-        raise ValueError(
-            f"max_caption_length={args.max_caption_length}: the text tower takes {limit} tokens at most; lower it."
-        )
-
-
 def check_processes(images: int, args: RetrievalTrainingArguments) -> None:
     """Refuses more processes than there are images to train on.
 

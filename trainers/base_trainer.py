@@ -19,7 +19,7 @@ from model_cards import RunFacts, RunRecord
 from rows.columns import rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
-from .argument_checks import check_caption_length, check_evaluated, check_student, fit_batch_size, taken_arguments
+from .argument_checks import check_evaluated, check_student, fit_batch_size, taken_arguments
 from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views
 from .card import describe_run, write_readme
 from .collapse import constant_sides
@@ -33,6 +33,7 @@ from .run.loader_workers import shielded
 from .run.resumable_trainer import ResumableTrainer
 from .run.run_identity import rows_fingerprint
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
+from .student import set_caption_length
 from .teacher_pca import PCA_FILE
 from .training_args import RetrievalTrainingArguments
 
@@ -83,7 +84,7 @@ class RetrievalTrainer(ResumableTrainer):
         check_student(model)
         if processing_class is None:
             raise ValueError("processing_class is missing: give the processor (image_processor and tokenizer).")
-        check_caption_length(processing_class, args)
+        set_caption_length(model, processing_class.tokenizer, args, trains=train_dataset is not None)
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs, and DataParallel would tear images from their captions. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -14,7 +15,10 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    TrainingArguments,
     VisionTextDualEncoderProcessor,
     ViTImageProcessorPil,
 )
@@ -185,6 +189,38 @@ def take_any_mode(processor: VisionTextDualEncoderProcessor) -> None:
     """
     if hasattr(processor, "image_processor"):  # what is no student is refused later
         processor.image_processor.do_convert_rgb = True
+
+
+def set_caption_length(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, trains: bool
+) -> None:
+    """Makes `args.max_caption_length` the length at which captions are cut wherever the saved student is used.
+
+    An evaluation without training cuts where the student's tokenizer does, if that is shorter.
+
+    Args:
+        model: the student.
+        tokenizer: saved with it; its `model_max_length` and the truncation in its `tokenizer.json` are set.
+        args: settings of the run.
+        trains: the run trains the student.
+
+    Raises:
+        ValueError: the text tower has no positions for so many tokens.
+    """
+    limit = text_positions(getattr(model, "text_model", model))
+    limit = tokenizer.model_max_length if limit == math.inf else limit
+    if not trains:
+        args.max_caption_length = min(args.max_caption_length, tokenizer.model_max_length)
+    if args.max_caption_length > limit:
+        raise ValueError(
+            f"max_caption_length={args.max_caption_length}: the text tower takes {limit} tokens at most; lower it."
+        )
+    if trains:
+        tokenizer.model_max_length = args.max_caption_length
+        # A processor takes its defaults from here: with `truncation` unsaid it would warn, and not cut.
+        tokenizer.init_kwargs["truncation"] = True
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.enable_truncation(args.max_caption_length)
 
 
 def without_cropping(processor: BaseImageProcessor) -> BaseImageProcessor:

@@ -31,7 +31,13 @@ class RetrievalTrainingArguments(TrainingArguments):
         default=2000,
         metadata={"help": "With streaming: how many rows each loader worker holds to draw from; more shuffle better."},
     )
-    max_caption_length: int = field(default=64, metadata={"help": "Longest caption in tokens; longer ones are cut."})
+    max_caption_length: int = field(
+        default=64,
+        metadata={
+            "help": "Longest caption in tokens; longer ones are cut, in training and wherever the student is used. An "
+            "evaluation alone cuts where the student was trained to, if that is shorter."
+        },
+    )
     random_shift: float = field(
         default=0.0, metadata={"help": "Augmentation: largest shift of an image, as a fraction of its side."}
     )

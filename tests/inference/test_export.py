@@ -163,6 +163,7 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
     command = [sys.executable, "-c", WITHOUT_TORCH, exported[0] / "onnx_search.py", exported[0], images, query]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "The text is cut: the student reads its first 24 tokens." in result.stderr
 
     paths = sorted(images.iterdir())
     inputs = processor(
