@@ -2,7 +2,10 @@
 
     python -m inference.export --model_name_or_path runs/icons --output_dir icons_onnx --dataset_name icons
 
-Prints size and speed beside torch's, with `--dataset_name` also the recall that int8 costs.
+Prints size and speed beside torch's, with `--dataset_name` also the recall that int8 costs. Or to modules of
+sentence-transformers, which load without trust_remote_code:
+
+    python -m inference.export --model_name_or_path runs/icons --output_dir icons_st --format sentence-transformers
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import (
@@ -47,6 +52,7 @@ from inference.encoders import (
     longest,
     towers,
 )
+from inference.export_sentence_transformers import export_sentence_transformers, sentence_transformers_readme
 from inference.export_tables import export_readme, recall_table, speed_table
 from rows.command_line import Command, run_program
 from rows.files import shown_name, write_beside
@@ -54,6 +60,8 @@ from rows.files import shown_name, write_beside
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, imported below, would report to its makers
 
+# Formats and the packages that each needs; each has an extra of its own in pyproject.toml.
+FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sentence-transformers": ("sentence_transformers",)}
 TOLERANCE = 1e-4  # of an entry of an embedding, against torch
 
 
@@ -184,6 +192,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Command("inference.export", __doc__)
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the student.")
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the files.")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="What to write (default: %(default)s).")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="Also push the folder to this Hub repository.")
     parser.add_argument("--opset", type=int, help="ONNX opset, for an older runtime (default: what torch prefers).")
     parser.add_argument(
         "--dataset_name", help="'icons', a folder or a Hub id: also measure the recall of each runtime on it."
@@ -194,15 +204,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     refuse_what_is_there(parser, options.output_dir)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: expected 1 or more")
+    for name in ("opset", "dataset_name", "limit"):
+        if options.format != "onnx" and getattr(options, name) is not None:
+            parser.error(f"--{name} goes with --format onnx alone")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     student, folder = options.model_name_or_path, options.output_dir
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    missing = [name for name in FORMATS[options.format] if find_spec(name) is None]
     if missing:
-        sys.exit(f'error: {", ".join(missing)} is not installed: pip install -e ".[onnx]"')
+        sys.exit(f'error: {", ".join(missing)} is not installed: pip install -e ".[{options.format}]"')
     try:
         rows = None
         if options.dataset_name is not None:
@@ -217,18 +230,39 @@ def main(arguments: list[str] | None = None) -> None:
             AutoTokenizer.from_pretrained(student, trust_remote_code=False),
         )
         local = Path(student).is_dir()
+        name, hub_id = (Path(student).resolve().name, None) if local else (student.split("/")[-1], student)
         with write_beside(folder.resolve()) as beside:
-            export(model, processor, beside, options.opset)
-            tables = [speed_table(model, processor, beside)]
-            if rows is not None:
-                title = f"{shown_name(options.dataset_name)} {options.split}"
-                tables.append(recall_table(model, processor, beside, rows, title))
-            name = Path(student).resolve().name if local else student.split("/")[-1]
-            (beside / "README.md").write_text(export_readme(name, None if local else student, tables))
+            if options.format == "onnx":
+                export(model, processor, beside, options.opset)
+                tables = [speed_table(model, processor, beside)]
+                if rows is not None:
+                    title = f"{shown_name(options.dataset_name)} {options.split}"
+                    tables.append(recall_table(model, processor, beside, rows, title))
+                readme = export_readme(name, hub_id, tables)
+            else:
+                export_sentence_transformers(model, processor, beside)
+                repo, length = options.push_to_hub or folder.name, longest(processor.tokenizer)
+                readme = sentence_transformers_readme(name, hub_id, repo, length)
+            (beside / "README.md").write_text(readme, encoding="utf-8")
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
-    print("\n" + "\n\n".join(tables))
-    print(f'\nIn {folder}. Search: python {folder}/onnx_search.py {folder} IMAGES "a query"')
+    if options.format == "onnx":
+        print("\n" + "\n\n".join(tables))
+        print(f'\nIn {folder}. Search: python {folder}/onnx_search.py {folder} IMAGES "a query"')
+    else:
+        print(f"In {folder}: SentenceTransformer({str(folder)!r})")
+    if options.push_to_hub:
+        push(folder, options.push_to_hub)
+
+
+def push(folder: Path, repo: str) -> None:
+    """Pushes a folder to a repository of the Hub, which is made where it is missing."""
+    try:
+        HfApi().create_repo(repo, exist_ok=True)
+        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export")
+    except (HTTPError, OSError, ValueError) as error:
+        sys.exit(f"error: {folder} is written and not pushed: {error}\nThis completes it: hf upload {repo} {folder} .")
+    print(f"Pushed: {commit.repo_url}")
 
 
 if __name__ == "__main__":

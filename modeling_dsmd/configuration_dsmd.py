@@ -1,5 +1,8 @@
 """Configuration of the DSMD student."""
 
+import json
+from pathlib import Path
+
 import transformers
 
 
@@ -27,6 +30,23 @@ AUTO_MAP = {
     "AutoConfig": "configuration_dsmd.DSMDConfig",
     "AutoModel": "modeling_dsmd.DSMDModel",
     "AutoModelForZeroShotImageClassification": "modeling_dsmd.DSMDModel",
+}
+# Files for sentence-transformers, which would otherwise give the embeddings before normalisation. The names of its
+# classes are those that its older versions have too.
+FEATURES = {"method_output_name": "pooler_output"}
+FOR_SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": {"method": "get_text_features", **FEATURES},
+            "image": {"method": "get_image_features", **FEATURES},
+        },
+        "module_output_name": "sentence_embedding",
+    },
 }
 
 
@@ -62,6 +82,12 @@ class DSMDConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(POOLINGS)}.")
         if not isinstance(self.projection_dim, int) or self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim!r}: expected a positive integer.")
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Also leaves the files for sentence-transformers, so that every folder of a saved student has them."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for name, content in FOR_SENTENCE_TRANSFORMERS.items():
+            Path(save_directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def to_diff_dict(self) -> dict:
         """What is saved: of the towers too only what is not every configuration's default."""

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
 
 # Importing them registers their classes: our own folders then load without running the code inside.
-import modeling_dsmd  # noqa: F401
+import modeling_dsmd
 import teachers.beit3  # noqa: F401
 from rows.texts import text_positions
 
@@ -36,8 +36,8 @@ def load_teacher(
 
     A model with a `modules.json` is loaded by sentence-transformers, since its features come from all the modules that
     this file lists, and not from the encoder alone; one with an `open_clip_config.json` and no config of transformers,
-    or named by `hf-hub:`, by open_clip; any other model by transformers. Weights in an old `.bin` are read as tensors
-    only, never unpickled.
+    or named by `hf-hub:`, by open_clip; any other model, and a student of ours, by transformers. Weights in an old
+    `.bin` are read as tensors only, never unpickled.
 
     Args:
         model_id: a Hub id or a folder.
@@ -66,12 +66,20 @@ def load_teacher(
     modules = find("modules.json")
     if given != model_id or (modules is None and is_open_clip(find)):
         return load_open_clip(model_id, pinned, source, dtype, device, trust_remote_code)
-    if modules is not None:
+    if modules is not None and not _is_student(find("config.json")):
         with open(modules, encoding="utf-8") as file:
             subfolder = json.load(file)[0]["path"]
         parts = _load_sentence_transformers(model_id, subfolder, origin, dtype, device)
         return SentenceTransformersTeacher(*parts, source, dtype, device)
     return Teacher(*_load_transformers(model_id, origin, dtype), source, dtype, device)
+
+
+def _is_student(config: str | None) -> bool:
+    """Whether a repository with this `config.json` holds a student of ours: it has a `modules.json` for others."""
+    if config is None:
+        return False
+    with open(config, encoding="utf-8") as file:
+        return json.load(file).get("model_type") == modeling_dsmd.DSMDConfig.model_type
 
 
 def _load_transformers(model_id: str, origin: dict, dtype: torch.dtype) -> tuple:

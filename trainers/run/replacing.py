@@ -25,6 +25,7 @@ FILES = (
     "model.safetensors.index.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "emissions.csv",
+    "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 CODE_NAMED_IN = ("config.json", "processor_config.json", "tokenizer_config.json")
 EVENTS = "events.out.tfevents.*"
