@@ -15,6 +15,7 @@ from tokenizers import Tokenizer  # noqa: E402
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not those for which Pillow starts other programs
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def pixels(image: Image.Image, settings: dict) -> np.ndarray:
@@ -29,15 +30,39 @@ def pixels(image: Image.Image, settings: dict) -> np.ndarray:
     return ((values - settings["mean"]) / settings["std"]).astype(np.float32).transpose(2, 0, 1)[None]
 
 
-if __name__ == "__main__":
-    folder, paths, query = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir()), sys.argv[3]
+def read_images(folder: Path, settings: dict) -> dict[str, np.ndarray]:
+    """Name -> [`pixels`] of each picture in a folder; what cannot be read is named and left out."""
+    read = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            try:
+                read[path.name] = pixels(Image.open(path, formats=FORMATS), settings)
+            except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
+                print(f"{path.name!r} is left out: {error}", file=sys.stderr)
+    return read
+
+
+def main(folder: Path, images: Path, query: str) -> None:
     settings = json.loads((folder / "image_preprocessing.json").read_text())
     vision, text = (InferenceSession(folder / f"{name}_model.onnx") for name in ("vision", "text"))
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(query)
     if tokens.overflowing:
         print(f"The text is cut: the student reads its first {len(tokens.ids)} tokens.", file=sys.stderr)
-    query = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0][0]
-    images = (pixels(Image.open(p, formats=FORMATS), settings) for p in paths)
-    index = np.concatenate([vision.run(None, {"pixel_values": image})[0] for image in images])
-    for i in np.argsort(index @ query)[::-1][:10]:
-        print(f"{index[i] @ query:.4f} {paths[i].name}")
+    embedding = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0][0]
+    read = read_images(images, settings)
+    if not read:
+        sys.exit(f"error: {images} holds no image that can be read ({', '.join(SUFFIXES)}).")
+    index = np.concatenate([vision.run(None, {"pixel_values": image})[0] for image in read.values()])
+    for i in np.argsort(index @ embedding)[::-1][:10]:
+        print(f"{index[i] @ embedding:.4f} {list(read)[i]}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"usage: {__doc__.split(': ')[1]}")
+    exported, searched = map(Path, sys.argv[1:3])
+    if not (exported / "text_model.onnx").is_file():
+        sys.exit(f"error: there is no {exported / 'text_model.onnx'}: name a folder that inference.export wrote.")
+    if not searched.is_dir():
+        sys.exit(f"error: {searched} is not a folder.")
+    main(exported, searched, sys.argv[3])

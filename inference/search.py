@@ -311,6 +311,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.query is None) == (options.image is None):
         parser.error("give a text or --image FILE, and not both")
+    if options.k < 1:
+        parser.error(f"--k {options.k}: expected 1 or more")
+    if not options.images.expanduser().is_dir():
+        parser.error(f"--images {options.images} is not a folder")
+    place = options.grid.resolve().parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        parser.error(f"--grid {options.grid}: {place} is no folder that can be written to")
     try:
         check_replaceable(options.grid)
     except ValueError as error:
@@ -325,7 +332,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {options.model_name_or_path} is no student that can be read: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    index = index_folder(model, processor, options.images, options.cache_dir)
+    try:
+        index = index_folder(model, processor, options.images, options.cache_dir)
+    except ImportError as error:
+        sys.exit(f"error: {error}")
     if index.skipped:
         print(f"{len(index.skipped)} files were left out:")
         print("\n".join(f"  {printable(path)}: {reason}" for path, reason in index.skipped.items()))

@@ -6,7 +6,9 @@ The folder of this file is the whole Space; of the project it needs only a stude
 """
 
 import html
+import io
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -30,8 +32,8 @@ SPLIT = os.environ.get("SPLIT", "test")  # of that dataset
 MOST_IMAGES = int(os.environ.get("MOST_IMAGES", "5000"))
 TEACHER_ID = os.environ.get("TEACHER_ID")  # a dual encoder of transformers, to time beside the student
 RESULTS = 12
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")  # not those for which Pillow starts other programs
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not those for which Pillow starts other programs
 LONGEST_QUERY = 1000  # characters
 MOST_PIXELS = 50_000_000
 LONGEST_SIDES = 200  # how many times a picture's longer side is its shorter one, at most
@@ -41,14 +43,22 @@ HOUR = 3600  # seconds; uploads older than that are deleted
 
 
 def load_images() -> datasets.Dataset:
+    """The images of the folder or dataset, not decoded.
+
+    Raises:
+        ValueError: there are none.
+    """
     if Path(IMAGES).expanduser().is_dir():
-        found = Path(IMAGES).expanduser().rglob("*")
-        files = sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.is_symlink())
-        dataset = datasets.Dataset.from_dict({"image": list(map(str, files))}).cast_column("image", datasets.Image())
+        folder = Path(IMAGES).expanduser()
+        found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_symlink()]
+        hidden = (any(part.startswith(".") for part in path.relative_to(folder).parts) for path in found)
+        files = sorted(path for path, is_hidden in zip(found, hidden) if not is_hidden)
+        dataset = datasets.Dataset.from_dict({"image": list(map(str, files))})
     else:
         dataset = datasets.load_dataset(IMAGES, split=SPLIT)
     if not len(dataset):
         raise ValueError(f"IMAGES={IMAGES}: no images there ({', '.join(SUFFIXES)}).")
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
     return dataset.select(range(min(MOST_IMAGES, len(dataset))))
 
 
@@ -62,6 +72,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def read_image(file: str | io.BytesIO) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        Exception: of many types, where it is broken, too large or too long.
+    """
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS or max(image.size) > LONGEST_SIDES * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are too many, or too long a strip")
+    return to_rgb(image)
+
+
 def open_image(path: str) -> Image.Image:
     """An uploaded picture, in RGB.
 
@@ -69,12 +91,15 @@ def open_image(path: str) -> Image.Image:
         gr.Error: it cannot be read, or is too large or too long; the person sees the message.
     """
     try:
-        image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS or max(image.size) > LONGEST_SIDES * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels are too many, or too long a strip")
-        return to_rgb(image)
+        return read_image(path)
     except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
         raise gr.Error(f"This picture cannot be read: expected {', '.join(FORMATS)}.") from error
+
+
+def row_image(row: dict) -> Image.Image:
+    """The image of a row of [`load_images`], in RGB. Raises as [`read_image`]."""
+    data, path = row["image"]["bytes"], row["image"]["path"]
+    return read_image(path if data is None else io.BytesIO(data))
 
 
 class LimitBody:
@@ -118,6 +143,29 @@ class Encoder:
         return normalize(features.pooler_output, dim=-1)
 
 
+def index_images(student: Encoder, dataset: datasets.Dataset) -> tuple[datasets.Dataset, torch.Tensor]:
+    """The rows whose image can be read, N of them, and the embeddings of these `[N, D]`; the others are named.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    kept, embeds = [], []
+    for start in tqdm(range(0, len(dataset), 32), "indexing"):
+        images = []
+        for number in range(start, min(start + 32, len(dataset))):
+            try:
+                images.append(row_image(dataset[number]))
+                kept.append(number)
+            except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
+                path = dataset[number]["image"]["path"]
+                print(f"{path or f'image {number}'!r} is left out: {error}", flush=True)
+        if images:
+            embeds.append(student.encode(images))
+    if not kept:
+        raise ValueError(f"IMAGES={IMAGES}: none of the {len(dataset)} images there can be read.")
+    return dataset.select(kept), torch.cat(embeds)
+
+
 def milliseconds(call) -> tuple:
     """What a call returns, and how long it took."""
     start = time.perf_counter()
@@ -137,10 +185,7 @@ def time_bars(times: dict[str, float]) -> str:
 def make_demo() -> gr.Blocks:
     student = Encoder(MODEL_ID, revision=MODEL_REVISION, trust_remote_code=True)
     teacher = Encoder(TEACHER_ID, trust_remote_code=False) if TEACHER_ID else None
-    dataset = load_images()
-    batches = (dataset[start : start + 32]["image"] for start in range(0, len(dataset), 32))
-    total = -(-len(dataset) // 32)
-    index = torch.cat([student.encode(list(map(to_rgb, images))) for images in tqdm(batches, "indexing", total)])
+    dataset, index = index_images(student, load_images())
 
     def search(query: str | None) -> tuple[list, str]:
         return results_of(query[:LONGEST_QUERY]) if query and query.strip() else ([], "")
@@ -154,8 +199,8 @@ def make_demo() -> gr.Blocks:
         times = {f"Student, to encode the query (and {searching:.1f} ms to search {len(index):,} images)": spent}
         if teacher:
             times[f"Teacher {TEACHER_ID}, to encode it"] = milliseconds(lambda: teacher.encode([query]))[1]
-        images = dataset[rows.tolist()]["image"]
-        return [(to_rgb(image), f"{score:.3f}") for image, score in zip(images, scores.tolist())], time_bars(times)
+        images = map(row_image, dataset.select(rows.tolist()))
+        return [(image, f"{score:.3f}") for image, score in zip(images, scores.tolist())], time_bars(times)
 
     with gr.Blocks(title="Image search", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as demo:
         gr.Markdown(f"# Image search\n{len(dataset):,} images, searched with `{MODEL_ID}`.")
@@ -172,8 +217,12 @@ def make_demo() -> gr.Blocks:
 
 
 if __name__ == "__main__":
+    try:
+        demo = make_demo()
+    except (OSError, ValueError) as error:  # of the variables: no such student, no such images
+        sys.exit(f"error: {error}")
     # Fonts of the machine: the default theme asks Google for its own.
-    make_demo().launch(
+    demo.launch(
         theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
         max_file_size="20mb",
         app_kwargs={"middleware": [Middleware(LimitBody)]},

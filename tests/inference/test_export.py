@@ -159,13 +159,17 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8)).save(images / "8.jpg", exif=turned)
+    paths = sorted(images.iterdir())
+    (images / ".hidden.png").write_bytes(paths[0].read_bytes())
+    (images / "cut.png").write_bytes(paths[0].read_bytes()[:500])
+    (images / "notes.txt").write_text("no picture")
     query = " ".join(WORDS * 3)  # too long: it is cut
     command = [sys.executable, "-c", WITHOUT_TORCH, exported[0] / "onnx_search.py", exported[0], images, query]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "The text is cut: the student reads its first 24 tokens." in result.stderr
 
-    paths = sorted(images.iterdir())
+    assert re.findall("'(.*)' is left out", result.stderr) == ["cut.png"]
     inputs = processor(
         text=[query], images=[to_rgb(Image.open(path)) for path in paths],
         return_tensors="pt", truncation=True,
@@ -180,12 +184,31 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
         assert float(score) == pytest.approx(float(scores[[path.name for path in paths].index(name)]), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: python onnx_search.py EXPORTED IMAGES"),
+        (["{exported}", "{images}"], "usage: python onnx_search.py EXPORTED IMAGES"),
+        (["{images}", "{images}", "a"], "error: there is no .*text_model.onnx"),
+        (["{exported}", "{images}/none", "a"], "error: .*none is not a folder"),
+        (["{exported}", "{images}", "a"], "error: .* holds no image that can be read"),
+    ],
+)
+def test_the_example_ends_in_a_sentence(exported, tmp_path, arguments, message):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    arguments = [part.format(exported=exported[0], images=tmp_path) for part in arguments]
+    command = [sys.executable, exported[0] / "onnx_search.py", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr.splitlines()[-1])
+
+
 def test_the_example_stays_short():
     code = (ROOT / "inference" / "onnx_search.py").read_text()
     imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
     assert imported == {"json", "os", "sys", "pathlib", "numpy", "onnxruntime", "PIL", "tokenizers"}
     body = code[code.index("def pixels") :].splitlines()
-    assert len([line for line in body if line.strip() and '"""' not in line and "__main__" not in line]) <= 20
+    assert len([line for line in body if line.strip() and '"""' not in line and "__main__" not in line]) <= 45
 
 
 def test_a_file_that_differs_from_torch_is_refused_and_leaves_nothing(exported, student, saved, monkeypatch, tmp_path):

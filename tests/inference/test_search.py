@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from inference import search
 from inference.search import Result, index_folder, main, student_fingerprint
+from rows.command_line import run_program
 
 
 @pytest.fixture(scope="module")
@@ -375,3 +376,30 @@ def test_command_line(student, folder, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*common, *wrong])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "{folder}/none"], "none is not a folder"),
+        (["--images", "{folder}/3.jpg"], "3.jpg is not a folder"),
+        (["--images", "{folder}", "--k", "0"], "--k 0: expected 1 or more"),
+        (["--images", "{folder}", "--grid", "{folder}/none/grid.png"], "none is no folder that can be written to"),
+        (["--images", "{folder}", "--grid", "{folder}/3.jpg/grid.png"], "3.jpg is no folder that can be written to"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(folder, capsys, arguments, message):
+    arguments = [part.format(folder=folder) for part in arguments]
+    with pytest.raises(SystemExit):
+        main(["a query", "--model_name_or_path", "no such model", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_images_ends_in_a_sentence(student, tmp_path, monkeypatch):
+    for part in student:
+        part.save_pretrained(tmp_path / "student")
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["a", "--model_name_or_path", str(tmp_path / "student"), "--images", str(tmp_path / "images")]
+    with pytest.raises(SystemExit, match="^error: .*images holds no image that can be read"):
+        run_program(lambda: main([*arguments, "--cache_dir", str(tmp_path / "cache")]))

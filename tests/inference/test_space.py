@@ -235,6 +235,46 @@ def test_images_of_a_folder(tmp_path, monkeypatch):
         app.load_images()
 
 
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    for name in ("a.png", "b.gif", ".hidden.png", ".git/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(1).save(tmp_path / name)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    app = load_app(monkeypatch, IMAGES=str(tmp_path))
+
+    class Counting:
+        def encode(self, images):
+            return torch.ones(len(images), 4)
+
+    kept, index = app.index_images(Counting(), app.load_images())
+    assert [Path(row["image"]["path"]).name for row in kept] == ["a.png", "b.gif"] and index.shape == (2, 4)
+    assert re.findall(r"'.*/(.*)' is left out", capsys.readouterr().out) == ["cut.png"]
+    for name in ("a.png", "b.gif"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="none of the 1 images there can be read"):
+        app.index_images(Counting(), app.load_images())
+
+
+def test_a_space_without_a_student_ends_in_a_sentence(tmp_path):
+    environment = os.environ | {"MODEL_ID": str(tmp_path / "none"), "IMAGES": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, SPACE / "app.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_suffixes_and_limits_are_those_of_the_project():
+    """Each of the two programs that stand alone names them again."""
+    from inference import onnx_search, search
+    from rows import images
+
+    space = (SPACE / "app.py").read_text()
+    for name, value in (("SUFFIXES", search.SUFFIXES), ("FORMATS", onnx_search.FORMATS)):
+        assert f"{name} = {json.dumps(value)[1:-1].join('()')}" in space
+    assert f"LONGEST_SIDES = {images.LONGEST_SIDES} " in space
+    assert onnx_search.SUFFIXES == search.SUFFIXES and set(onnx_search.FORMATS) <= set(images.FORMATS)
+
+
 def test_bars(monkeypatch):
     bars = load_app(monkeypatch).time_bars({"student <i>": 5.04, "teacher": 20.0})
     assert "student &lt;i&gt;" in bars and "<b>5.0 ms</b>" in bars and "<b>20.0 ms</b>" in bars
