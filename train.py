@@ -59,6 +59,7 @@ from trainers.run.output_dir import (
 )
 from trainers.run.run_identity import rows_fingerprint
 from trainers.student import StudentArguments, build_student, set_caption_length
+from trainers.temperature import fit_temperature
 
 
 # Of transformers' settings those that most runs set.
@@ -331,6 +332,8 @@ def main(argv: list[str]) -> None:
             leave(trainer)
     try:
         if trainer.args.do_train:
+            if isinstance(trainer, DSMDTrainer):  # without a teacher the loss has trained it
+                trainer.facts.temperature = fit_temperature(trainer, rows["validation"])
             trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
             if trainer.is_world_process_zero():
                 discard_replaced(Path(trainer.args.output_dir))  # where no checkpoint was saved

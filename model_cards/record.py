@@ -25,6 +25,8 @@ class RunFacts:
         samples: captions of each training image saved as `assets/sample_1.png`, ...
         usage: `{"captions": [...], "output": str | None}`: the captions that the code on the card compares with
             `assets/query.png`, and what it printed; None if it was not run.
+        temperature: what the student's temperature was fitted to: `scale`, which cosines are multiplied by, and
+            `candidates`, how many pairs of the validation split each was told from.
         repo_id, revision: where the weights were pushed to, and the commit that holds them.
     """
 
@@ -40,6 +42,7 @@ class RunFacts:
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[list[str]] = field(default_factory=list)
     usage: dict | None = None
+    temperature: dict[str, float] | None = None
     repo_id: str | None = None
     revision: str | None = None
 
