@@ -108,6 +108,7 @@ def _undecoded(rows, columns: list[str]):
 
 def _save_small(image: Image.Image, path: Path, side: int) -> None:
     image.thumbnail((side, side))
+    image.info.clear()  # Pillow would keep a colour profile, which may name a device
     with write_whole(path) as beside:
         image.save(beside, format="PNG", optimize=True)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
+from image_files import encoded, picture
 from PIL import Image
 
 import model_cards.grid
@@ -92,3 +93,22 @@ def test_an_equal_caption_is_framed_unless_right_answers_go_by_index(tmp_path, m
     for cells in drawn.values():
         expected = [True, False, False, False] if by_index else [True] * 4
         assert cells and all([cell.right for cell in row] == expected for row in cells)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_pictures_of_a_card_carry_nothing_of_the_camera(tmp_path, file_format):
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Make] = "a private camera"
+    exif[Image.ExifTags.Base.GPSInfo] = {1: "N", 2: (48.0, 8.0, 14.0)}
+    private = {"exif": exif, "xmp": b"a private place", "icc_profile": b"a private screen"}
+    data = encoded(picture(0), file_format, **private)
+    assert b"private" in data
+    rows = make_rows(9).remove_columns("image").add_column("image", [{"bytes": data}] * 9)
+    rows = rows.cast_column("image", datasets.Image())
+    save_samples(rows, tmp_path)
+    save_query(rows, tmp_path)
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 4
+    for path in paths:
+        assert b"private" not in path.read_bytes() and not Image.open(path).getexif()
+        assert not Image.open(path).info, path
