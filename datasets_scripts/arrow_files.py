@@ -168,11 +168,21 @@ def write_splits(images: Iterable[tuple[Row, bytes]], parts: dict[str, list[Row]
             contents[split].update(json.dumps([row.captions, row.image_id, row.group_id]).encode())
         for writer in writers.values():
             writer.finalize()
-    for split, content in contents.items():
+    describe_splits(folder, features, {split: content.hexdigest() for split, content in contents.items()}, license)
+
+
+def describe_splits(folder: Path, features: Features, fingerprints: dict[str, str], license: str) -> None:
+    """Writes what `load_from_disk` reads beside the arrow files, `{split}/data-00000-of-00001.arrow`.
+
+    Args:
+        fingerprints: of the content of each split, by its name.
+        license: kept in the dataset's info.
+    """
+    for split, fingerprint in fingerprints.items():
         DatasetInfo(features=features, license=license).write_to_directory(str(folder / split))
         state = {
             "_data_files": [{"filename": FILE_NAME}],
-            "_fingerprint": content.hexdigest(),
+            "_fingerprint": fingerprint,
             "_format_columns": None,
             "_format_kwargs": {},
             "_format_type": None,
@@ -180,4 +190,4 @@ def write_splits(images: Iterable[tuple[Row, bytes]], parts: dict[str, list[Row]
             "_split": split,
         }
         (folder / split / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(parts)}), encoding="utf-8")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(fingerprints)}), encoding="utf-8")

@@ -195,22 +195,22 @@ def _with_teacher(
             ) from None
         return rows
     from datasets_scripts.feature_job import cached_teacher_features
+    from datasets_scripts.teacher_dataset import join_columns
 
     folder = cached_teacher_features(
         rows,
-        teacher_id,
-        revision,
+        [(teacher_id, revision)],
+        [1.0],
         source=args.dataset_name,
         trust_remote_code=trust_remote_code,
         skip_broken=args.skip_broken,
         max_skipped=args.max_skipped,
         before_teacher=None if before_teacher is None else partial(before_teacher, rows["train"]),
     )
+    if PartialState().is_main_process:
+        print(f"teacher features: {folder}")
     with PartialState().main_process_first():
-        featured = datasets.load_dataset(str(folder))
-    for split, part in featured.items():
-        part.info.license = rows[split].info.license  # parquet files keep none
-    return featured
+        return join_columns(rows, folder)
 
 
 def teacher_projection(

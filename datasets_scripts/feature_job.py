@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 from datasets_scripts.feature_shards import Encoding, all_left_out, rows_in
 from datasets_scripts.left_out import LeftOut
 from datasets_scripts.opening import license_of
-from datasets_scripts.teacher_dataset import assemble, figures_table
+from datasets_scripts.teacher_dataset import assemble, assemble_columns, figures_table
 from datasets_scripts.teacher_features import encode_dataset
 from datasets_scripts.teacher_identity import earlier_fingerprint, teacher_fingerprint, without_names
 from rows.files import named, shown_name, write_whole
@@ -52,6 +52,7 @@ def make_teacher_features(
     skip_broken: bool = False,
     max_skipped: float | None = None,
     earlier: Callable[[], list[str]] | None = None,
+    columns_only: bool = False,
 ) -> None:
     """Writes a dataset with teacher features; the work of an earlier, stopped call is taken up.
 
@@ -71,6 +72,7 @@ def make_teacher_features(
         skip_broken: leave out rows whose image or captions cannot be used, listed in `{output}.broken.txt`.
         max_skipped: the largest share of rows that `skip_broken` leaves out, in [0, 1]; None: any.
         earlier: the [`earlier_fingerprint`] of each teacher, by which work that was begun before is known.
+        columns_only: write what [`join_columns`] reads, without the images; `rows` are map-style.
 
     Raises:
         ValueError: `output` exists, or holds more than this program writes, or another process is at work on it, or
@@ -92,7 +94,8 @@ def make_teacher_features(
         state.wait_for_everyone()
         # As it was begun: under another name of the teacher's folder, the rows must still say one thing.
         described = json.loads((partial / "settings.json").read_text())["teacher"]
-        files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, num_workers, skip_broken)
+        how = (num_workers, skip_broken, columns_only)
+        files = encode_dataset(rows, teachers, json.dumps(described), encoding, partial, *how)
         state.wait_for_everyone()
         if state.is_main_process:
             kept = {split: sum(rows_in(partial, split, i) for i in range(count)) for split, count in files.items()}
@@ -101,7 +104,10 @@ def make_teacher_features(
             out.check(sum(kept.values()))
             if empty := [split for split, count in kept.items() if not count]:
                 raise ValueError(f"no row is left of the {', '.join(empty)} split: all are listed in {out.report}")
-            figures = assemble(partial, files, described, source, license, encoding.int8, out.on_card())
+            if columns_only:
+                figures = assemble_columns(partial, files, described, rows, encoding.shard_rows)
+            else:
+                figures = assemble(partial, files, described, source, license, encoding.int8, out.on_card())
             # From here to the end a kill loses nothing: the files under `partial` are still there.
             if output.exists():
                 check_replaceable(output)  # again: encoding took its time
@@ -112,7 +118,11 @@ def make_teacher_features(
             print(f"\n{figures_table(figures)}\n" if figures else "")
             out.say(sum(kept.values()))
             print(f"{dropped:,} empty captions dropped\n" if dropped else "", end="")
-            print(f"The dataset is in {output}: train.py --dataset_name {output}")
+            if columns_only:
+                size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6
+                print(f"The features are kept in {output}, {size:,.1f} MB; `rm -r {output.parent}` clears all such")
+            else:
+                print(f"The dataset is in {output}: train.py --dataset_name {output}")
     state.wait_for_everyone()
 
 
@@ -209,30 +219,35 @@ def describe_teachers(teachers: list[Teacher], encoding: Encoding, fingerprints:
 
 def cached_teacher_features(
     rows: datasets.DatasetDict,
-    model_id: str,
-    revision: str | None,
+    teachers: list[tuple[str, str | None]],
+    weights: list[float],
     source: str,
     trust_remote_code: bool,
     skip_broken: bool = False,
     max_skipped: float | None = None,
     before_teacher: Callable[[], None] | None = None,
 ) -> Path:
-    """Folder of the rows with a teacher's features, made unless an earlier run has made them.
+    """Folder of the rows' teacher features, for [`join_columns`], made unless an earlier run has made them.
 
     They are kept in the cache of `datasets`, by the fingerprints of rows and teacher and the dtype.
 
     Args:
+        teachers: id and revision of each.
+        weights: of each, summing to 1.
+        source: what the rows are, for the card.
         skip_broken, max_skipped: see [`make_teacher_features`].
-        before_teacher: called before the teacher is loaded, where it is.
+        before_teacher: called before the teachers are loaded, where they are.
 
     Raises:
         ValueError: rows cannot be used, now or when the features were made, and are not to be skipped or are too many.
     """
     state = PartialState()
-    identity = identity_of(rows, source, [teacher_fingerprint(model_id, revision)])
-    folder = _cache_folder(identity)
+    encoding = Encoding(weights=weights)
+    identity = identity_of(rows, source, [teacher_fingerprint(*which) for which in teachers])
+    folder = _cache_folder(identity, encoding)
     if not folder.is_dir():
-        before = _cache_folder({**identity, "teacher files": [earlier_fingerprint(model_id, revision)]})
+        earlier = {**identity, "teacher files": [earlier_fingerprint(*which) for which in teachers]}
+        before = _cache_folder(earlier, encoding)
         folder = before if before.is_dir() or before.with_name(f"{before.name}.partial").is_dir() else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.run")  # a second run of the same waits for the first, then finds its folder
@@ -241,23 +256,24 @@ def cached_teacher_features(
         if not folder.is_dir():
             if before_teacher is not None:
                 before_teacher()
-            teacher = load_teacher(
-                model_id, revision, dtype=default_dtype(), device=state.device, trust_remote_code=trust_remote_code
-            )
+            settings = {"dtype": default_dtype(), "device": state.device, "trust_remote_code": trust_remote_code}
+            loaded = [load_teacher(name, revision, **settings) for name, revision in teachers]
             make_teacher_features(
                 rows,
-                [teacher],
+                loaded,
                 identity,
                 folder,
-                Encoding(),
+                encoding,
                 shown_name(source),
                 default_workers(),
                 license=license_of(rows, source),
                 skip_broken=skip_broken,
                 max_skipped=max_skipped,
-                earlier=lambda: [earlier_fingerprint(model_id, revision)],
+                earlier=lambda: [earlier_fingerprint(*which) for which in teachers],
+                overwrite=True,  # of work that was begun otherwise there: nobody has a folder to name
+                columns_only=True,
             )
-            del teacher
+            del loaded
             if state.device.type == "cuda":
                 torch.cuda.empty_cache()
         elif report_of(folder).is_file():
@@ -271,8 +287,8 @@ def cached_teacher_features(
     return folder
 
 
-def _cache_folder(identity: dict) -> Path:
-    key = json.dumps([identity, str(default_dtype()), asdict(Encoding())], sort_keys=True)
+def _cache_folder(identity: dict, encoding: Encoding) -> Path:
+    key = json.dumps([identity, str(default_dtype()), asdict(encoding)], sort_keys=True)
     name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE) / "dsmd_teacher_features" / name
 

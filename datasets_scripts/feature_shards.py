@@ -21,6 +21,7 @@ from rows.files import printable, write_whole
 from rows.teacher_columns import feature_columns
 
 
+ROW = "row of the dataset"  # column of files that hold no images: a row's place among all of its split
 ROWS_IN_GROUP = 256  # of a parquet file: what a reader in random order has to decompress for one row
 
 
@@ -94,14 +95,26 @@ class Shard:
             self.unreadable[places[i]] = reason
 
 
-def plan(split: str, number: int, rows: datasets.Dataset, encoding: Encoding, skip_broken: bool = False) -> Shard:
+def plan(
+    split: str,
+    number: int,
+    rows: datasets.Dataset,
+    encoding: Encoding,
+    skip_broken: bool = False,
+    columns_only: bool = False,
+) -> Shard:
     """Batches of the distinct images, and of the distinct captions by length: padding costs as much as words.
+
+    Args:
+        columns_only: the file will not hold the images, but the place of each row.
 
     Raises:
         ValueError: a row breaks the contract or its image file cannot be read, and such rows are not to be skipped.
     """
     table, start, dropped = rows.with_format("arrow")[:], number * encoding.shard_rows, 0
     left_out: dict[str, list[str]] = {"images": [], "rows": []}
+    if columns_only:
+        table = table.append_column(ROW, pa.array(range(start, start + len(table)), pa.int64()))
     if skip_broken:
         table, dropped = without_empty_captions(table)
         table = _without(table, row_faults(table), split, start, left_out["rows"])
@@ -212,6 +225,9 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
         images = pa.StructArray.from_arrays([images, paths], ["bytes", "path"])
         table = table.set_column(table.column_names.index("image"), "image", images)
     schema["image"] = datasets.Image()  # decoded again for a reader
+    if ROW in table.column_names:
+        table = table.drop_columns("image")
+        del schema["image"]
     for name, (array, feature) in columns.items():
         table = table.append_column(name, array)
         schema[name] = feature

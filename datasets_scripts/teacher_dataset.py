@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from datasets_scripts.arrow_files import FILE_NAME, describe_splits
 from datasets_scripts.building import license_fields
-from datasets_scripts.feature_shards import rows_in, shard_file
+from datasets_scripts.feature_shards import ROW, rows_in, shard_file
 from model_cards.tables import as_text, bullets
 from rows.columns import id_hash
 from rows.teacher_columns import teacher_columns, teacher_tensors
@@ -67,6 +72,94 @@ def assemble(
             except OSError:  # a disk without hard links
                 shutil.copy(shard_file(partial, split, number), target)
     return figures
+
+
+def assemble_columns(
+    partial: Path, files: dict[str, int], described: dict, rows: datasets.DatasetDict, shard_rows: int
+) -> dict[str, dict[str, float]]:
+    """Makes of the files under `partial` the folder `partial/dataset`, for [`join_columns`].
+
+    It holds what a teacher's pass adds to a dataset, row by row, and not the images, which the dataset has. A row that
+    was left out is there with nulls.
+
+    Args:
+        rows: what the features are of.
+        shard_rows: rows of the dataset in a file.
+
+    Returns:
+        See [`assemble`].
+    """
+    folder = partial / "dataset"
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped here
+    numbers = {split: [i for i in range(count) if rows_in(partial, split, i)] for split, count in files.items()}
+    components = None
+    if numbers.get("train"):
+        components = fit_pca(stored_features(partial, "train", number) for number in numbers["train"])
+    figures, fingerprints = {}, {}
+    for split, of_split in numbers.items():
+        if split != "train":
+            figures[split] = evaluate_teacher(partial, split, of_split, components, described["dim"], False)
+        schema = pq.read_schema(shard_file(partial, split, of_split[0]))
+        names = ["captions", *teacher_columns(schema.names), "teacher"]
+        known = datasets.Features.from_arrow_schema(schema)
+        features = datasets.Features({**{name: known[name] for name in names}, "left_out": datasets.Value("bool")})
+        (folder / split).mkdir(parents=True)
+        digest = hashlib.blake2b(rows[split]._fingerprint.encode(), digest_size=8)
+        with ArrowWriter(features=features, path=str(folder / split / FILE_NAME)) as writer:
+            for number in range(files[split]):
+                start = number * shard_rows
+                count = min(shard_rows, len(rows[split]) - start)
+                table = _in_place(shard_file(partial, split, number), names, features.arrow_schema, start, count)
+                writer.write_table(table)
+                digest.update(table["teacher_image_embeds"].combine_chunks().flatten().buffers()[1] or b"")
+            writer.finalize()
+        fingerprints[split] = digest.hexdigest()
+    describe_splits(folder, features, fingerprints, "")
+    return figures
+
+
+def _in_place(file: Path, names: list[str], schema: pa.Schema, start: int, count: int) -> pa.Table:
+    """Columns of a file for the `count` rows of the dataset from `start` on, with nulls for those that it has not."""
+    places = np.full(count, -1)
+    found = pq.read_schema(file).names
+    if set(names) <= set(found):
+        table = pq.read_table(file, columns=[*names, *({ROW} & set(found))])
+        # A file that was made before there was such a column has all rows.
+        rows = table[ROW].to_numpy() - start if ROW in found else np.arange(count)
+        places[rows] = np.arange(len(table))
+        table = table.select(names).take(pa.array(places, mask=places < 0))
+    else:  # no row is left
+        table = pa.table([pa.nulls(count, schema.field(name).type) for name in names], names)
+    table = table.append_column("left_out", pa.array(places < 0))
+    return table.cast(schema).replace_schema_metadata(schema.metadata)
+
+
+def join_columns(rows: datasets.DatasetDict, folder: Path) -> datasets.DatasetDict:
+    """The rows with the features that a teacher's pass made of them, without those rows that it left out.
+
+    Args:
+        rows: what the features are of.
+        folder: of [`assemble_columns`]; or of an earlier release, which kept whole rows.
+    """
+    if not (folder / "dataset_dict.json").is_file():
+        kept = datasets.load_dataset(str(folder))
+        for split, part in kept.items():
+            part.info.license = rows[split].info.license  # parquet files keep none
+        return datasets.DatasetDict({split: kept[split] for split in rows})
+    stored, joined = datasets.load_from_disk(folder), datasets.DatasetDict()
+    for split, part in rows.items():
+        added = stored[split].remove_columns("left_out")
+        own = [name for name in part.column_names if name not in (*teacher_columns(part.column_names), "teacher")]
+        # Captions are the teacher's: of these, empty ones may be left out.
+        of_part = part.select_columns([name for name in own if name != "captions"])
+        both = datasets.concatenate_datasets([of_part, added], axis=1)
+        both = both.select_columns([*own, *(name for name in added.column_names if name != "captions")])
+        left_out = stored[split]["left_out"][:]
+        if any(left_out):
+            both = both.select([row for row, is_out in enumerate(left_out) if not is_out])
+        both.info.license = part.info.license
+        joined[split] = both
+    return joined
 
 
 def stored_features(folder: Path, split: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,7 @@ def encode_dataset(
     folder: Path,
     num_workers: int,
     skip_broken: bool = False,
+    columns_only: bool = False,
 ) -> dict[str, int]:
     """Writes `folder/{split}-{number}.parquet` for every `shard_rows` rows that have no such file yet.
 
@@ -46,6 +47,7 @@ def encode_dataset(
         folder: exists.
         num_workers: processes that decode images and tokenise captions.
         skip_broken: leave out rows whose captions, ids or image cannot be used, and note them, see [`all_left_out`].
+        columns_only: write no images.
 
     Returns:
         The number of files of each split.
@@ -66,7 +68,7 @@ def encode_dataset(
             for number, chunk in _chunks(part, encoding.shard_rows):
                 files[split] = number + 1
                 if _is_own(turn) and not shard_file(folder, split, number).is_file():
-                    shard = plan(split, number, chunk(), encoding, skip_broken)
+                    shard = plan(split, number, chunk(), encoding, skip_broken, columns_only)
                     if shard.batches:
                         pending.append(shard)
                         yield from (shard.contents(*batch) for batch in shard.batches)

@@ -33,7 +33,6 @@ HELD_ELSEWHERE = {
     "datasets_scripts/feature_shards.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/tar_stream.py": "tests/datasets_scripts/test_samples.py",
     "datasets_scripts/teacher_features.py": "tests/datasets_scripts/test_add_teacher_features.py",
-    "datasets_scripts/teacher_dataset.py": "tests/datasets_scripts/test_add_teacher_features.py",
     "datasets_scripts/opening.py": "tests/test_train.py",
     "inference/encoders.py": "tests/inference/test_export.py",
     "inference/export_tables.py": "tests/inference/test_export.py",
