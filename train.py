@@ -32,6 +32,7 @@ from datasets_scripts.data_loading import (
     data_facts,
     load_data,
     read_baseline,
+    settings_that_count,
     teacher_projection,
     training_captions,
 )
@@ -68,6 +69,7 @@ MOST_USED = (
     "weight_decay", "warmup_steps", "bf16", "eval_strategy", "save_strategy", "load_best_model_at_end",
     "dataloader_num_workers", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "report_to", "seed",
 )  # fmt: skip
+OF_TEACHERS = ("teacher_model_name_or_path", "teacher_revision", "teacher_weights")
 NO_PICKLES = (
     "error: a file of weights or of a checkpoint is damaged, or a pickle of more than tensors, which can run any "
     "code: it was not read."
@@ -86,7 +88,8 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
     config_parser = argparse.ArgumentParser(add_help=False)
     config_parser.add_argument("--config", type=Path)
     known, rest = config_parser.parse_known_args(argv)
-    recipe = {} if known.config is None else read_recipe(known.config)
+    rest, unset = without_none(rest)
+    recipe = {**({} if known.config is None else read_recipe(known.config)), **unset}
     method = option(rest, "method") or recipe.get("method", "distillation")
     settings = RetrievalTrainingArguments if method == "contrastive" else DSMDTrainingArguments
     if method == "contrastive":
@@ -103,8 +106,12 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "`python train.py --help` lists the settings."
-            raise ValueError(f"{known.config}: {key!r} is not a setting. {hint}")
+            raise ValueError(f"{'--' if key in unset else f'{known.config}: '}{key!r} is not a setting. {hint}")
     parser.set_defaults(**{key: None for key, value in recipe.items() if value is None})
+    named = [name for name in OF_TEACHERS if option(rest, name) is not None]
+    others = OF_TEACHERS[0] in named or OF_TEACHERS[0] in unset
+    for name in OF_TEACHERS if others else named:  # they take the place of the recipe's
+        recipe.pop(name, None)
     # An evaluation leaves its results with the student it evaluates, unless told otherwise.
     student_dir = option(rest, "model_name_or_path")
     if student_dir is not None and recipe.get("output_dir") is None:
@@ -118,6 +125,19 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
     except Exception as error:  # Trainer's own checks of its settings have no common type
         raise ValueError(f"These settings are refused: {type(error).__name__}: {error}") from error
     return student, data, training
+
+
+def without_none(argv: list[str]) -> tuple[list[str], dict[str, None]]:
+    """The command line without the options whose value is `None`, and these: they unset what a recipe sets."""
+    kept, unset = [], {}
+    for part in argv:
+        if part == "None" and kept and kept[-1].startswith("--") and "=" not in kept[-1]:
+            unset[kept.pop()[2:]] = None
+        elif part.startswith("--") and part.endswith("=None"):
+            unset[part[2 : -len("=None")]] = None
+        else:
+            kept.append(part)
+    return kept, unset
 
 
 def show_help(parser: HfArgumentParser, settings: type[RetrievalTrainingArguments], whole: bool) -> None:
@@ -217,14 +237,16 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         data_args,
         trust_remote_code=student_args.trust_remote_code,
         before_teacher=lambda train: try_student(student_args, args, train),
+        trains=args.do_train,
+        teacher_is_demanded=option(argv, "teacher_model_name_or_path") is not None,
     )
     set_seed(args.seed)  # after the data: a teacher that had to be loaded must not change the student
-    model, processor = build_student(student_args, training_captions(rows["train"]), teacher_width(rows))
+    model, processor = build_student(student_args, training_captions(next(iter(rows.values()))), teacher_width(rows))
     settings = {
         "model": model,
         "args": args,
         "train_dataset": rows["train"] if args.do_train else None,
-        "eval_dataset": rows["validation"],
+        "eval_dataset": rows.get("validation", rows.get("test")),  # Trainer wants one where eval_strategy is set
         "processing_class": processor,
     }
     if data_args.method == "distillation":
@@ -248,12 +270,10 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         teacher=teacher_description(rows) if data_args.method == "distillation" else None,
         license=student_args.license,
         languages=student_args.language,
-        baseline=read_baseline(data_args.baseline_results, len(rows["test"])),
+        baseline=read_baseline(data_args.baseline_results, len(rows.get("test", ()))),
     )
     if args.do_train:
-        # Which rows are left out shows in what the rows are.
-        unread = ("overwrite_output_dir", "skip_broken", "max_skipped")
-        data = {name: value for name, value in asdict(data_args).items() if name not in unread}
+        data = settings_that_count(data_args)
         data["fingerprint of the test split"] = rows_fingerprint(rows["test"])
         trainer.command = digest_of(trainer.identity(), asdict(student_args), data)
         found = enter(args, data_args.overwrite_output_dir, RUN_FILES, trainer.command)
@@ -337,8 +357,10 @@ def main(argv: list[str]) -> None:
             trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
             if trainer.is_world_process_zero():
                 discard_replaced(Path(trainer.args.output_dir))  # where no checkpoint was saved
-        metrics.update(trainer.evaluate())
-        metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
+        if "validation" in rows:
+            metrics.update(trainer.evaluate())
+        if "test" in rows:
+            metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
         report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
         if trainer.args.do_train and trainer.is_world_process_zero():
             note_finished(trainer.args, trainer.command)

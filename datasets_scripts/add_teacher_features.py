@@ -47,16 +47,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_flag("--streaming", help="Read the dataset as a stream, never storing it.")
     parser.add_argument(
         "--teacher_model_name_or_path",
-        action="append",
+        action="extend",
+        nargs="+",
         dest="teachers",
         metavar="TEACHER",
         required=True,
-        help="Folder or Hub id of the teacher. Given again, the features of several teachers are joined.",
+        help="Folder or Hub id of the teacher. The features of several, or of one option given again, are joined.",
     )
     parser.add_argument(
         "--teacher_revision",
-        action="append",
-        help="Branch, tag or commit of a teacher; given again for each, in their order.",
+        action="extend",
+        nargs="+",
+        help="Branch, tag or commit of each teacher, in their order.",
     )
     parser.add_argument(
         "--teacher_weights",

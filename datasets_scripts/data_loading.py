@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from datasets_scripts.opening import open_dataset
-from datasets_scripts.teacher_identity import check_same_teachers
+from datasets_scripts.run_splits import open_splits, with_test_split
+from datasets_scripts.teacher_identity import check_same_teachers, shown_name, without_names
 from model_cards import describe_captions
 from rows.columns import Splits, caption_lists
-from rows.files import printable
-from rows.images import check_image_paths, load_rgb
-from rows.teacher_columns import TEACHER_COLUMNS, teacher_batches, teacher_description, teacher_width
-from trainers.streaming import left_out_of
+from rows.teacher_columns import (
+    TEACHER_COLUMNS,
+    teacher_batches,
+    teacher_columns,
+    teacher_description,
+    teacher_width,
+)
 from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca
 
 
@@ -48,6 +50,10 @@ class DataArguments:
         metadata={"help": "'icons', a Hub id, or a folder: of `save_to_disk`, or of parquet files as on the Hub."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    validation_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Another dataset to validate on, and to test on where dataset_name has no test split."},
+    )
     train_split: str = field(default="train", metadata={"help": "Name of the split that is trained on."})
     validation_split: str = field(
         default="validation", metadata={"help": "Name of the split that chooses the best checkpoint."}
@@ -60,12 +66,20 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Stream the training split, never storing it; needs max_steps."}
     )
-    teacher_model_name_or_path: str | None = field(
+    teacher_model_name_or_path: list[str] | None = field(
         default=None,
-        metadata={"help": "Teacher: makes the features where the dataset has none; kept in the cache for later runs."},
+        metadata={
+            "action": "extend",
+            "help": "Teacher: makes the features where the dataset has none; kept in the cache for later runs. "
+            "Several are joined. Named on the command line, features that are there must be of it.",
+        },
     )
-    teacher_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    teacher_revision: list[str] | None = field(
+        default=None,
+        metadata={"action": "extend", "help": "Branch, tag or commit of each teacher on the Hub, in their order."},
+    )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several teachers (default: all equal)."}
     )
     skip_broken: bool = field(
         default=False,
@@ -89,91 +103,131 @@ class DataArguments:
             raise ValueError(f"test_fold_size={self.test_fold_size}: expected 1 or more images, or none.")
         if self.max_skipped is not None and not 0 <= self.max_skipped <= 1:
             raise ValueError(f"max_skipped={self.max_skipped}: expected a share from 0 to 1, such as 0.01.")
-        if self.streaming and self.teacher_model_name_or_path is not None:
-            raise ValueError(
-                "streaming and teacher_model_name_or_path do not go together: the features are kept with the rows. "
-                "Run `python -m datasets_scripts.add_teacher_features --streaming` first, and stream what it writes."
-            )
+        for name in ("teacher_revision", "teacher_weights"):
+            values, teachers = getattr(self, name), self.teacher_model_name_or_path or []
+            if values is not None and len(values) != len(teachers):
+                raise ValueError(f"{name}: {len(values)} values for {len(teachers)} teachers.")
+        if self.teacher_weights is not None and min(self.teacher_weights) <= 0:
+            raise ValueError(f"teacher_weights={self.teacher_weights}: expected numbers above 0.")
+
+    @property
+    def teachers(self) -> list[tuple[str, str | None]]:
+        """Id and revision of each teacher."""
+        names = self.teacher_model_name_or_path or []
+        return list(zip(names, self.teacher_revision or [None] * len(names)))
+
+    @property
+    def split_names(self) -> dict[str, str]:
+        """What the dataset calls its splits: train, validation, test -> name."""
+        return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
 
 
 def load_data(
     args: DataArguments,
     trust_remote_code: bool = False,
     before_teacher: Callable[[datasets.Dataset], None] | None = None,
+    trains: bool = True,
+    teacher_is_demanded: bool = False,
 ) -> Splits:
     """The dataset's splits, named train, validation and test, with the teacher's features where there are any.
 
+    A dataset that has features is used as it is: the teacher of the arguments makes them where there are none.
+
     Args:
         before_teacher: called with the training split before a teacher is loaded to make features.
+        trains: the run is a training; an evaluation does with the splits that there are.
+        teacher_is_demanded: refuse features of another teacher than that of the arguments.
 
     Raises:
-        ValueError: where the dataset is not named or lacks a split, or has another teacher's features than asked for.
+        ValueError: where the dataset is not named or lacks a split, has another teacher's features than demanded, or
+            has none and none can be made.
     """
     if args.dataset_name is None:
         raise ValueError("dataset_name is missing: 'icons', a Hub id, or a folder.")
     state = PartialState()
+    of_run = (args.split_names, args.validation_dataset_name, trains)
     with state.main_process_first():  # what one process has prepared, the others find
-        rows = open_dataset(args.dataset_name, args.dataset_config_name, args.streaming, whole_samples=True)
-    wanted = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
-    missing = [split for split in wanted.values() if split not in rows]
-    if missing:
-        raise ValueError(
-            f"{args.dataset_name} has no split {', '.join(missing)} (it has {', '.join(rows)}): "
-            "name its splits by train_split, validation_split and test_split."
-        )
-    rows = type(rows)({split: rows[name] for split, name in wanted.items()})
-    if args.test_fold_size and not args.streaming and len(rows["test"]) % args.test_fold_size:
-        raise ValueError(
-            f"test_fold_size={args.test_fold_size} does not divide the {len(rows['test'])} test images: leave it out."
-        )
-    if args.streaming:
-        if state.is_main_process:
-            print("a stream is not checked for pictures that are in several splits or there under several names")
-        return datasets.IterableDatasetDict(
-            {split: part if split == "train" else _stored(part, split) for split, part in rows.items()}
-        )
-    if args.teacher_model_name_or_path is not None:
-        return _with_teacher(rows, args, trust_remote_code, before_teacher)
-    if args.dataset_name == "icons":
+        rows = open_splits(args.dataset_name, args.dataset_config_name, args.streaming, *of_run)
+    if args.streaming and state.is_main_process:
+        print("a stream is not checked for pictures that are in several splits or there under several names")
+    # What a distillation learns from; an evaluation compares with the teacher where it can.
+    judged = ["train"] if trains else [split for split in rows if split != "train"]
+    if all(set(TEACHER_COLUMNS) <= set(rows[split].column_names) for split in judged):
+        rows = _with_own_features(rows, args, teacher_is_demanded)
+    elif args.teachers and not args.streaming:
+        rows = _with_teacher(rows, args, trust_remote_code, before_teacher if trains else None)
+    elif args.dataset_name == "icons" and not args.streaming:
         from datasets_scripts.icons_teacher import add_icons_features, features_file
 
         if args.method == "distillation" or features_file().is_file():
             with state.main_process_first():
                 rows = add_icons_features(rows)
+    elif trains and args.method == "distillation":
+        raise ValueError(_no_features(args))
+    if "train" in rows:
+        rows = with_test_split(rows, args.dataset_name)
+    if args.test_fold_size and len(rows.get("test", ())) % args.test_fold_size:
+        raise ValueError(
+            f"test_fold_size={args.test_fold_size} does not divide the {len(rows['test'])} test images: leave it out."
+        )
     return rows
 
 
-def _stored(stream: datasets.IterableDataset, split: str) -> datasets.Dataset:
-    """A streamed split on disk until the process ends: evaluation needs its rows in order, several times.
-
-    Rows that training would leave out are left out, and counted.
-    """
-    folder = tempfile.TemporaryDirectory(prefix="dsmd-")
-    atexit.register(folder.cleanup)
-    stream = stream.cast_column("image", datasets.Image(decode=False))
-    left_out = []
-
-    def usable_rows() -> Iterator[dict]:
-        for table in stream.with_format("arrow").iter(100):
-            faults = left_out_of(table)
-            check_image_paths(table.filter(table["image"].is_valid())["image"], None)
-            for i, row in enumerate(table.to_pylist()):
-                try:
-                    if i not in faults:
-                        load_rgb(row["image"])
-                        yield row
-                        continue
-                    reason = faults[i]
-                except ValueError as error:
-                    reason = error
-                left_out.append(f"{printable(str(row['image_id']))}: {reason}")
-
-    rows = datasets.Dataset.from_generator(
-        usable_rows, features=stream.features, cache_dir=folder.name, fingerprint=os.path.basename(folder.name)
+def _no_features(args: DataArguments) -> str:
+    make = f"python -m datasets_scripts.add_teacher_features --dataset_name {args.dataset_name}"
+    teacher = " ".join(f"--teacher_model_name_or_path {name}" for name, _ in args.teachers or [("TEACHER", None)])
+    if args.streaming:
+        return (
+            f"{args.dataset_name} has no teacher features, which a stream needs beforehand: run `{make} --streaming "
+            f"{teacher} --output_dir DIR`, and stream DIR."
+        )
+    return (
+        f"{args.dataset_name} has no teacher features: name a teacher that makes them by "
+        "--teacher_model_name_or_path, or train without one by --method contrastive."
     )
-    if left_out and PartialState().is_main_process:
-        print(f"{len(left_out):,} rows of the {split} split are left out, the first: {left_out[0]}")
-    return rows.cast_column("image", datasets.Image())
+
+
+def _with_own_features(rows: Splits, args: DataArguments, teacher_is_demanded: bool) -> Splits:
+    """The rows as they are; says whose features they have. Those of other splits that are another teacher's go.
+
+    Raises:
+        ValueError: another teacher is demanded.
+    """
+    description = teacher_description(rows) or {}
+    if teacher_is_demanded and args.teachers:
+        way_out = (
+            "leave --teacher_model_name_or_path out, or make others with datasets_scripts.add_teacher_features and "
+            "another --output_dir."
+        )
+        try:
+            check_same_teachers(description, args.teachers, args.dataset_name)
+        except ValueError as error:
+            raise ValueError(f"{error}: {way_out}") from None
+        weights, stored = _shares(args.teacher_weights), description.get("weights")
+        if weights is not None and stored is not None and not np.allclose(weights, stored):
+            raise ValueError(f"{args.dataset_name} joins its teachers by {stored}, not by {weights}: {way_out}")
+    whose = description.get("id", "an unnamed teacher")
+    said = [f"{args.dataset_name} has teacher features, of {whose}"]
+    asked = " + ".join(shown_name(name) for name, _ in args.teachers)
+    if not teacher_is_demanded and asked not in ("", whose):
+        said.append(f"the recipe's {asked} is not used")
+    for split in ("validation", "test") if args.validation_dataset_name is not None else ():
+        part = rows.get(split)
+        if part is None or not set(TEACHER_COLUMNS) <= set(part.column_names):
+            continue
+        of_part = teacher_description({split: part}) or {}
+        facts = [(of.get("id"), without_names(of)) for of in (description, of_part)]
+        if facts[0] != facts[1] or teacher_width({split: part}) != teacher_width(rows):
+            said.append(f"those of the {split} split are of {of_part.get('id', 'an unnamed teacher')} and not used")
+            columns = (*teacher_columns(part.column_names), "teacher")
+            rows[split] = part.select_columns([name for name in part.column_names if name not in columns])
+    if PartialState().is_main_process:
+        print("; ".join(said))
+    return rows
+
+
+def _shares(weights: list[float] | None) -> list[float] | None:
+    return None if weights is None else [weight / sum(weights) for weight in weights]
 
 
 def _with_teacher(
@@ -182,25 +236,15 @@ def _with_teacher(
     trust_remote_code: bool,
     before_teacher: Callable[[datasets.Dataset], None] | None,
 ) -> datasets.DatasetDict:
-    """The rows with the features of `teacher_model_name_or_path`: their own, kept from an earlier run, or made now."""
-    teacher_id, revision = args.teacher_model_name_or_path, args.teacher_revision
-    present = [split for split, part in rows.items() if set(TEACHER_COLUMNS) <= set(part.column_names)]
-    if len(present) == len(rows):
-        try:
-            check_same_teachers(teacher_description(rows) or {}, [(teacher_id, revision)], args.dataset_name)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: leave teacher_model_name_or_path out, or make others with "
-                "datasets_scripts.add_teacher_features."
-            ) from None
-        return rows
+    """The rows with features of the arguments' teachers: kept from an earlier run, or made now."""
     from datasets_scripts.feature_job import cached_teacher_features
     from datasets_scripts.teacher_dataset import join_columns
 
+    count = len(args.teachers)
     folder = cached_teacher_features(
         rows,
-        [(teacher_id, revision)],
-        [1.0],
+        args.teachers,
+        _shares(args.teacher_weights) or [1 / count] * count,
         source=args.dataset_name,
         trust_remote_code=trust_remote_code,
         skip_broken=args.skip_broken,
@@ -211,6 +255,18 @@ def _with_teacher(
         print(f"teacher features: {folder}")
     with PartialState().main_process_first():
         return join_columns(rows, folder)
+
+
+def settings_that_count(args: DataArguments) -> dict[str, object]:
+    """The settings that a run's result follows from, by name; those of an earlier release as that release had them."""
+    settings = asdict(args)
+    for name in ("overwrite_output_dir", "skip_broken", "max_skipped"):  # what is left out shows in the rows
+        settings.pop(name)
+    for name in ("teacher_model_name_or_path", "teacher_revision"):
+        if len(settings[name] or ()) == 1:
+            settings[name] = settings[name][0]
+    younger = ("validation_dataset_name", "teacher_weights")
+    return {name: value for name, value in settings.items() if name not in younger or value is not None}
 
 
 def teacher_projection(
@@ -245,10 +301,19 @@ def teacher_projection(
             f"projection_dim={projection_dim} is less than the teacher's {width}, and the dataset brings no "
             f"{PCA_FILE} to project with: add its features with datasets_scripts.add_teacher_features."
         )
+    if components is None and "train" not in rows:
+        raise ValueError(
+            f"projection_dim={projection_dim} is less than the teacher's {width}, and neither {saved} nor the dataset "
+            f"brings a {PCA_FILE} to project with: evaluate by --method contrastive, which projects nothing."
+        )
     if components is None:
         components = fit_pca(teacher_batches(rows["train"]))
     if components.shape[0] != width or components.shape[1] < projection_dim:
-        raise ValueError(f"{PCA_FILE} is {list(components.shape)}, expected [{width}, {projection_dim} or more].")
+        raise ValueError(
+            f"{PCA_FILE} is {list(components.shape)}, expected [{width}, {projection_dim} or more]: it is of another "
+            "teacher's features. Use the dataset that the student was trained on, or --method contrastive, which "
+            "projects nothing."
+        )
     return components[:, :projection_dim].contiguous()
 
 
@@ -270,9 +335,8 @@ def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> Iter
 
 def data_facts(rows: Splits, args: DataArguments) -> dict[str, dict]:
     """How many images, captions and words each split has, by its own name; not of a streamed one."""
-    names = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
     return {
-        names[split]: describe_captions(caption_lists(part))
+        args.split_names[split]: describe_captions(caption_lists(part))
         for split, part in rows.items()
         if isinstance(part, datasets.Dataset) and len(part)
     }

@@ -36,8 +36,8 @@ def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Te
 
 
 def first_row(rows: Splits, columns: list[str]) -> dict | None:
-    """The given columns of the first training row; None if there is no row, or if a column is missing."""
-    part = rows["train"]
+    """The given columns of the first split's first row; None if there is no row, or if a column is missing."""
+    part = next(iter(rows.values()))
     if not set(columns) <= set(part.column_names):
         return None
     return next(iter(part.select_columns(columns)), None)

@@ -252,9 +252,51 @@ def test_missing_features_are_made_once_and_the_student_may_be_narrower(tmp_path
     assert "Licence of the data: mine." in (run / "README.md").read_text()
 
 
-def test_features_of_another_teacher_than_asked_for_are_refused(tmp_path, data, teacher):
+def test_only_another_teacher_on_the_command_line_is_refused(tmp_path, data, teacher):
     recipe = write_recipe(tmp_path, data, teacher_model_name_or_path=str(teacher))
-    assert "features of an unnamed teacher, not of tiny-teacher" in refused(recipe)
+    train.prepare(recipe)  # the recipe's is not used
+    named = [*recipe, "--teacher_model_name_or_path", str(teacher)]
+    assert "features of an unnamed teacher, not of tiny-teacher" in refused(named)
+    train.prepare([*recipe, "--teacher_model_name_or_path", "None", "--output_dir", str(tmp_path / "other")])
+
+
+def test_teachers_of_the_command_line_take_the_place_of_the_recipes(tmp_path, data):
+    of_recipe = {"teacher_model_name_or_path": ["a", "b"], "teacher_revision": ["1", "2"], "teacher_weights": [1, 2]}
+    recipe = write_recipe(tmp_path, data, **of_recipe)
+
+    def teachers(*more):
+        args = train.parse_arguments([*recipe, *more])[1]
+        return args.teachers, args.teacher_weights
+
+    assert teachers() == ([("a", "1"), ("b", "2")], [1.0, 2.0])
+    assert teachers("--teacher_weights", "3", "4") == ([("a", "1"), ("b", "2")], [3.0, 4.0])
+    assert teachers("--teacher_model_name_or_path", "c") == ([("c", None)], None)
+    again = ("--teacher_model_name_or_path", "c", "--teacher_model_name_or_path=d")
+    assert teachers(*again) == teachers("--teacher_model_name_or_path", "c", "d") == ([("c", None), ("d", None)], None)
+    for none in (["--teacher_model_name_or_path", "None"], ["--teacher_model_name_or_path=None"]):
+        assert teachers(*none) == ([], None)
+
+
+def test_none_unsets_what_a_recipe_sets(tmp_path, data):
+    recipe = write_recipe(tmp_path, data, test_fold_size=4, captions_per_image=1)
+    _, of_data, args = train.parse_arguments([*recipe, "--test_fold_size", "None", "--captions_per_image=None"])
+    assert of_data.test_fold_size is None and args.captions_per_image is None
+    assert "no_such" in refused([*recipe, "--no_such", "None"])
+
+
+def test_a_dataset_of_a_test_split_alone_is_evaluated(tmp_path, data, capsys):
+    train.main(write_recipe(tmp_path, data, num_train_epochs=1))
+    rows = datasets.load_from_disk(data)
+    again = ["--do_train", "False", "--model_name_or_path", str(tmp_path / "run"), "--use_cpu", "--report_to", "none"]
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    for split, key in (("test", "test"), ("validation", "eval")):
+        datasets.DatasetDict({split: rows[split]}).save_to_disk(tmp_path / split)
+        capsys.readouterr()
+        train.main([*again, "--dataset_name", str(tmp_path / split)])
+        assert f"| {split} split, 12 images" in capsys.readouterr().out
+        found = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+        assert found[f"{key}_rsum"] == pytest.approx(results[f"{key}_rsum"], abs=1e-3)
+        assert not [name for name in found if name.startswith("eval" if key == "test" else "test")]
 
 
 def without_features(folder, data, **broken):
@@ -375,8 +417,10 @@ def test_a_stream_needs_max_steps_and_ready_features(tmp_path, data, teacher):
     folder = parquet_folder(tmp_path / "parquet", datasets.load_from_disk(data))
     settings = {"dataset_name": str(folder), "streaming": True}
     assert "max_steps" in refused(write_recipe(tmp_path, data, **settings))
+    for path in folder.rglob("*.parquet"):
+        datasets.Dataset.from_parquet(str(path)).remove_columns(TEACHER_COLUMNS).to_parquet(path)
     recipe = write_recipe(tmp_path, data, **settings, max_steps=2, teacher_model_name_or_path=str(teacher))
-    assert "do not go together" in refused(recipe)
+    assert "has no teacher features, which a stream needs beforehand" in refused(recipe)
 
 
 @pytest.mark.parametrize("name", ["flickr30k_beit3.yaml", "coco_beit3.yaml", "flickr30k_siglip2.yaml"])

@@ -57,8 +57,9 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
         metrics["unreadable_images"] = len(trainer.unreadable)
         print(f"\n{len(trainer.unreadable)} images could not be read and were left out:")
         print("\n".join(f"  {line}" for line in trainer.unreadable))
-    print("\n" + results_table(metrics, baseline=trainer.facts.baseline))
-    if across := across_table(metrics):
+    key = "test" if "test_images" in metrics else "eval"  # an evaluation may have no test split
+    print("\n" + results_table(metrics, key, trainer.facts.baseline, split=trainer.facts.splits[key]))
+    if across := across_table(metrics, key):
         print("\n" + across)
     if not trained:
         write_json(folder / "eval_results.json", metrics)
