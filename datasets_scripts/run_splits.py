@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import datasets
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from datasets_scripts.opening import open_dataset
+from datasets_scripts.opening import open_dataset, readable
 from rows.columns import Splits, id_hash
 from rows.files import printable
 from rows.images import check_image_paths, load_rgb
+from trainers.run import distributed
 from trainers.streaming import left_out_of
 
 
@@ -132,8 +134,21 @@ def with_test_split(rows: Splits, name: str) -> Splits:
 def stored_rows(stream: datasets.IterableDataset, split: str) -> datasets.Dataset:
     """A streamed split on disk until the process ends: evaluation needs its rows in order, several times.
 
-    Rows that training would leave out are left out, and counted.
+    The first process of each machine reads the stream, and the others of that machine map its files. Called on every
+    process. Rows that training would leave out are left out, and counted.
+
+    Raises:
+        ValueError, OSError: on every process, where a stream cannot be read or names an image of this machine.
     """
+    state = PartialState()
+    own = distributed.agree(lambda: _write_rows(stream, split) if state.is_local_main_process else [])
+    files = gather_object([own])[state.process_index - state.local_process_index]
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    return rows.cast_column("image", datasets.Image())
+
+
+def _write_rows(stream: datasets.IterableDataset, split: str) -> list[str]:
+    """The arrow files of a stream's usable rows, in a folder that is removed when this process ends."""
     folder = tempfile.TemporaryDirectory(prefix="dsmd-")
     atexit.register(folder.cleanup)
     stream = stream.cast_column("image", datasets.Image(decode=False))
@@ -154,9 +169,10 @@ def stored_rows(stream: datasets.IterableDataset, split: str) -> datasets.Datase
                     reason = error
                 left_out.append(f"{printable(str(row['image_id']))}: {reason}")
 
-    rows = datasets.Dataset.from_generator(
-        usable_rows, features=stream.features, cache_dir=folder.name, fingerprint=os.path.basename(folder.name)
-    )
+    with readable(f"The {split} split"):  # datasets gives whatever goes wrong in a generator an error of its own
+        rows = datasets.Dataset.from_generator(
+            usable_rows, features=stream.features, cache_dir=folder.name, fingerprint=os.path.basename(folder.name)
+        )
     if left_out and PartialState().is_main_process:
         print(f"{len(left_out):,} rows of the {split} split are left out, the first: {left_out[0]}")
-    return rows.cast_column("image", datasets.Image())
+    return [file["filename"] for file in rows.cache_files]
