@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from datasets_scripts import building, teacher_dataset, teacher_features
+from datasets_scripts import building, feature_shards, teacher_dataset
 from inference.export_tables import export_readme
 from model_cards import RunRecord, render_card
 from model_cards.example import EXAMPLE
@@ -132,7 +132,7 @@ def test_the_students_card(times, record):
 def test_the_datasets_cards(times, tmp_path):
     rows = datasets.DatasetDict(train=make_rows(4), test=make_rows(4))
     for split, part in rows.items():
-        part.to_parquet(teacher_features.shard_file(tmp_path, split, 0))
+        part.to_parquet(feature_shards.shard_file(tmp_path, split, 0))
 
     @fuzz(50 * times, title=STRANGE, source=STRANGE, licence=STRANGE, teacher=STRANGE)
     def check(title, source, licence, teacher):
@@ -140,7 +140,7 @@ def test_the_datasets_cards(times, tmp_path):
         assert DatasetCard(card).data.pretty_name.split() == title.split()
         assert len(inspect(card.split("\n---\n", 1)[1])) == 2
         described = {"id": teacher, "preprocessing": {teacher: [source]}, "dim": 4}
-        files = dict.fromkeys(rows, 1)
+        files = dict.fromkeys(rows, [0])
         figures = {"test": {"images": 4, "rsum": 1.0}}
         teacher_dataset.write_features_card(
             tmp_path, tmp_path, files, described, figures, source, licence or None, False

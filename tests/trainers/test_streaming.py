@@ -71,8 +71,8 @@ def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def with_pass(monkeypatch):
     """Lets examples tell which pass they are of, and shares of a pass span several tables."""
 
-    def marked(table, epoch, views):
-        for example in make_examples(table, epoch, views):
+    def marked(table, epoch, views, **settings):
+        for example in make_examples(table, epoch, views, **settings):
             yield {**example, "pass": epoch}
 
     monkeypatch.setattr(streaming, "make_examples", marked)

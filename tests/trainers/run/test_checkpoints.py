@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(tmp_path, 
 
     monkeypatch.setattr(trainer, kind, full)
     with pytest.raises(
-        OSError, match="checkpoint-2 could not be written: .*No space left.*checkpoint-1: free the disk"
+        OSError, match=r"checkpoint-2 could not be written: .*No space left.*checkpoint-1\. Free the disk"
     ):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and damage(tmp_path / "checkpoint-1") is None
