@@ -89,7 +89,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, rows, monkeypatch, be
             save(*args)
 
     trainer._save_checkpoint = second_is_refused
-    said = r"checkpoint-4 could not be written: .*checkpoint-2\. Free the disk, then go on by --resume_from_checkpoint last"
+    said = r"checkpoint-4 could not be written: .*checkpoint-2\. Free the disk, then go on by --resume_from"
     with pytest.raises(OSError, match=said):
         trainer.train()
     assert whole(tmp_path) == ["checkpoint-2"] and not (tmp_path / "_checkpoint").exists()
