@@ -46,6 +46,7 @@ from trainers.argument_checks import check_processes, check_student
 from trainers.base_trainer import RetrievalTrainer
 from trainers.batches import RetrievalCollator
 from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
+from trainers.inherited import Source, describe_origin, teacher_source, tower_source
 from trainers.report import RUN_FILES, pin_revision, report
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
 from trainers.run.distributed import rank_is_first, run_launched, use_the_cores
@@ -59,7 +60,9 @@ from trainers.run.output_dir import (
     prepare_output_dir,
 )
 from trainers.run.run_identity import rows_fingerprint
-from trainers.student import StudentArguments, build_student, set_caption_length
+from trainers.student import build_student, set_caption_length
+from trainers.student_arguments import StudentArguments
+from trainers.student_size import summary
 from trainers.temperature import fit_temperature
 
 
@@ -236,12 +239,14 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     rows = load_data(
         data_args,
         trust_remote_code=student_args.trust_remote_code,
-        before_teacher=lambda train: try_student(student_args, args, train),
+        before_teacher=lambda train: try_student(student_args, args, train, teacher_source(data_args.teachers, None)),
         trains=args.do_train,
         teacher_is_demanded=option(argv, "teacher_model_name_or_path") is not None,
     )
     set_seed(args.seed)  # after the data: a teacher that had to be loaded must not change the student
-    model, processor = build_student(student_args, training_captions(next(iter(rows.values()))), teacher_width(rows))
+    teacher = teacher_source(data_args.teachers, teacher_description(rows))
+    captions = training_captions(next(iter(rows.values())))
+    model, processor = build_student(student_args, captions, teacher_width(rows), teacher)
     settings = {
         "model": model,
         "args": args,
@@ -255,11 +260,10 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         trainer = DSMDTrainer(**settings, teacher_projection=projection)
     else:
         trainer = ContrastiveTrainer(**settings)
-    starts = (
-        student_args.model_name_or_path,
-        student_args.vision_model_name_or_path,
-        student_args.text_model_name_or_path,
-    )
+    starts = [student_args.model_name_or_path]
+    if student_args.model_name_or_path is None:
+        starts = [tower_source(student_args, modality, teacher)[0] for modality in ("vision", "text")]
+    origin, inherited_license = describe_origin(student_args, teacher, model)
     name = data_args.dataset_name
     trainer.facts = RunFacts(
         dataset_name=shown_name(name),
@@ -268,7 +272,8 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         data_license=data_args.data_license or license_of(rows, name),
         towers=[start for start in starts if start is not None and not Path(start).is_dir()],
         teacher=teacher_description(rows) if data_args.method == "distillation" else None,
-        license=student_args.license,
+        origin=origin,
+        license=student_args.license or inherited_license,
         languages=student_args.language,
         baseline=read_baseline(data_args.baseline_results, len(rows.get("test", ()))),
     )
@@ -283,20 +288,25 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
             checkpoint = last_checkpoint(args, interrupted=True)
             if checkpoint is not None and trainer.is_world_process_zero():
                 print(f"{args.output_dir} holds this run, interrupted: it goes on from {Path(checkpoint).name}.")
+        if trainer.is_world_process_zero():
+            print(summary(trainer, student_args))
     return trainer, rows, checkpoint, data_args.test_fold_size
 
 
-def try_student(student_args: StudentArguments, args: RetrievalTrainingArguments, train: datasets.Dataset) -> None:
+def try_student(
+    student_args: StudentArguments, args: RetrievalTrainingArguments, train: datasets.Dataset, teacher: Source
+) -> None:
     """Builds the student that a run will build later, and throws it away: what is wrong with it or its settings is
     better said before a teacher has run for hours.
 
     Args:
         train: the training split.
+        teacher: the one that is to run, which the student may have a tower of.
 
     Raises:
         ValueError, OSError: as the run would later.
     """
-    model, processor = build_student(student_args, itertools.islice(training_captions(train), 1000), None)
+    model, processor = build_student(student_args, itertools.islice(training_captions(train), 1000), None, teacher)
     check_student(model)
     set_caption_length(model, processor.tokenizer, args, trains=True)
     check_processes(len(train), args)

@@ -18,6 +18,7 @@ class RunFacts:
         data: name of a split to what [`describe_captions`] returns for it; a streamed split has none.
         data_license: licence of the images and captions.
         towers: Hub ids of the pre-trained towers.
+        origin: what of the student was cut from what, and under which licence: sentences.
         teacher: the parsed JSON of the dataset's constant column `teacher`.
         license, languages: those of the student.
         baseline: `all_results.json` of the same student trained without a teacher.
@@ -35,6 +36,7 @@ class RunFacts:
     data: dict[str, dict] = field(default_factory=dict)
     data_license: str | None = None
     towers: list[str] = field(default_factory=list)
+    origin: list[str] = field(default_factory=list)
     teacher: dict | None = None
     license: str | None = None
     languages: list[str] | None = None

@@ -150,6 +150,8 @@ class DSMDModel(PreTrainedModel):
         vision_model_name_or_path: str,
         text_model_name_or_path: str,
         trust_remote_code: bool = False,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
         **config_fields,
     ) -> "DSMDModel":
         """A student of two pre-trained towers and fresh projections.
@@ -159,6 +161,7 @@ class DSMDModel(PreTrainedModel):
                 only the tower asked for is taken.
             trust_remote_code: let these repositories run code of their own. A tower whose class is defined there is
                 refused all the same, since the student's folder would not carry that code.
+            vision_revision, text_revision: branch, tag or commit of each on the Hub.
             **config_fields: other fields of [`DSMDConfig`], such as `projection_dim`.
 
         Raises:
@@ -166,38 +169,10 @@ class DSMDModel(PreTrainedModel):
                 has no class for it.
         """
         _check_fields(config_fields)
-        towers = {}
-        for modality, name in (("vision", vision_model_name_or_path), ("text", text_model_name_or_path)):
-            tower_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            tower_config = getattr(tower_config, f"{modality}_config", tower_config)
-            if type(tower_config) not in AutoModel._model_mapping:
-                raise ValueError(
-                    f"{name}: AutoModel of transformers has no class for the {modality} tower's "
-                    f"{type(tower_config).__name__}, so a saved student would not load. Choose another tower."
-                )
-            tower, info = AutoModel.from_pretrained(
-                name,
-                config=tower_config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **_without_pooler(tower_config, config_fields.get(f"{modality}_pooling", "mean")),
-            )
-            if info["missing_keys"]:
-                missing = sorted(info["missing_keys"])
-                raise ValueError(
-                    f"{name} has no weights for {len(missing)} parameters of its {modality} tower "
-                    f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): they would be random. "
-                    f"Give a complete {modality} checkpoint, or another "
-                    f"{modality}_pooling if it is only the pooler that is missing."
-                )
-            towers[modality] = tower
-        config = DSMDConfig(
-            vision_config=towers["vision"].config.to_dict(),
-            text_config=towers["text"].config.to_dict(),
-            **config_fields,
-        )
-        return cls(config, vision_model=towers["vision"], text_model=towers["text"])
+        vision = _load_tower("vision", vision_model_name_or_path, vision_revision, trust_remote_code, config_fields)
+        text = _load_tower("text", text_model_name_or_path, text_revision, trust_remote_code, config_fields)
+        config = DSMDConfig(vision_config=vision.config.to_dict(), text_config=text.config.to_dict(), **config_fields)
+        return cls(config, vision_model=vision, text_model=text)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
@@ -337,6 +312,33 @@ def _check_fields(config_fields: dict):
             f"{', '.join(sorted(unknown))}: no field of DSMDConfig; {', '.join(DSMDConfig.__annotations__)}."
         )
     DSMDConfig(**config_fields)
+
+
+def _load_tower(modality: str, name: str, revision: str | None, trust_remote_code: bool, fields: dict) -> nn.Module:
+    """One pre-trained tower, see `from_vision_text_pretrained`."""
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    pooling = fields.get(f"{modality}_pooling", "mean")
+    whole = AutoConfig.from_pretrained(name, **origin)
+    config = getattr(whole, f"{modality}_config", whole)
+    if type(config) not in AutoModel._model_mapping:
+        raise ValueError(
+            f"{name}: AutoModel of transformers has no class for the {modality} tower's {type(config).__name__}, "
+            "so a saved student would not load. Choose another tower."
+        )
+    if whole.model_type == DSMDConfig.model_type:
+        own = getattr(whole, f"{modality}_pooling")
+        if own != pooling and "pooler" in (own, pooling):
+            raise ValueError(f"The {modality} tower of {name} has {modality}_pooling={own!r}: give the same.")
+        return getattr(DSMDModel.from_pretrained(name, dtype=torch.float32, **origin), f"{modality}_model")
+    kwargs = {"config": config, "dtype": torch.float32, "output_loading_info": True, **origin}
+    tower, info = AutoModel.from_pretrained(name, **kwargs, **_without_pooler(config, pooling))
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} has no weights for {len(missing)} parameters of its {modality} tower "
+            f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}): they would be random. Give a complete "
+            f"{modality} checkpoint, or another {modality}_pooling if it is only the pooler that is missing."
+        )
+    return tower
 
 
 def _tower_width(tower: PreTrainedModel) -> int:

@@ -68,6 +68,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(tmp_path, data, caps
     run = tmp_path / "run"
     table = capsys.readouterr().out
     assert "share kept" in table and "ms per caption, batch 64" in table
+    assert "There are 48 images to learn from, and towers that start from nothing need many more" in table
     results = json.loads((run / "all_results.json").read_text())
     assert results["share_of_teacher"] == pytest.approx(100 * results["test_rsum"] / results["teacher_test_rsum"])
     for name in ("curves", "text_to_image", "image_to_text"):
@@ -250,6 +251,35 @@ def test_missing_features_are_made_once_and_the_student_may_be_narrower(tmp_path
     again = json.loads((run / "all_results.json").read_text())
     assert again["test_rsum"] == results["test_rsum"]
     assert "Licence of the data: mine." in (run / "README.md").read_text()
+
+
+def test_a_student_cut_from_its_teacher(tmp_path, data, teacher, monkeypatch, capsys):
+    rows = datasets.load_from_disk(data)
+    plain = datasets.DatasetDict({split: part.remove_columns(TEACHER_COLUMNS) for split, part in rows.items()})
+    plain.save_to_disk(tmp_path / "plain")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (teacher / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    settings = {"dataset_name": str(tmp_path / "plain"), "teacher_model_name_or_path": str(teacher)}
+    settings |= {"vision_config": None, "text_config": None, "num_train_epochs": 1}
+    settings |= dict.fromkeys(("vision_model_name_or_path", "text_model_name_or_path"), "teacher")
+    recipe = write_recipe(tmp_path, data, **settings, text_layers=0, trim_vocabulary=280)
+    with monkeypatch.context() as patch:  # what cannot be is said before the teacher runs
+        patch.setattr("datasets_scripts.feature_job.load_teacher", None)
+        assert "vision_layers=3: ViTConfig has 2 layers" in refused([*recipe, "--vision_layers", "3"])
+        assert "the tokenizer has 261 special pieces" in refused([*recipe, "--trim_vocabulary", "9"])
+    train.main([*recipe, "--vision_layers", "1"])
+    run, printed = tmp_path / "run", capsys.readouterr().out
+    parameters = json.loads((run / "all_results.json").read_text())["parameters"]
+    assert f"| parameters              | {parameters / 1e6:.2f} M " in printed.split("| test split")[0]
+    assert "word embeddings" in printed and "recipes/few_pairs.yaml" not in printed
+    card = (run / "README.md").read_text()
+    assert "cut from the teacher's, tiny-teacher: of its 2 layers it has 0 (counted from 0)." in card
+    assert "cut from the teacher's, tiny-teacher: of its 1 layers it has none, the embeddings alone." in card
+    assert "research or non-commercial use only" in card and "\nlicense: cc-by-nc-4.0\n" in card
+    assert str(tmp_path) not in card
+    config = json.loads((run / "config.json").read_text())
+    assert config["vision_config"]["num_hidden_layers"] == 1 and config["text_config"]["n_layers"] == 0
+    assert config["text_config"]["vocab_size"] >= 280
 
 
 def test_only_another_teacher_on_the_command_line_is_refused(tmp_path, data, teacher):

@@ -111,13 +111,16 @@ def run_code(code: str, seconds: float = 120) -> str | None:
 
 
 @torch.inference_mode()
-def latency(model: torch.nn.Module, processor, max_length: int) -> dict[str, float]:
-    """Milliseconds per image and per caption of the model alone (decoding and tokenising left out), batch 1 and 64.
+def latency(
+    model: torch.nn.Module, processor, max_length: int, batches: tuple[int, ...] = (1, 64)
+) -> dict[str, float]:
+    """Milliseconds per image and per caption of the model alone (decoding and tokenising left out).
 
     Args:
         model: the student, on the device to measure.
         processor: gives the size of the images.
         max_length: captions have 12 tokens, or this many where it is less.
+        batches: sizes of batches to measure, one after another.
     """
     was_training = model.training
     model.eval()
@@ -125,7 +128,7 @@ def latency(model: torch.nn.Module, processor, max_length: int) -> dict[str, flo
     pixels = pixels.to(model.device)
     tokens = torch.full((1, min(12, max_length)), processor.tokenizer.unk_token_id or 0, device=model.device)
     figures = {}
-    for batch in (1, 64):
+    for batch in batches:
         images, ids = pixels.expand(batch, -1, -1, -1).contiguous(), tokens.expand(batch, -1).contiguous()
         figures[f"ms_per_image_batch_{batch}"] = 1000 * median_seconds(lambda x=images: model(pixel_values=x)) / batch
         figures[f"ms_per_caption_batch_{batch}"] = 1000 * median_seconds(lambda x=ids: model(input_ids=x)) / batch

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -28,82 +26,21 @@ from transformers.trainer_utils import align_special_tokens
 from modeling_dsmd import DSMDModel
 from rows.texts import cut, text_positions
 
-
-@dataclass
-class StudentArguments:
-    """Three ways to a student: a saved one, two pre-trained towers, or two configurations to train from scratch."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from a saved student: its folder or Hub id."}
-    )
-    vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start the vision tower from this pre-trained model: a folder or Hub id."}
-    )
-    text_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start the text tower from this pre-trained model: a folder or Hub id."}
-    )
-    vision_config: dict | str | None = field(
-        default=None,
-        metadata={"help": "Train the vision tower from scratch: its configuration, with model_type, in JSON."},
-    )
-    text_config: dict | str | None = field(
-        default=None,
-        metadata={"help": "Train the text tower from scratch: its configuration; the tokenizer gives its vocab_size."},
-    )
-    vision_pooling: str = field(
-        default="mean",
-        metadata={
-            "choices": ["cls", "mean", "pooler"],
-            "help": "How the vision tower's output becomes one vector per image: its first token, the mean of its "
-            "tokens or positions, or the tower's own pooler.",
-        },
-    )
-    text_pooling: str = field(
-        default="mean",
-        metadata={
-            "choices": ["cls", "mean", "pooler"],
-            "help": "How the text tower's output becomes one vector per caption; see vision_pooling.",
-        },
-    )
-    projection_dim: int | None = field(
-        default=None, metadata={"help": "Width of the embeddings (default: the teacher's, or 256 without a teacher)."}
-    )
-    image_size: int = field(
-        default=224, metadata={"help": "Side in pixels of the images that a vision tower trained from scratch sees."}
-    )
-    vocab_size: int = field(
-        default=8000,
-        metadata={"help": "Largest vocabulary of the tokenizer that is trained for a text tower from scratch."},
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the student, shown on its card, such as 'apache-2.0'."}
-    )
-    language: list[str] | None = field(
-        default=None, metadata={"help": "Languages of the captions, shown on the card, such as 'en'."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that the repositories of towers and teacher bring."}
-    )
-
-    def __post_init__(self):
-        for name in ("vision_config", "text_config"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                value = json.loads(value)
-                setattr(self, name, value)
-            if value is not None and "model_type" not in value:
-                raise ValueError(f"{name}={value}: model_type is missing, such as 'vit' or 'bert'.")
+from .inherited import MODALITIES, TEACHER, Source, cut_to_size, load_tokenizer, tower_config, tower_source
+from .student_arguments import StudentArguments
 
 
 def build_student(
-    args: StudentArguments, captions: Iterable[str], teacher_dim: int | None
+    args: StudentArguments, captions: Iterable[str], teacher_dim: int | None, teacher: Source | None = None
 ) -> tuple[DSMDModel, VisionTextDualEncoderProcessor]:
     """The student of a run and its processor.
 
     Args:
         args: which student.
-        captions: of the training split; read only to train the tokenizer of a text tower from scratch.
+        captions: of the training split, read only where the text tower starts from scratch, for its tokenizer's
+            training, or its vocabulary is trimmed.
         teacher_dim: width of the teacher's features, where there is one.
+        teacher: its folder or Hub id and its revision, for a student with a tower of its.
 
     Raises:
         ValueError: where not exactly one way to a student is given for each tower.
@@ -119,41 +56,46 @@ def build_student(
         take_any_mode(processor)
         align_tokens(model, processor)
         return model, processor
-    for modality in ("vision", "text"):
+    for modality in MODALITIES:
         if (getattr(args, f"{modality}_model_name_or_path") is None) == (getattr(args, f"{modality}_config") is None):
             raise ValueError(
                 f"Which {modality} tower? Give either {modality}_model_name_or_path (pre-trained) or "
                 f"{modality}_config (from scratch), or model_name_or_path for a saved student."
             )
+        if getattr(args, f"{modality}_model_name_or_path") == TEACHER:
+            tower_config(args, modality, teacher)  # which refuses a teacher that has no such tower
     fields = {
         "projection_dim": args.projection_dim or teacher_dim or 256,
         "vision_pooling": args.vision_pooling,
         "text_pooling": args.text_pooling,
     }
     if args.vision_config is None:
+        name, revision = tower_source(args, "vision", teacher)
         image_processor = without_cropping(
             AutoImageProcessor.from_pretrained(
-                args.vision_model_name_or_path, backend="pil", trust_remote_code=args.trust_remote_code
+                name, revision=revision, backend="pil", trust_remote_code=args.trust_remote_code
             )
         )
     else:
         side = {"height": args.image_size, "width": args.image_size}
         image_processor = ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if args.text_config is None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            args.text_model_name_or_path, trust_remote_code=args.trust_remote_code
-        )
+        tokenizer = load_tokenizer(args, teacher)
     else:
         tokenizer = train_tokenizer(captions, args.vocab_size)
-    processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
-    take_any_mode(processor)
     if args.vision_config is None and args.text_config is None:
+        (vision_name, vision_revision), (text_name, text_revision) = (
+            tower_source(args, modality, teacher) for modality in MODALITIES
+        )
         model = DSMDModel.from_vision_text_pretrained(
-            args.vision_model_name_or_path,
-            args.text_model_name_or_path,
+            vision_name,
+            text_name,
             trust_remote_code=args.trust_remote_code,
+            vision_revision=vision_revision,
+            text_revision=text_revision,
             **fields,
         )
+        model, tokenizer = cut_to_size(model, tokenizer, args, captions)
     elif args.vision_config is not None and args.text_config is not None:
         vision = {"image_size": args.image_size, **args.vision_config}
         text = {**args.text_config, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -162,6 +104,8 @@ def build_student(
         )
     else:
         raise ValueError("One tower is pre-trained and the other is not: give two names or two configurations.")
+    processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    take_any_mode(processor)
     align_tokens(model, processor)
     # A tower fails on a caption that is longer than its positions.
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_positions(model.text_model))
