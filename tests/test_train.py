@@ -461,9 +461,10 @@ def test_recipes_for_real_data_hold_known_settings(name):
     assert (data.test_fold_size == 1000) == ("coco" in name)
 
 
-def test_the_recipe_for_own_data_needs_only_names(tmp_path):
+@pytest.mark.parametrize("name", ["own_data.yaml", "few_pairs.yaml"])
+def test_the_recipe_for_own_data_needs_only_names(tmp_path, name):
     names = ["--dataset_name", "data/mine", "--output_dir", str(tmp_path)]
-    student, data, args = train.parse_arguments(["--config", "recipes/own_data.yaml", *names, "--use_cpu"])
+    student, data, args = train.parse_arguments(["--config", f"recipes/{name}", *names, "--use_cpu"])
     assert data.teacher_model_name_or_path and student.text_model_name_or_path and args.load_best_model_at_end
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
+import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -171,7 +172,7 @@ def model_license(name: str, revision: str | None) -> str | None:
         else:
             card = hf_hub_download(name, "README.md", revision=revision)
         data = ModelCard.load(card, ignore_metadata_errors=True).data
-    except (OSError, ValueError):  # no card, or one that is not well-formed, states nothing
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or one that is not well-formed, states nothing
         return None
     stated = data.license if data.license != "other" else getattr(data, "license_name", None) or data.license
-    return ", ".join(stated) if isinstance(stated, list) else stated
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated and str(stated)

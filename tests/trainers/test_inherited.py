@@ -123,8 +123,8 @@ def test_the_card_says_what_was_cut_from_what(folder):
 
 def test_a_licence_is_read_off_the_card(tmp_path):
     assert model_license(str(tmp_path), None) is None
-    for card, expected in (("no metadata", None), ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0")):
-        (tmp_path / "README.md").write_text(card)
+    for metadata, expected in (("license: [mit, apache-2.0]", "mit, apache-2.0"), ("license: [", None), ("- a", None)):
+        (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
         assert model_license(str(tmp_path), None) == expected
 
 
