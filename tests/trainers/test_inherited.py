@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_student
+from huggingface_hub import HfApi
 from tiny_tokenizers import LEARNED, TRAINING, full
 from tiny_towers import NO_DROPOUT, SMALL, assert_clean, assert_same, clip, make_processor, run, scatter
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertConfig, ViTConfig
@@ -160,3 +161,22 @@ def test_the_teacher_is_the_one_of_the_features():
 def test_a_run_without_a_teacher_has_no_tower_of_its(folder):
     with pytest.raises(ValueError, match="vision_model_name_or_path=teacher: this run has not one teacher"):
         build_student(arguments(folder, vision_model_name_or_path="teacher"), [], 8)
+
+
+def test_a_teacher_on_the_hub_is_taken_at_its_revision(tmp_path, folder, hub):
+    api = HfApi()
+    api.create_repo("user/teacher")
+    first = api.upload_folder(repo_id="user/teacher", folder_path=folder / "dsmd").oid
+    scatter(AutoModel.from_pretrained(folder / "dsmd")).save_pretrained(tmp_path / "later")
+    (tmp_path / "later/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    api.upload_folder(repo_id="user/teacher", folder_path=tmp_path / "later")
+    args = arguments(folder, text_model_name_or_path="teacher")
+    found = {}
+    for revision in (first, None):
+        model = build_student(args, [], 8, ("user/teacher", revision))[0]
+        found[revision] = model.text_model.get_input_embeddings().weight
+        sentences, licence = describe_origin(args, ("user/teacher", revision), model)
+        assert licence == ("mit" if revision else "cc-by-nc-4.0")
+        assert sentences[0] == "The text tower started as the teacher's, user/teacher."
+    for revision, of in ((first, folder / "dsmd"), (None, tmp_path / "later")):
+        assert torch.equal(found[revision], AutoModel.from_pretrained(of).get_input_embeddings().weight)
