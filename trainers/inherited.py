@@ -152,19 +152,18 @@ def describe_origin(args: StudentArguments, teacher: Source | None, model: DSMDM
     if sentences and TEACHER in (args.vision_model_name_or_path, args.text_model_name_or_path):
         name, revision = teacher
         shown = shown_name(name)
-        licence = model_license(name, revision)
+        licence, told = model_license(name, revision)
         limits = " It allows research or non-commercial use only, and so does this model's."
         sentences.append(
-            f"The licence of {shown} is {licence or 'not stated on its card'}; it holds for what was taken of it."
-            + limits * bool(licence and NOT_FOR_ALL.search(licence))
+            f"The licence of {shown} is {told or 'not stated on its card'}; it holds for what was taken of it."
+            + limits * bool(told and NOT_FOR_ALL.search(told))
         )
     return sentences, licence
 
 
-def model_license(name: str, revision: str | None) -> str | None:
-    """The licence on the card of a model: its folder's README.md, or the Hub's; None where there is none.
-
-    A licence that is not of the Hub's list is named as the card names it.
+def model_license(name: str, revision: str | None) -> tuple[str | None, str | None]:
+    """The licence on the card of a model, its folder's README.md or the Hub's: as the Hub's list has it, and as a
+    reader is told of it, which differ where it is none of that list. None and None where no card states one.
     """
     try:
         if os.path.isdir(name):
@@ -173,6 +172,10 @@ def model_license(name: str, revision: str | None) -> str | None:
             card = hf_hub_download(name, "README.md", revision=revision)
         data = ModelCard.load(card, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):  # no card, or one that is not well-formed, states nothing
-        return None
-    stated = data.license if data.license != "other" else getattr(data, "license_name", None) or data.license
-    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated and str(stated)
+        return None, None
+    stated = data.license
+    if isinstance(stated, list):
+        return "other", ", ".join(map(str, stated))
+    if stated == "other":
+        return stated, str(getattr(data, "license_name", None) or stated)
+    return (str(stated), str(stated)) if stated else (None, None)

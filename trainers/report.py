@@ -110,7 +110,7 @@ def run_code(code: str, seconds: float = 120) -> str | None:
     return "\n".join(printed)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what a model keeps from inference mode could not be trained with
 def latency(
     model: torch.nn.Module, processor, max_length: int, batches: tuple[int, ...] = (1, 64)
 ) -> dict[str, float]:

@@ -11,7 +11,7 @@ class StudentArguments:
     """Three ways to a student: a saved one, two pre-trained towers, or two configurations to train from scratch."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Start from a saved student: its folder or Hub id."}
+        default=None, metadata={"help": "Start from a saved student as it is: its folder or Hub id."}
     )
     vision_model_name_or_path: str | None = field(
         default=None,

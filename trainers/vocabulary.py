@@ -103,9 +103,20 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> PreTr
 
 @torch.no_grad()
 def trim_embeddings(tower: PreTrainedModel, kept: list[int]) -> None:
-    """Leaves a text tower the embeddings of the kept pieces, and gives its configuration their new ids."""
+    """Leaves a text tower the embeddings of the kept pieces, and gives its configuration their new ids.
+
+    Raises:
+        ValueError: the tower counts positions from the id of padding, which is now another.
+    """
     embedding, config = tower.get_input_embeddings(), tower.config
     new = {old: i for i, old in enumerate(kept)}
+    for name, module in tower.named_modules():
+        start = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if start is not None and new.get(start) != start:
+            raise ValueError(
+                f"{type(tower).__name__} counts positions from padding's id, {start}, and a piece before it is "
+                "not kept: leave trim_vocabulary out, or take another text tower."
+            )
     embedding.weight = torch.nn.Parameter(embedding.weight[kept].clone(), embedding.weight.requires_grad)  # [V, W]
     embedding.num_embeddings = config.vocab_size = len(kept)
     embedding.padding_idx = new.get(embedding.padding_idx)

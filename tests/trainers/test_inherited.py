@@ -98,11 +98,12 @@ def test_the_teachers_own_towers(tmp_path, folder, name):
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     assert processor.tokenizer("a star")["input_ids"] == tokenizer("a star")["input_ids"]
     sentences, licence = describe_origin(args, teacher, model)
-    assert str(folder) not in " ".join(sentences) and licence == {"clip": "apple-amlr", "dsmd": "mit"}[name]
+    assert str(folder) not in " ".join(sentences) and licence == {"clip": "other", "dsmd": "mit"}[name]
     cut = f"The vision tower was cut from the teacher's, {name}: of its 2 layers it has 0 (counted from 0)."
     assert sentences[0] == cut
     assert len(sentences) == 3  # the licence once
     assert ("research or non-commercial use only" in sentences[-1]) == (name == "clip")
+    assert f"The licence of {name} is {'apple-amlr' if name == 'clip' else 'mit'};" in sentences[-1]
     model.save_pretrained(tmp_path)
     assert_clean(AutoModel.from_pretrained(tmp_path, output_loading_info=True)[1])
 
@@ -123,8 +124,16 @@ def test_the_card_says_what_was_cut_from_what(folder):
 
 
 def test_a_licence_is_read_off_the_card(tmp_path):
-    assert model_license(str(tmp_path), None) is None
-    for metadata, expected in (("license: [mit, apache-2.0]", "mit, apache-2.0"), ("license: [", None), ("- a", None)):
+    assert model_license(str(tmp_path), None) == (None, None)
+    for metadata, expected in (
+        ("license: mit", ("mit", "mit")),
+        ("license: other\nlicense_name: ours", ("other", "ours")),
+        ("license: other", ("other", "other")),
+        ("license: [mit, apache-2.0]", ("other", "mit, apache-2.0")),  # the Hub takes one of its list
+        ("license: [", (None, None)),
+        ("- a", (None, None)),
+        ("language: en", (None, None)),
+    ):
         (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
         assert model_license(str(tmp_path), None) == expected
 

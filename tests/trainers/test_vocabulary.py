@@ -117,6 +117,13 @@ def test_a_slow_tokenizer_is_refused():
         check_trimming(CanineTokenizer(), 100)
 
 
+def test_padding_from_which_positions_are_counted_may_not_move():
+    tower = AutoModel.from_config(roberta())  # padding is 1
+    trim_embeddings(tower, [0, 1, 3])
+    with pytest.raises(ValueError, match="RobertaModel counts positions from padding's id, 1, and a piece before it"):
+        trim_embeddings(tower, [1, 2])
+
+
 @pytest.mark.parametrize(
     "config", [bert, roberta, modernbert, lambda: CLIPTextConfig(hidden_size=16, num_hidden_layers=1)], ids=str
 )
