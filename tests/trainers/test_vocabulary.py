@@ -125,7 +125,9 @@ def test_padding_from_which_positions_are_counted_may_not_move():
 
 
 @pytest.mark.parametrize(
-    "config", [bert, roberta, modernbert, lambda: CLIPTextConfig(hidden_size=16, num_hidden_layers=1)], ids=str
+    "config",
+    [bert, roberta, modernbert, lambda: CLIPTextConfig(hidden_size=16, num_hidden_layers=1)],
+    ids=["bert", "roberta", "modernbert", "clip"],
 )
 def test_a_trimmed_tower_embeds_as_the_whole_one(tmp_path, config):
     small, kept = trimmed("unigram", "some more")
