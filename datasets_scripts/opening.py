@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +70,21 @@ def readable(name: str) -> Iterator[None]:
     except Exception as error:  # its many readers have no common type of error
         if isinstance(error, OSError) and type(error) is not OSError:  # pyarrow's of broken bytes is a plain one
             raise
-        reason = error.__cause__ or error
-        raise ValueError(f"{name} cannot be read: {type(reason).__name__}: {reason}") from error
+        raise ValueError(f"{name} cannot be read: {_in_one_sentence(error.__cause__ or error)}") from error
+
+
+def _in_one_sentence(error: BaseException) -> str:
+    """What `datasets` says is wrong; where that is known, what to do."""
+    if script := re.search(r"scripts are no longer supported, but found (\S+)", str(error)):
+        return (
+            f"its files are read by a script ({script[1]}), which is not run; the Hub may have a copy as parquet: "
+            "datasets_scripts.own_data --revision refs/convert/parquet reads that"
+        )
+    if configs := re.search(r"Config name is missing.*?\[(.*?)\]", str(error), re.DOTALL):
+        names = configs[1].replace("'", "").split(", ")
+        shown = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+        return f"it has the configurations {shown}; name one by --dataset_config_name"
+    return f"{type(error).__name__}: {error}"
 
 
 def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:

@@ -69,16 +69,16 @@ def place_of_tar(url: str, root: str) -> PurePosixPath:
     return PurePosixPath(place.name)
 
 
-def table_of_tar(file: Path, root: Path, columns: Columns, failed: list[str]) -> Table:
+def table_of_tar(file: Path, place: PurePosixPath, columns: Columns, failed: list[str]) -> Table:
     """The samples of a tar, each an image with .txt or .json; the images stay in the tar until they are read.
 
     Args:
+        place: of the tar in its dataset: names it in messages and in ids.
         failed: gets a line for each sample that img2dataset marked as failed.
 
     Raises:
         ValueError: the tar is broken, or no sample has captions, or a sample has two images.
     """
-    place = file.relative_to(root)
     try:
         samples = _samples(file, str(place), by_last_dot=False)
     except SecondImage:  # keys with dots: im.1.jpg, im.2.jpg
@@ -91,8 +91,7 @@ def table_of_tar(file: Path, root: Path, columns: Columns, failed: list[str]) ->
             failed.append(f"{place}, sample {key}: {status}")
             continue
         names |= (described or {}).keys()
-        tar = PurePosixPath(place.as_posix())
-        rows.append(row_of_sample(sample.get("image"), described, sample.get("txt"), key, tar))
+        rows.append(row_of_sample(sample.get("image"), described, sample.get("txt"), key, place))
     if columns.captions is None and not any(row["__captions__"] for row in rows):
         kinds = sorted({kind for sample in samples.values() for kind in sample["files"]})
         raise ValueError(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import pyarrow as pa
@@ -22,6 +22,7 @@ from datasets_scripts.source_files import TEXT_SUFFIXES, read_text_table, suffix
 from datasets_scripts.source_folders import has_sidecars, list_images, table_of_classes, table_of_sidecars, tables_in
 from datasets_scripts.source_rows import Columns, ImageFolder, Table, find_columns
 from datasets_scripts.split_words import SPLIT_OF, split_of_path, split_of_word
+from datasets_scripts.tar_stream import tars_by_split
 from rows.files import read_file
 
 
@@ -133,22 +134,47 @@ class Source:
             )
         print(f"{self.name} is no file or folder here: taken for a dataset on the Hub")
         settings = {"name": self.config_name, "revision": self.revision, "split": self.split}
+        given = {name: of for name, of in settings.items() if of is not None}
         with readable(self.name):
-            loaded = datasets.load_dataset(self.name, **{name: of for name, of in settings.items() if of is not None})
-        return self.tables_of_datasets(loaded)
+            tars = tars_by_split(self.name, self.config_name, self.revision)
+            loaded = datasets.load_dataset(self.name, **given) if tars is None else None
+        return self.tables_of_datasets(loaded) if tars is None else self._tables_of_tars(tars)
+
+    def _tables_of_tars(self, tars: dict[str, list[str]]) -> list[Table]:
+        """Tables of a webdataset on the Hub, one a tar, which is stored in the Hub's cache."""
+        if self.split is not None and self.split not in tars:
+            raise ValueError(f"--split {self.split}: expected one of {', '.join(tars)} (--rows takes the first of it)")
+        tars = tars if self.split is None else {self.split: tars[self.split]}
+        splits, tables = self._splits_of(list(tars)), []
+        for name, addresses in tars.items():
+            left = self.rows
+            for address in addresses:
+                with readable(self.name):
+                    file = Path(datasets.DownloadManager().download(address))
+                table = table_of_tar(file, place_of_tar(address, self.name), self.columns, self.failed)
+                table.rows = table.rows[:left]
+                tables.append(replace(table, split=splits[name], template=self.template))
+                if left is not None and (left := left - len(table.rows)) <= 0:
+                    break
+        return tables
 
     def tables_of_datasets(self, loaded: datasets.Dataset | datasets.DatasetDict) -> list[Table]:
         """Tables of a dataset whose images are in it (a column of Image or of bytes), one a split."""
         if isinstance(loaded, datasets.Dataset):
             return [self._table_of_dataset(loaded, "the dataset")]
-        splits = {name: None if self.ignore_splits else split_of_word(name) for name in loaded}
-        if len(loaded) > 1 and not self.ignore_splits and None in splits.values():
+        splits = self._splits_of(list(loaded))
+        return [replace(self._table_of_dataset(part, name), split=splits[name]) for name, part in loaded.items()]
+
+    def _splits_of(self, names: list[str]) -> dict[str, str | None]:
+        """Which split each split of a dataset is, by its name."""
+        splits = {name: None if self.ignore_splits else split_of_word(name) for name in names}
+        if len(names) > 1 and not self.ignore_splits and None in splits.values():
             raise ValueError(
-                f"the dataset has the splits {', '.join(loaded)}; expected one, or some of {', '.join(SPLIT_OF)}. "
+                f"the dataset has the splits {', '.join(names)}; expected one, or some of {', '.join(SPLIT_OF)}. "
                 "Take one by --split, or all without their splits by --ignore_splits"
             )
         self.decided |= {name: split for name, split in splits.items() if split not in (None, name)}
-        return [replace(self._table_of_dataset(part, name), split=splits[name]) for name, part in loaded.items()]
+        return splits
 
     def _table_of_dataset(self, dataset: datasets.Dataset, name: str, file: Path | None = None) -> Table:
         """`file`: the parquet file that the dataset was read from, whose column of paths is relative to its folder."""
@@ -222,7 +248,7 @@ class Source:
         if split is not None:
             self.decided[decided_by] = split
         if suffix == ".tar":
-            table = table_of_tar(file, root, self.columns, self.failed)
+            table = table_of_tar(file, PurePosixPath(place.as_posix()), self.columns, self.failed)
         elif suffix == ".parquet":
             with readable(str(file)):
                 dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(self.cache))

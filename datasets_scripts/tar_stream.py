@@ -15,7 +15,7 @@ from datasets.download import StreamingDownloadManager
 from datasets_scripts.samples import LONGEST_TEXT, captions_of_sample, id_of_sample, place_of_tar
 from datasets_scripts.source_rows import IMAGE_SUFFIXES
 from rows.columns import Splits
-from rows.files import LARGEST_FILE
+from rows.files import LARGEST_FILE, printable
 
 
 FEATURES = datasets.Features(
@@ -26,34 +26,49 @@ FEATURES = datasets.Features(
     }
 )
 ROWS_AT_ONCE = 100  # in memory, of an arrow file that is written
+_SAID: set[tuple[str, ...]] = set()  # tars whose failed samples this process has counted: every pass reads them again
 
 
 def open_tars(name: str, config_name: str | None, streaming: bool) -> Splits | None:
     """The splits of a webdataset, as rows; None for any other dataset.
 
     A sample without an image or without captions is a row all the same, with None or an empty list: who reads the rows
-    counts what is left out. Downloads that img2dataset marked as failed are no rows.
+    counts what is left out. Downloads that img2dataset marked as failed are no rows: they are counted where the tars
+    have been read to their end, once in a process.
 
     Args:
         name: a folder of tars, or a Hub id.
         config_name: of a Hub dataset.
         streaming: read as it is used, not stored.
     """
-    builder = datasets.load_dataset_builder(name, config_name)
-    if not type(builder).__module__.endswith(".webdataset"):
+    found = tars_by_split(name, config_name)
+    if found is None:
         return None
     parts = {}
-    for split, files in builder.config.data_files.items():
-        source = {"tars": list(map(str, files)), "root": name}
+    for split, tars in found.items():
+        source = {"tars": tars, "root": name}
         if streaming:
-            parts[str(split)] = datasets.IterableDataset.from_generator(rows_of_tars, FEATURES, source)
+            parts[split] = datasets.IterableDataset.from_generator(rows_of_tars, FEATURES, source)
         else:
             # Rows that are stored are found again by their source: changed files are another one.
             source["stamp"] = [_stamp(tar) for tar in source["tars"]]
-            parts[str(split)] = datasets.Dataset.from_generator(
+            parts[split] = datasets.Dataset.from_generator(
                 rows_of_tars, FEATURES, gen_kwargs=source, writer_batch_size=ROWS_AT_ONCE
             )
     return (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)(parts)
+
+
+def tars_by_split(name: str, config_name: str | None, revision: str | None = None) -> dict[str, list[str]] | None:
+    """Paths or addresses (hf://...) of a webdataset's tars, by split; None for any other dataset.
+
+    Args:
+        name: a Hub id, or a folder in the Hub's layout.
+        config_name, revision: of a Hub dataset.
+    """
+    builder = datasets.load_dataset_builder(name, config_name, revision=revision)
+    if not type(builder).__module__.endswith(".webdataset"):
+        return None
+    return {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
 
 
 def only_whole(parts: datasets.DatasetDict) -> datasets.DatasetDict:
@@ -65,6 +80,8 @@ def only_whole(parts: datasets.DatasetDict) -> datasets.DatasetDict:
         has_both = pc.and_(table["image"].is_valid(), has_caption).to_pylist()
         whole[split] = rows if all(has_both) else rows.select([row for row, both in enumerate(has_both) if both])
         if lost := len(rows) - len(whole[split]):
+            if not len(whole[split]):
+                raise ValueError(f"no sample of the {split} split has both an image and a caption")
             print(f"{lost:,} samples of the {split} split have no image or no captions and are left out")
     return whole
 
@@ -88,15 +105,25 @@ def rows_of_tars(tars: list[str], root: str, stamp: list[str] | None = None) -> 
     Raises:
         ValueError: a tar is broken, a text in it is too long or not what its name says, or a sample has two images.
     """
+    failed, first, count = 0, "", 0
     for tar in tars:
         place = place_of_tar(tar, root)
         for key, sample in _samples(tar):
-            described = sample.get("json")
-            if "image" not in sample and (described or {}).get("status", "success") != "success":
+            described, count = sample.get("json"), count + 1
+            status = (described or {}).get("status", "success")
+            if "image" not in sample and status != "success":
+                failed, first = failed + 1, first or f"{id_of_sample(described, key, place)}: {status}"
                 continue
             image = {"bytes": sample["image"], "path": None} if "image" in sample else None
             captions = captions_of_sample(described, sample.get("txt"))
             yield {"image": image, "captions": captions, "image_id": id_of_sample(described, key, place)}
+    if failed and (said := (root, *tars)) not in _SAID:
+        _SAID.add(said)
+        of_several = f" and {len(tars) - 1:,} more" if len(tars) > 1 else ""
+        print(
+            f"{place_of_tar(tars[0], root)}{of_several}: {failed:,} of {count:,} samples failed in the source and are "
+            f"left out (--max_skipped does not count these); the first: {printable(first)}"
+        )
 
 
 def _samples(tar: str) -> Iterator[tuple[str, dict]]:

@@ -1,6 +1,8 @@
 """Image files that the tests of the data programs make."""
 
 import io
+import tarfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,3 +23,12 @@ def encoded(image: Image.Image, file_format: str = "JPEG", **settings) -> bytes:
 
 def decoded(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))

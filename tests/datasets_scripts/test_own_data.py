@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_files import decoded, encoded, picture
+from image_files import decoded, encoded, picture, write_tar
 
 from datasets_scripts import own_data
 from rows.checks import check_dataset
@@ -198,15 +198,6 @@ def test_a_folder_of_tables_needs_a_glob(tmp_path):
         build(tmp_path / "data", tmp_path / "out")
 
 
-def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def sample(i: int, key: str, description: str = "json") -> list[tuple[str, bytes]]:
     """Files of one sample, as `tar --sort=name` would order them."""
     image = (f"{key}.{('jpg', 'png', 'webp')[i % 3]}", file_of(i))
@@ -335,15 +326,15 @@ def test_one_dataset_on_disk_and_a_folder_in_the_hubs_layout(tmp_path):
     assert built["test"].num_rows == 5
 
 
-def test_dataset_of_the_hub(tmp_path, monkeypatch):
-    asked = []
-    dataset = datasets.DatasetDict(all=loaded(list(range(COUNT))))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or dataset)
+def test_dataset_of_the_hub(tmp_path, tmp_path_factory, hub, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    dataset = datasets.DatasetDict(photos=loaded(list(range(COUNT))))
+    dataset.push_to_hub("someone/photos")
     check(build("someone/photos", tmp_path / "out", *NAMED, "--test_share", "0.3"))
-    assert asked == ["someone/photos"]
     assert "Made from `someone/photos`" in (tmp_path / "out" / "README.md").read_text()
-    dataset["more"] = dataset["all"]
-    with pytest.raises(ValueError, match="splits all, more"):
+    dataset["more"] = dataset["photos"]
+    dataset.push_to_hub("someone/photos")
+    with pytest.raises(ValueError, match="splits photos, more"):
         build("someone/photos", tmp_path / "out2", *NAMED)
 
 

@@ -125,19 +125,6 @@ def test_lists_of_images_and_captions_in_objects(tmp_path):
     assert found == {str(i): [f"a {i}", f"b {i}"] for i in range(COUNT)}
 
 
-def test_of_a_hub_dataset_configuration_revision_split_and_rows(tmp_path, monkeypatch):
-    asked = []
-
-    def load(path, **settings):
-        asked.append((path, settings))
-        return in_memory(caption=[f"x {i}" for i in range(COUNT)])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    options = ["--dataset_config_name", "en", "--revision", "abc", "--split", "train", "--rows", "30"]
-    assert len(rows_of("user/data", tmp_path / "out", *options)) == 30
-    assert asked == [("user/data", {"name": "en", "revision": "abc", "split": "train"})]
-
-
 def test_splits_by_any_of_their_names_and_none_where_told(tmp_path, capsys):
     for folder, count in (("train2017", 30), ("val2017", 10)):
         names = write_images(tmp_path / "data" / folder)[:count]
