@@ -295,13 +295,16 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
 
 def try_student(
     student_args: StudentArguments, args: RetrievalTrainingArguments, train: datasets.Dataset, teacher: Source
-) -> None:
+) -> int | None:
     """Builds the student that a run will build later, and throws it away: what is wrong with it or its settings is
     better said before a teacher has run for hours.
 
     Args:
         train: the training split.
         teacher: the one that is to run, which the student may have a tower of.
+
+    Returns:
+        The student's width, where it does not follow the teacher's and learns from it.
 
     Raises:
         ValueError, OSError: as the run would later.
@@ -313,6 +316,8 @@ def try_student(
     batch = tiny_batch(RetrievalCollator(processor, args.max_caption_length), torch.device("cpu"))
     check_embeds(model, batch)
     check_text_pooling(model, batch)
+    told = student_args.model_name_or_path is not None or student_args.projection_dim is not None
+    return model.config.projection_dim if told and isinstance(args, DSMDTrainingArguments) else None
 
 
 def say_finished(trainer: RetrievalTrainer) -> None:

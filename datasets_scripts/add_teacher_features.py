@@ -205,6 +205,8 @@ def make(options: argparse.Namespace, state: PartialState) -> None:
         max_skipped=options.max_skipped,
         earlier=lambda: [earlier_fingerprint(*which) for which in named],
     )
+    if state.is_main_process:
+        print(f"The dataset is in {options.output_dir}: train.py --dataset_name {options.output_dir}")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class DataArguments:
 def load_data(
     args: DataArguments,
     trust_remote_code: bool = False,
-    before_teacher: Callable[[datasets.Dataset], None] | None = None,
+    before_teacher: Callable[[datasets.Dataset], int | None] | None = None,
     trains: bool = True,
     teacher_is_demanded: bool = False,
 ) -> Splits:
@@ -134,7 +134,8 @@ def load_data(
     A dataset that has features is used as it is: the teacher of the arguments makes them where there are none.
 
     Args:
-        before_teacher: called with the training split before a teacher is loaded to make features.
+        before_teacher: called with the training split before a teacher is loaded to make features; returns the width
+            that the student was told to have, or None.
         trains: the run is a training; an evaluation does with the splits that there are.
         teacher_is_demanded: refuse features of another teacher than that of the arguments.
 
@@ -234,7 +235,7 @@ def _with_teacher(
     rows: datasets.DatasetDict,
     args: DataArguments,
     trust_remote_code: bool,
-    before_teacher: Callable[[datasets.Dataset], None] | None,
+    before_teacher: Callable[[datasets.Dataset], int | None] | None,
 ) -> datasets.DatasetDict:
     """The rows with features of the arguments' teachers: kept from an earlier run, or made now."""
     from datasets_scripts.feature_job import cached_teacher_features

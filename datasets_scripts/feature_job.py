@@ -121,8 +121,6 @@ def make_teacher_features(
             if columns_only:
                 size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6
                 print(f"The features are kept in {output}, {size:,.1f} MB; `rm -r {output.parent}` clears all such")
-            else:
-                print(f"The dataset is in {output}: train.py --dataset_name {output}")
     state.wait_for_everyone()
 
 
@@ -225,7 +223,7 @@ def cached_teacher_features(
     trust_remote_code: bool,
     skip_broken: bool = False,
     max_skipped: float | None = None,
-    before_teacher: Callable[[], None] | None = None,
+    before_teacher: Callable[[], int | None] | None = None,
 ) -> Path:
     """Folder of the rows' teacher features, for [`join_columns`], made unless an earlier run has made them.
 
@@ -236,10 +234,12 @@ def cached_teacher_features(
         weights: of each, summing to 1.
         source: what the rows are, for the card.
         skip_broken, max_skipped: see [`make_teacher_features`].
-        before_teacher: called before the teachers are loaded, where they are.
+        before_teacher: called before the teachers are loaded, where they are; returns the width that the student was
+            told to have, or None.
 
     Raises:
-        ValueError: rows cannot be used, now or when the features were made, and are not to be skipped or are too many.
+        ValueError: the student would be wider than the teacher; or rows cannot be used, now or when the features were
+            made, and are not to be skipped or are too many.
     """
     state = PartialState()
     encoding = Encoding(weights=weights)
@@ -254,10 +254,15 @@ def cached_teacher_features(
     _acquire_together(lock, state)
     try:
         if not folder.is_dir():
-            if before_teacher is not None:
-                before_teacher()
+            width = None if before_teacher is None else before_teacher()
             settings = {"dtype": default_dtype(), "device": state.device, "trust_remote_code": trust_remote_code}
             loaded = [load_teacher(name, revision, **settings) for name, revision in teachers]
+            widest = sum(teacher.dim for teacher in loaded)
+            if width is not None and width > widest:
+                raise ValueError(
+                    f"projection_dim={width} is more than the {widest} of the teacher's features: "
+                    f"train a student with --projection_dim {widest} or less, or take a wider teacher."
+                )
             make_teacher_features(
                 rows,
                 loaded,

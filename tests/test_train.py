@@ -408,6 +408,17 @@ def test_a_student_wider_than_its_teacher_is_refused(tmp_path, data):
     assert "projection_dim=20 is more than the 16" in said and "train with --projection_dim 16 or less" in said
 
 
+def test_a_student_wider_than_its_teacher_is_refused_before_the_teachers_pass(tmp_path, data, teacher, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(feature_job, "make_teacher_features", lambda *_, **__: pytest.fail("the teacher runs"))
+    plain = {"dataset_name": without_features(tmp_path / "plain", data), "teacher_model_name_or_path": str(teacher)}
+    dim = feature_job.load_teacher(str(teacher)).dim
+    said = refused(write_recipe(tmp_path, data, **plain, projection_dim=dim + 1))
+    assert (
+        f"projection_dim={dim + 1} is more than the {dim} of the" in said and f"--projection_dim {dim} or less" in said
+    )
+
+
 def test_a_student_wider_than_other_features_is_evaluated_as_the_refusal_says(tmp_path, data, capsys):
     train.main(write_recipe(tmp_path, data, num_train_epochs=1))
     rows = datasets.load_from_disk(data)
