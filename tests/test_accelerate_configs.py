@@ -1,7 +1,6 @@
 """Every configuration is one that accelerate takes; all for several processes are launched as far as a CPU can."""
 
 import json
-import os
 import shlex
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import make_rows, make_student
+from launching import environment
 from safetensors.torch import load_file
 from tiny_trainer import largest_difference
 
@@ -121,12 +121,10 @@ def launch(config: str, folder: Path, machines: int = 1) -> Path:
             str(port),
         ]
     worker = [str(Path(__file__).with_name("launched_worker.py")), str(folder), str(folder / "recipe.yaml")]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     launchers = [
         subprocess.Popen(
             [*command, *(["--machine_rank", str(rank)] if machines > 1 else []), *worker],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(machines)
     ]  # fmt: skip

@@ -1,15 +1,14 @@
 """The paper's set-up end to end, by the README's commands: Karpathy's files, BEiT-3 as released, ViT + BERT."""
 
 import json
-import os
 import subprocess
-import sys
 
 import datasets
 import numpy as np
 import paper_setup
 import pytest
 import torch
+from launching import command_line, environment
 from PIL import Image
 
 
@@ -25,15 +24,8 @@ def reference(folder):
 
 def run(folder, *command):
     """A command of the README, in a folder of its own, with the project on the path as `pip install -e .` puts it."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-    }
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    variables = environment(HF_DATASETS_CACHE=str(folder / "cache"))
+    result = subprocess.run(command_line(1, *command), cwd=folder, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

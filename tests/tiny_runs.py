@@ -1,13 +1,12 @@
 """Runs of train.py on tiny data, as processes of their own, that tests share."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 from conftest import make_rows
+from launching import command_line, environment
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +55,5 @@ def arguments(folder: Path, data: Path, settings: dict, **more) -> list[str]:
 def start(processes: int, *command, **more) -> subprocess.Popen:
     """A Python program, under torchrun where there are several processes; `stdout` has all that it says. `more` is
     for Popen."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d"]
-        launcher += ["--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*launcher, *map(str, command)], env=environment, **pipes, **more)
+    return subprocess.Popen(command_line(processes, *command), env=environment(threads=2), **pipes, **more)

@@ -11,12 +11,15 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import feature_job_worker
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from conftest import DIM, make_rows, make_student, with_names
+from feature_job_worker import count_changes
+from launching import command_line, environment, launch
 from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -203,20 +206,8 @@ def test_loader_workers_change_nothing(output, source, teacher_folder, tmp_path)
     assert contents(tmp_path / "workers") == contents(output)
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)]),
-    }
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-
-
 def test_two_processes_give_the_files_of_one(output, source, teacher_folder, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    torchrun += ["--rdzv-endpoint", "localhost:0", script.__file__]
-    result = run([*torchrun, *arguments(source, teacher_folder, tmp_path / "two")])
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(2, script.__file__, *arguments(source, teacher_folder, tmp_path / "two"))
     assert contents(tmp_path / "two") == contents(output)
 
 
@@ -230,35 +221,9 @@ def test_another_number_of_threads_changes_rounding_alone(output, source, teache
         assert three[split].remove_columns(TEACHER_COLUMNS)[:]["captions"] == part["captions"][:]
 
 
-KILLER = """
-import sys
-from datasets_scripts import add_teacher_features as script
-from datasets_scripts import feature_job
-from test_add_teacher_features import count_changes
-count_changes(int(sys.argv[1]))
-script.main(sys.argv[2:])
-"""
-
-
-def count_changes(moment: int) -> list[int]:
-    """From now on the process kills itself before its n-th change of a file's name or removal of a folder."""
-    made = [0]
-
-    def deadly(call):
-        def wrapper(*arguments, **settings):
-            made[0] += 1
-            if made[0] == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **settings)
-
-        return wrapper
-
-    os.replace, os.rename, os.link, shutil.rmtree = map(deadly, (os.replace, os.rename, os.link, shutil.rmtree))
-    return made
-
-
 def kill_at(moment: int, command: list[str]) -> None:
-    killed = run(["-c", KILLER, str(moment), *command])
+    line = command_line(1, feature_job_worker.__file__, moment, *command)
+    killed = subprocess.run(line, env=environment(), capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
 
 
@@ -624,9 +589,7 @@ def test_broken_rows_are_left_out_listed_and_counted(broken_source, output, teac
 def test_the_same_are_left_out_whatever_the_way(broken_source, teacher_folder, tmp_path, how, stopped):
     command = [*arguments(broken_source, teacher_folder, tmp_path / "out"), "--skip_broken"]
     if how == "two processes":
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-        result = run([*torchrun, "--rdzv-endpoint", "localhost:0", script.__file__, *command])
-        assert result.returncode == 0, result.stderr[-3000:]
+        launch(2, script.__file__, *command)
     elif how == "resumed":
         with pytest.raises(SystemExit, match="--skip_broken"):  # at the first that is broken
             script.main(command[:-1])

@@ -1,8 +1,5 @@
 """Parts of a student that stay as they are: a frozen tower, and parameters that nothing depends on."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import frozen_worker
@@ -10,6 +7,7 @@ import pytest
 import torch
 from conftest import make_rows, make_student
 from frozen_worker import CASES, RESNET, SGD, SIZES, trained
+from launching import launch
 from safetensors.torch import load_file
 from tiny_trainer import KeepGradients, largest_difference, make_trainer
 
@@ -23,12 +21,7 @@ DROPOUT = {"model_type": "bert", **SIZES, "hidden_dropout_prob": 0.3, "attention
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("frozen")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", frozen_worker.__file__, str(folder)]
-    path = os.pathsep.join([*sys.path, str(Path(frozen_worker.__file__).parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-6000:]
+    launch(2, frozen_worker.__file__, folder)
     return folder
 
 

@@ -1,16 +1,13 @@
 """Two and four processes against one: gradients, states, evaluation, streams."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import processes_worker
 import pytest
 import torch
 from conftest import make_rows
+from launching import launch
 from processes_worker import (
     ACCUMULATED,
     BASELINE,
@@ -44,12 +41,7 @@ def launched(request, tmp_path_factory):
     for shards in SHARDS:
         for index in range(shards):
             STREAM.shard(shards, index).to_parquet(folder / f"stream-{shards}-{index}.parquet")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", processes_worker.__file__, str(folder)]
-    path = os.pathsep.join([*sys.path, str(Path(processes_worker.__file__).parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-6000:]
+    launch(world, processes_worker.__file__, folder)
     found = []
     for rank in range(world):
         of_rank = {path.name.split("-")[0]: load_file(path) for path in folder.glob(f"*-{rank}.safetensors")}

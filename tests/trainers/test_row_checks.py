@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import row_checks_worker
 from conftest import DIM, make_rows
+from launching import launch
 from row_checks_worker import CASES, SMALL, changed
 
 import rows as rows_package
@@ -43,12 +42,7 @@ def cache(tmp_path, monkeypatch):
 def launched(tmp_path_factory):
     """What each of two processes was told."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", row_checks_worker.__file__, str(folder)]
-    path = os.pathsep.join([*sys.path, str(Path(row_checks_worker.__file__).parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_DATASETS_CACHE": str(folder / "c")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-6000:]
+    launch(2, row_checks_worker.__file__, folder, HF_DATASETS_CACHE=str(folder / "c"))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

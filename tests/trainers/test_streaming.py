@@ -3,9 +3,6 @@
 import io
 import itertools
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIM, make_rows, make_student
+from launching import launch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -360,13 +358,7 @@ def test_two_processes(tmp_path):
     """Other rows on each, captions and features with their images; equal states; exact resume."""
     rows = make_rows(22).remove_columns("group_id")
     parquet_stream(tmp_path / "rows", rows, 3)
-    worker = Path(__file__).with_name("streaming_worker.py")
-    path = os.pathsep.join([*sys.path, str(worker.parents[1])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(worker), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(2, Path(__file__).with_name("streaming_worker.py"), tmp_path)
     states = [load_file(tmp_path / f"{run}-{rank}.safetensors") for run in ("unbroken", "resumed") for rank in (0, 1)]
     for state in states[1:]:
         assert_equal_states(states[0], state)

@@ -1,13 +1,11 @@
 """A step whose gradient is not finite changes nothing, is named, and too many in a row stop the run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 from tiny_trainer import largest_difference, make_trainer
 from transformers import TrainerCallback
@@ -144,16 +142,7 @@ def test_the_baseline_skips_too(tmp_path, rows, caplog):
 
 
 def test_both_of_two_processes_skip(tmp_path):
-    worker = Path(__file__).with_name("nonfinite_worker.py")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([*sys.path, str(worker.parent)]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(worker), str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch(2, Path(__file__).with_name("nonfinite_worker.py"), tmp_path)
     states = [
         load_file(tmp_path / f"{name}-{rank}.safetensors") for name in ("skipped", "reference") for rank in (0, 1)
     ]
