@@ -42,8 +42,6 @@ HELD_ELSEWHERE = {
     "model_cards/tables.py": "tests/hostile/test_cards.py",
     "teachers/teacher.py": "tests/teachers/test_load_teacher.py",
     "trainers/card.py": "tests/model_cards/test_model_card.py",
-    "trainers/logsumexp.py": "tests/trainers/test_losses.py",
-    "trainers/loss_inputs.py": "tests/trainers/test_losses.py",
     "trainers/step_rows.py": "tests/trainers/test_processes.py",
     "trainers/run/distributed.py": "tests/trainers/test_processes.py",
     "teachers/beit3/configuration_beit3.py": "tests/teachers/test_beit3.py",

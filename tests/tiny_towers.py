@@ -172,3 +172,27 @@ def make_processor():
             model_input_names=["input_ids", "attention_mask"],
         ),
     )  # fmt: skip
+
+
+TOWERS = [
+    (vit, bert),
+    (vit, distilbert),
+    (convnext, bert),
+    (convnext, distilbert),
+    (deit, roberta),
+    (dinov2, minilm),
+    (swin, modernbert),
+    (mobilevit, modernbert),
+]
+# Every pooling that a tower has.
+POOLINGS = {
+    **dict.fromkeys((vit, deit, dinov2, bert, minilm, roberta), ("cls", "mean", "pooler")),
+    **dict.fromkeys((convnext, swin, mobilevit), ("mean", "pooler")),
+    **dict.fromkeys((distilbert, modernbert), ("cls", "mean")),
+}
+# Each of them once, beside any of the other tower's: neither knows of the other.
+ALL = [
+    (vision, text, POOLINGS[vision][i % len(POOLINGS[vision])], POOLINGS[text][i % len(POOLINGS[text])])
+    for vision, text in TOWERS
+    for i in range(max(len(POOLINGS[vision]), len(POOLINGS[text])))
+]
