@@ -22,8 +22,87 @@ from PIL import Image, ImageFile
 from datasets_scripts.arrow_files import rgb_file
 from datasets_scripts.opening import open_dataset
 from datasets_scripts.teacher_features import _chunks, _undecoded
-from rows.images import load_rgb
+from rows.images import load_rgb, to_rgb
 from trainers.streaming import StreamedRetrievalDataset
+
+
+def pixels(image):
+    seen = to_rgb(image)
+    assert seen.mode == "RGB"
+    return np.asarray(seen).tolist()
+
+
+def through_file(image, format, **settings):
+    file = io.BytesIO()
+    image.save(file, format, **settings)
+    return Image.open(file)
+
+
+SIXTEEN = np.array([[0, 128, 129, 257, 300, 32768, 65407, 65535]], dtype=np.uint16)
+EIGHT = [[[value] * 3 for value in (0, 0, 1, 1, 1, 128, 255, 255)]]  # divided by 257, rounded
+
+
+@pytest.mark.parametrize("suffix", ["", "B"])
+def test_sixteen_bits_are_scaled(suffix):
+    array = SIXTEEN.astype(">u2") if suffix else SIXTEEN
+    image = Image.frombytes(f"I;16{suffix}", (8, 1), array.tobytes())
+    assert pixels(image) == EIGHT
+    assert pixels(through_file(Image.fromarray(SIXTEEN), "TIFF")) == EIGHT
+    assert pixels(through_file(Image.fromarray(SIXTEEN), "PNG")) == EIGHT
+
+
+def test_sixteen_bits_of_a_pgm_file():
+    file = io.BytesIO(b"P5 8 1 65535\n" + SIXTEEN.astype(">u2").tobytes())
+    assert Image.open(file).mode == "I" and pixels(Image.open(file)) == EIGHT
+    assert pixels(Image.fromarray(np.array([[-5, 70000]], dtype=np.int32))) == [[[0] * 3, [255] * 3]]
+
+
+def test_transparent_parts_are_white():
+    half = Image.fromarray(np.array([[[0, 100, 200, 0], [0, 100, 200, 255], [0, 100, 200, 51]]], dtype=np.uint8))
+    assert pixels(half) == [[[255, 255, 255], [0, 100, 200], [204, 224, 244]]]  # 0.2 x + 0.8 * 255
+    assert pixels(Image.fromarray(np.array([[[7, 0], [7, 255]]], dtype=np.uint8), "LA")) == [[[255] * 3, [7] * 3]]
+    one_colour = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    assert pixels(through_file(one_colour, "PNG", transparency=(1, 2, 3))) == [[[255] * 3, [4, 5, 6]]]
+    grey = Image.fromarray(np.array([[9, 8]], dtype=np.uint8))
+    assert pixels(through_file(grey, "PNG", transparency=8)) == [[[9] * 3, [255] * 3]]
+
+
+def test_palettes():
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    assert pixels(through_file(image, "PNG")) == [[[10, 20, 30], [40, 50, 60], [70, 80, 90]]]
+    for format in ("PNG", "GIF"):
+        clear = through_file(image, format, transparency=1)
+        assert clear.mode == "P" and pixels(clear) == [[[10, 20, 30], [255] * 3, [70, 80, 90]]]
+    bytewise = through_file(image, "PNG", transparency=bytes([255, 0, 255]))
+    assert pixels(bytewise) == [[[10, 20, 30], [255] * 3, [70, 80, 90]]]
+
+
+def test_other_modes():
+    assert pixels(Image.fromarray(np.array([[[0, 255, 0, 0], [0, 0, 0, 255]]], dtype=np.uint8), "CMYK")) == [
+        [[255, 0, 255], [0, 0, 0]]
+    ]
+    assert pixels(Image.fromarray(np.array([[True, False]]))) == [[[255] * 3, [0] * 3]]
+    assert pixels(Image.fromarray(np.array([[3, 250]], dtype=np.uint8))) == [[[3] * 3, [250] * 3]]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    flat = to_rgb(through_file(noise.convert("CMYK"), "JPEG", quality=100))
+    assert np.abs(np.asarray(flat).astype(int) - np.asarray(noise).astype(int)).mean() < 30  # not a negative
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright(orientation):
+    stored = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    image = Image.fromarray(stored)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    upright = {
+        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1), 7: np.rot90(stored, 2).transpose(1, 0, 2), 8: np.rot90(stored),
+    }[orientation]  # fmt: skip
+    file = through_file(image, "PNG", exif=exif)
+    assert pixels(file) == upright.tolist()
+    assert pixels(to_rgb(file)) == upright.tolist()  # once is enough
+    assert np.asarray(file).tolist() == stored.tolist()  # the caller's image is left alone
 
 
 @pytest.mark.parametrize("file_format", ["AVIF", "GIF", "WEBP", "PNG", "TIFF"])
