@@ -1,87 +1,114 @@
-"""Features that are kept without their images: joined to the rows again, they are those of the whole dataset."""
+"""The dataset with features, as it is read again: its card, figures, projection and int8."""
+
+import json
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, make_student
+import yaml
+from conftest import DIM, make_rows, with_names
+from tiny_features import add, arguments, contents
+from torch.nn.functional import cosine_similarity, normalize
 
-from datasets_scripts.feature_job import make_teacher_features
-from datasets_scripts.feature_shards import ROW, Encoding
-from datasets_scripts.teacher_dataset import join_columns
-from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
+from datasets_scripts import add_teacher_features as script
+from datasets_scripts.feature_shards import shard_file
+from datasets_scripts.teacher_dataset import evaluate_teacher, figures_table
+from rows.checks import check_dataset
+from rows.columns import rows_and_captions
+from rows.teacher_columns import TEACHER_COLUMNS, teacher_features, teacher_rows
 from teachers import load_teacher
+from trainers import retrieval_metrics
+from trainers.batches import RetrievalDataset
+from trainers.teacher_pca import load_pca
 
 
-IDENTITY = {"teacher files": ["tiny"]}
+def test_what_the_folder_says_of_itself(output, teacher_folder):
+    card = (output / "README.md").read_text()
+    assert "teacher-features" in yaml.safe_load(card.split("---")[1])["tags"]
+    assert "| train | 23 |" in card and str(teacher_folder.parent) not in card
+    rows = datasets.load_dataset(str(output))
+    described = json.loads(rows["train"][0]["teacher"])
+    assert described["id"] == "tiny" and described["dim"] == 16 and described["revision"] is None
+    assert {part["teacher"] for split in rows.values() for part in split} == {rows["train"][0]["teacher"]}
+    assert not (output / "settings.json").exists() and not list(output.rglob("*.part"))
+    for name, content in contents(output).items():
+        assert str(teacher_folder.parent).encode() not in content, name
+    image, text = teacher_rows(rows["test"])
+    groups, caption_to_image = rows_and_captions(rows["test"])
+    assert f"| test | 12 | {retrieval_metrics(image, text, groups, groups[caption_to_image])['rsum']:.2f} |" in card
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    for part in make_student():
-        part.save_pretrained(folder)
-    return load_teacher(str(folder))
+def test_the_teachers_own_figures_count_equal_captions(tmp_path):
+    parts = {"test": with_names(make_rows(20), every=1), "train": make_rows(6)}
+    figures = {}
+    for split, rows in parts.items():
+        rows.to_parquet(shard_file(tmp_path, split, 0))
+        figures[split] = evaluate_teacher(tmp_path, split, [0], None, DIM, False)
+    groups, owner = rows_and_captions(parts["test"])
+    names = [caption for own in parts["test"]["captions"] for caption in own]
+    embeds = *teacher_rows(parts["test"]), groups, groups[owner]
+    by_text, by_index = (retrieval_metrics(*embeds, text_ids=ids)["rsum"] for ids in (names, None))
+    assert figures["test"] == {"images": 20, "rsum": by_text, "rsum_by_index": by_index} and by_text > by_index
+    assert figures["train"].keys() == {"images", "rsum"}
+    table = figures_table(figures)
+    assert f"| test | 20 | {by_text:.2f} | {by_index:.2f} |" in table
+    assert f"| train | 6 | {figures['train']['rsum']:.2f} |  |" in table and "| by index |" in table
 
 
-@pytest.fixture
-def rows(tmp_path):
-    """Of the training split the first row, the last, and all of the second file of four rows are broken."""
-    parts = {split: make_rows(count, seed) for seed, (split, count) in enumerate({"train": 14, "test": 3}.items())}
-    features = datasets.Features(
-        {name: of for name, of in parts["train"].features.items() if name not in TEACHER_COLUMNS}
-    )
-    features["image"] = datasets.Image(decode=False)
-    for split, part in parts.items():
-        examples = [dict(row) for row in part.select_columns(list(features)).cast(features)]
-        for row in (0, 13, 4, 5, 6, 7) if split == "train" else ():
-            examples[row]["image"] = {"bytes": b"no image", "path": None}
-        examples[2]["captions"] = [" ", *examples[2]["captions"]]
-        parts[split] = datasets.Dataset.from_list(examples, features).cast_column("image", datasets.Image())
-    parts["train"].info.license = "cc0-1.0"
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "rows")
-    return datasets.load_from_disk(tmp_path / "rows")
+def test_streamed_output_has_the_same_rows(output):
+    rows = datasets.load_dataset(str(output))["train"].cast_column("image", datasets.Image(decode=False))
+    stream = datasets.load_dataset(str(output), streaming=True)["train"]
+    assert list(stream.cast_column("image", datasets.Image(decode=False))) == list(rows)
 
 
-def test_features_without_images_join_their_rows(rows, teacher, tmp_path):
-    encoding = Encoding(shard_rows=4)
-    for name, columns_only in (("whole", False), ("columns", True)):
-        how = {"skip_broken": True, "columns_only": columns_only}
-        make_teacher_features(rows, [teacher], IDENTITY, tmp_path / name, encoding, "mine", 0, **how)
-    whole = datasets.load_dataset(str(tmp_path / "whole"))
-    joined = join_columns(rows, tmp_path / "columns")
-    assert [len(joined[split]) for split in ("train", "test")] == [8, 3]
-    for split, part in joined.items():
-        assert part.column_names == whole[split].column_names and part.features == whole[split].features
-        for name in set(part.column_names) - {"image"}:
-            assert part[name][:] == whole[split][name][:], name
-        for one, other in zip(teacher_rows(part), teacher_rows(whole[split])):
-            assert torch.equal(one, other)
-        for row, other in zip(part, whole[split]):
-            assert np.array_equal(row["image"], other["image"])
-    assert joined["train"].info.license == "cc0-1.0"
-    assert join_columns(rows, tmp_path / "whole")["train"][0] == whole["train"][0]  # as an earlier release kept them
-    stored = [path for path in (tmp_path / "columns").rglob("*.arrow") if b"\x89PNG" in path.read_bytes()]
-    assert not stored and not {"image", ROW} & set(datasets.load_from_disk(tmp_path / "columns")["train"].column_names)
+def test_int8_is_close_is_read_as_float_and_its_cost_is_shown(source, output, teacher_folder, tmp_path, capsys):
+    script.main(arguments(source, teacher_folder, tmp_path / "int8", "--int8"))
+    assert "before int8" in capsys.readouterr().out
+    rows, exact = datasets.load_dataset(str(tmp_path / "int8")), datasets.load_dataset(str(output))
+    assert rows["train"].features["teacher_image_embeds"].feature == datasets.Value("int8")
+    assert not (tmp_path / "int8" / "exact").exists()
+    for split in rows:
+        check_dataset(rows[split], split, 16)
+        for got, expected in zip(teacher_rows(rows[split]), teacher_rows(exact[split])):
+            assert not torch.equal(got, expected)
+            assert (cosine_similarity(got, expected) > 0.9999).all()
+            assert (got - expected).abs().max() <= expected.abs().max() / 127
+    examples = RetrievalDataset(rows["train"], with_teacher=True).__getitems__([3, 1])
+    image, text = teacher_rows(rows["train"].select([3, 1]))
+    assert np.array_equal(np.stack([example["teacher_image"] for example in examples]), image.numpy())
+    assert np.array_equal(np.concatenate([example["teacher_text"] for example in examples]), text.numpy())
+    assert (tmp_path / "int8" / "README.md").read_text().count("before int8") == 1
 
 
-def test_work_that_an_earlier_release_began_is_gone_on_with(rows, teacher, tmp_path, monkeypatch):
-    """Its files hold whole rows, and no places."""
-    rows = datasets.DatasetDict({"test": rows["test"], "train": rows["train"].select([1, 2, 3, 8, 9, 10])})
+def test_the_projection_is_fitted_on_the_training_features(output):
+    components = load_pca(output)
+    image, text = teacher_rows(datasets.load_dataset(str(output))["train"])
+    rows = np.concatenate(
+        [normalize(part, dim=1).double().numpy() / len(part) ** 0.5 for part in (image, text)]
+    )  # each modality counts the same
+    _, _, expected = np.linalg.svd(rows)
+    for k in (1, 4, 9):
+        ours = components[:, :k].double().numpy()
+        assert np.allclose(ours @ ours.T, expected[:k].T @ expected[:k], atol=1e-5)
 
-    def stop(*arguments):
-        raise KeyboardInterrupt
 
-    encoding, out = Encoding(shard_rows=2), tmp_path / "columns"
-    with monkeypatch.context() as patch:
-        patch.setattr("datasets_scripts.feature_job.assemble", stop)
-        with pytest.raises(KeyboardInterrupt):
-            make_teacher_features(rows, [teacher], IDENTITY, out, encoding, "mine", 0, skip_broken=True)
-    (tmp_path / "columns.partial" / "train-00001.parquet").unlink()
-    make_teacher_features(rows, [teacher], IDENTITY, out, encoding, "mine", 0, skip_broken=True, columns_only=True)
-    make_teacher_features(rows, [teacher], IDENTITY, tmp_path / "all", encoding, "mine", 0, skip_broken=True)
-    made = join_columns(rows, out)
-    for split, part in datasets.load_dataset(str(tmp_path / "all")).items():
-        assert made[split]["image_id"][:] == part["image_id"][:]
-        for one, other in zip(teacher_rows(made[split]), teacher_rows(part)):
-            assert torch.equal(one, other)
+def test_teacher_features_reads_what_was_stored():
+    with pytest.raises(ValueError, match="no teacher_image_scale"):
+        teacher_features(
+            datasets.Dataset.from_dict(
+                {"teacher_image_embeds": [[1, 2]]},
+                features=datasets.Features({"teacher_image_embeds": datasets.List(datasets.Value("int8"), length=2)}),
+            ).with_format("arrow")[:],
+            "teacher_image_embeds",
+        )
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other(teacher_folder, tmp_path):
+    """`datasets` caches a local folder by its name alone where its card names the data files: ours must not."""
+    for place, count in (("a", 3), ("b", 5)):
+        (tmp_path / place).mkdir()
+        rows = datasets.DatasetDict({"dev": make_rows(count).remove_columns(TEACHER_COLUMNS)})
+        add(rows, [load_teacher(str(teacher_folder))], tmp_path / place / "same")
+        loaded = datasets.load_dataset(str(tmp_path / place / "same"))
+        assert {split: len(part) for split, part in loaded.items()} == {"dev": count}
