@@ -1,4 +1,4 @@
-"""Image files that the tests of the data programs make."""
+"""Image files, and tars of them, that the tests of the data programs make."""
 
 import io
 import tarfile
@@ -26,6 +26,7 @@ def decoded(data: bytes) -> Image.Image:
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    """A tar of files, each a name and what it holds, in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in files:

@@ -1,17 +1,16 @@
 """Run by test_portability: training, evaluation and feature making where loader workers are not forked and the system
 does not say which cores are free, as on macOS and Windows. Not from pytest, whose modules a new process has not."""
 
-import io
 import json
 import multiprocessing
 import os
 import sys
-import tarfile
 from pathlib import Path
 
 import datasets
 import torch
 from conftest import make_rows, make_student
+from image_files import write_tar
 from tiny_trainer import make_trainer
 
 from datasets_scripts.feature_job import default_workers
@@ -25,14 +24,11 @@ from trainers.run.distributed import usable_cores
 
 def write_tars(folder: Path, rows: datasets.Dataset) -> None:
     for split in ("train", "validation"):
-        folder.mkdir(exist_ok=True)
-        with tarfile.open(folder / f"{split}.tar", "w") as tar:
-            for i, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
-                of_row = {"captions": row["captions"], "image_id": row["image_id"]}
-                for ending, content in (("png", row["image"]["bytes"]), ("json", json.dumps(of_row).encode())):
-                    info = tarfile.TarInfo(f"{i:03}.{ending}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        files = []
+        for i, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
+            of_row = {"captions": row["captions"], "image_id": row["image_id"]}
+            files += [(f"{i:03}.png", row["image"]["bytes"]), (f"{i:03}.json", json.dumps(of_row).encode())]
+        write_tar(folder / f"{split}.tar", files)
 
 
 def trained(folder: Path, rows, trainer_class=None, **settings) -> dict[str, torch.Tensor]:

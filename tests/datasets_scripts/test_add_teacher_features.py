@@ -3,13 +3,13 @@
 import io
 import json
 import os
-import tarfile
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import make_rows
+from image_files import encoded, write_tar
 from launching import launch
 from PIL import Image
 from tiny_features import arguments, contents
@@ -172,17 +172,12 @@ def test_a_webdataset_is_read_as_a_stream(teacher_folder, tmp_path):
     rows = make_rows(6)
     for split in ("train", "test"):
         for shard in range(2):
-            (tmp_path / "tars").mkdir(exist_ok=True)
-            with tarfile.open(tmp_path / "tars" / f"{split}-{shard:04d}.tar", "w") as tar:
-                for i in range(3):
-                    row = rows[3 * shard + i]
-                    buffer = io.BytesIO()
-                    row["image"].save(buffer, "PNG")
-                    captions = json.dumps({"captions": row["captions"]})
-                    for name, content in ((f"{i}.png", buffer.getvalue()), (f"{i}.json", captions.encode())):
-                        member = tarfile.TarInfo(name)
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
+            files = []
+            for i in range(3):
+                row = rows[3 * shard + i]
+                captions = json.dumps({"captions": row["captions"]})
+                files += [(f"{i}.png", encoded(row["image"], "PNG")), (f"{i}.json", captions.encode())]
+            write_tar(tmp_path / "tars" / f"{split}-{shard:04d}.tar", files)
     script.main(arguments(tmp_path / "tars", teacher_folder, tmp_path / "out", "--streaming"))
     out = datasets.load_dataset(str(tmp_path / "out"))
     teacher = load_teacher(str(teacher_folder))

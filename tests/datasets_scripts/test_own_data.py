@@ -1,13 +1,11 @@
 """Own data in every form it may come in: the same images and captions must give the same dataset."""
 
 import csv
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -300,13 +298,9 @@ def test_a_split_group_is_read_from_every_form_and_not_written(tmp_path, form):
         source, named = tmp_path / "data", NAMED[:-2]
     else:
         source, named = tmp_path / "data.tar", []
-        with tarfile.open(source, "w") as tar:
-            for i in range(COUNT):
-                described = json.dumps({"caption": CAPTIONS[i][0], "film": i // 5}).encode()
-                for ending, content in (("jpg", file_of(i)), ("json", described)):
-                    member = tarfile.TarInfo(f"{i:03}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        described = [json.dumps({"caption": CAPTIONS[i][0], "film": i // 5}).encode() for i in range(COUNT)]
+        files = [((f"{i:03}.jpg", file_of(i)), (f"{i:03}.json", described[i])) for i in range(COUNT)]
+        write_tar(source, [file for pair in files for file in pair])
     built = build(source, tmp_path / "out", *named, "--split_group_column", "film", "--test_share", "0.3")
     assert "group_id" not in built["train"].column_names and "film" not in built["train"].column_names
     films = [{int(re.search(r"\d+", name)[0]) // 5 for name in part["image_id"]} for part in built.values()]

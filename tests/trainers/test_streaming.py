@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIM, make_rows, make_student
+from image_files import write_tar
 from launching import launch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -240,12 +240,6 @@ def test_the_head_has_the_first_rows_and_all_columns(tmp_path):
         stream_head(stream.map(lambda row: row))
 
 
-def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
 def npy(features: list) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.float16(features))
@@ -256,13 +250,13 @@ def test_webdataset_tars_mapped_to_the_contract(tmp_path):
     rows = make_rows(10)
     names = [str(tmp_path / f"{shard}.tar") for shard in range(2)]
     for shard, name in enumerate(names):
-        with tarfile.open(name, "w") as tar:
-            for i, row in enumerate(rows.cast_column("image", datasets.Image(decode=False)).shard(2, shard)):
-                texts = {column: row[column] for column in ("captions", "image_id", "group_id")}
-                add_file(tar, f"{i}.png", row["image"]["bytes"])
-                add_file(tar, f"{i}.json", json.dumps(texts).encode())
-                add_file(tar, f"{i}.image.npy", npy(row["teacher_image_embeds"]))
-                add_file(tar, f"{i}.text.npy", npy(row["teacher_text_embeds"]))
+        files = []
+        for i, row in enumerate(rows.cast_column("image", datasets.Image(decode=False)).shard(2, shard)):
+            texts = {column: row[column] for column in ("captions", "image_id", "group_id")}
+            files += [(f"{i}.png", row["image"]["bytes"]), (f"{i}.json", json.dumps(texts).encode())]
+            files += [(f"{i}.image.npy", npy(row["teacher_image_embeds"]))]
+            files += [(f"{i}.text.npy", npy(row["teacher_text_embeds"]))]
+        write_tar(Path(name), files)
 
     def to_row(sample):
         features = {"teacher_image_embeds": sample["image.npy"], "teacher_text_embeds": sample["text.npy"]}
