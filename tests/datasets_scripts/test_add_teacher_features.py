@@ -20,13 +20,6 @@ from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 from teachers import load_teacher
 
 
-def test_the_card_names_a_dataset_that_is_no_local_path(source, teacher_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "open_dataset", lambda *_: datasets.load_from_disk(source))
-    monkeypatch.setattr(script, "license_of", lambda *_: "mit")
-    script.main(arguments("user/data", teacher_folder, tmp_path / "out"))
-    assert "# user/data with teacher features" in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_features_are_those_of_a_direct_call(output, source, teacher_folder):
     teacher = load_teacher(str(teacher_folder))
     rows, before = datasets.load_dataset(str(output)), datasets.load_from_disk(source)
@@ -53,13 +46,6 @@ def test_all_files_have_the_rights_that_the_umask_leaves(source, teacher_folder,
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert set(modes.values()) == {mode} and "teacher_pca.safetensors" in modes
-
-
-def test_a_dataset_that_is_no_folder_is_named_as_it_was_given(source, teacher_folder, tmp_path, monkeypatch):
-    """A Hub id or 'icons', whose rows stand in for it here."""
-    monkeypatch.setattr(script, "open_dataset", lambda name, *_: datasets.load_from_disk(source))
-    script.main(arguments("name/photos", teacher_folder, tmp_path / "out", "--data_license", "mit"))
-    assert "# name/photos with teacher features" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_streamed_source_gives_the_same_files(output, source, teacher_folder, tmp_path):
@@ -188,12 +174,6 @@ def test_a_webdataset_is_read_as_a_stream(teacher_folder, tmp_path):
         for row, old in zip(part, rows):
             expected = teacher.embed_images([old["image"]])[0]
             torch.testing.assert_close(torch.tensor(row["teacher_image_embeds"]), expected, rtol=2e-3, atol=1e-4)
-
-
-def test_a_dataset_of_the_hub_is_named_on_the_card(teacher_folder, tmp_path, hub):
-    datasets.DatasetDict({"train": make_rows(3).remove_columns(TEACHER_COLUMNS)}).push_to_hub("user/photos")
-    script.main(arguments("user/photos", teacher_folder, tmp_path / "out"))
-    assert "# user/photos with teacher features" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_mistyped_dataset_is_named(teacher_folder, tmp_path):

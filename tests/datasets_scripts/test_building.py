@@ -92,16 +92,6 @@ def test_other_files_become_pngs_with_the_same_pixels(mode, file_format):
     assert np.array_equal(np.asarray(result), np.asarray(decoded(data).convert("RGB")))
 
 
-def test_transparent_parts_become_white():
-    pixels = np.zeros((4, 4, 4), dtype=np.uint8)  # black and transparent: black on black without care
-    pixels[0, 0] = (200, 100, 0, 255)
-    pixels[0, 1] = (0, 0, 0, 51)
-    result = np.asarray(decoded(rgb_bytes(encoded(Image.fromarray(pixels), "PNG"))))
-    assert result[0, 0].tolist() == [200, 100, 0]
-    assert result[0, 1].tolist() == [204] * 3
-    assert (result[1:] == 255).all()
-
-
 def test_16_bit_grey_is_scaled_not_clipped():
     grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     result = np.asarray(decoded(rgb_bytes(encoded(Image.fromarray(grey), "PNG"))))
