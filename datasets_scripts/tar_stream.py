@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -66,9 +67,23 @@ def tars_by_split(name: str, config_name: str | None, revision: str | None = Non
         config_name, revision: of a Hub dataset.
     """
     builder = datasets.load_dataset_builder(name, config_name, revision=revision)
+    if _is_of_img2dataset(builder):
+        try:
+            builder = datasets.load_dataset_builder(name, data_files="**/*.tar", revision=revision)
+        except FileNotFoundError:  # parquet files of that name, and no tars
+            return None
     if not type(builder).__module__.endswith(".webdataset"):
         return None
     return {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
+
+
+def _is_of_img2dataset(builder: datasets.DatasetBuilder) -> bool:
+    """Whether these may be tables that img2dataset writes beside its tars (00000.parquet). They have no images, but
+    are as many as the tars, so `datasets` takes the whole for tables."""
+    if not type(builder).__module__.endswith(".parquet"):
+        return False
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    return bool(files) and all(re.fullmatch(r"\d{5,}\.parquet", PurePosixPath(str(file)).name) for file in files)
 
 
 def only_whole(parts: datasets.DatasetDict) -> datasets.DatasetDict:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from image_files import encoded, picture, write_tar
 
 from datasets_scripts import own_data
+from datasets_scripts.opening import open_dataset
 
 
 COUNT = 40  # enough that no split is empty
@@ -69,6 +70,27 @@ def test_mixed_tars(tmp_path, hub, capsys):
     assert rows_of(repo, tmp_path / "few", "--split", "train", "--rows", "10") == first
     with pytest.raises(ValueError, match="--split dev: expected one of train, validation"):
         rows_of(repo, tmp_path / "none", "--split", "dev")
+
+
+def test_the_folder_of_img2dataset_as_it_is(tmp_path, hub):
+    """A table for each tar, of addresses and captions: the images are in the tars."""
+    for shard in range(3):
+        mixed_tar(tmp_path / "out" / f"{shard:05d}.tar", 12 * shard)
+        table = pa.table(
+            {"url": [f"http://x/{i}" for i in range(12)], "caption": ["x"] * 12, "status": ["success"] * 12}
+        )
+        pq.write_table(table, tmp_path / "out" / f"{shard:05d}.parquet")
+        (tmp_path / "out" / f"{shard:05d}_stats.json").write_text('{"count": 12}')
+    expected = {f"{i // 12:05d}/{i}": [f"thing {i}"] for i in range(36)}
+    repo = push(tmp_path / "out")
+    assert rows_of(repo, tmp_path / "made") == expected
+    for name in (repo, str(tmp_path / "out")):
+        streamed = open_dataset(name, streaming=True)["train"]
+        assert {row["image_id"]: row["captions"] for row in streamed} == expected
+    (tmp_path / "tables").mkdir()
+    rows = table_of(pa.array([f"thing {i}" for i in range(COUNT)]))
+    pq.write_table(rows, tmp_path / "tables" / "00000.parquet")  # of that name, and with its images
+    assert len(rows_of(push(tmp_path / "tables", "tables"), tmp_path / "tabled")) == COUNT
 
 
 def test_configuration_revision_split_and_rows(tmp_path, hub):
