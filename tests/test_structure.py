@@ -23,7 +23,6 @@ FLOORS = (
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What no test of its own name holds: a test of another name does, or the file is a command of a few lines.
 HELD_ELSEWHERE = {
-    "datasets_scripts/arrow_files.py": "tests/datasets_scripts/test_building.py",
     "datasets_scripts/left_out.py": "tests/datasets_scripts/test_building.py",
     "datasets_scripts/coco.py": "tests/datasets_scripts/test_karpathy.py",
     "datasets_scripts/flickr30k.py": "tests/datasets_scripts/test_karpathy.py",
