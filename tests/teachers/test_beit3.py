@@ -2,16 +2,10 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchscale_beit3 import HEADS, LAYERS, VOCAB, WIDTH, Reference, load_torchscale
@@ -330,73 +324,3 @@ def test_bad_sizes_are_refused():
         Beit3Config(hidden_size=30, num_attention_heads=4)
     with pytest.raises(ValueError, match="image_size=100 is not a multiple of patch_size=16"):
         Beit3Config(image_size=100)
-
-
-LOAD_ELSEWHERE = """
-import sys
-sys.modules["sentencepiece"] = None  # not needed once converted
-from PIL import Image
-from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
-folder, output, captions, images = sys.argv[1], sys.argv[2], sys.argv[3].split("|"), sys.argv[4].split("|")
-processor = AutoProcessor.from_pretrained(folder, backend="pil")
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules"), type(model)
-assert "teachers" not in sys.modules
-inputs = processor(text=captions, images=[Image.open(i) for i in images], padding=True, truncation=True,
-                   return_tensors="pt")
-outputs = model(**inputs)
-save_file({"ids": inputs["input_ids"], "pixels": inputs["pixel_values"].contiguous(),
-           "image": outputs.image_embeds.detach(), "text": outputs.text_embeds.detach()}, output)
-"""
-
-
-def test_converted_folder_gives_the_published_features_elsewhere(torchscale, tmp_path, monkeypatch):
-    """Released file and .spm -> folder -> a fresh process without this repository, from raw images and strings."""
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdeghilnorst"), rng.integers(2, 7))) for _ in range(150)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(" ".join(rng.choice(words, 6)) for _ in range(300)),
-        model_prefix=str(tmp_path / "beit3"),
-        vocab_size=150,
-        minloglevel=2,
-        num_threads=1,
-    )
-    (tmp_path / "beit3.model").rename(tmp_path / "beit3.spm")
-    reference = Reference(torchscale)
-    torch.save({"model": reference.state_dict()}, tmp_path / "released.pth")
-    arguments = [str(tmp_path / "released.pth"), str(tmp_path / "beit3.spm"), str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["convert", *arguments, "--num_attention_heads", str(HEADS)])
-    convert.main()
-
-    captions = [" ".join(words[:4]), words[5], "  double  " + words[7] + " ?!"]
-    images = {"a.png": ("RGB", (300, 201, 3)), "b.png": ("L", (90, 240)), "c.png": ("RGBA", (224, 224, 4))}
-    for name, (mode, shape) in images.items():
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(tmp_path / name)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "code")}
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = [sys.executable, "-c", LOAD_ELSEWHERE, "../out", "features.safetensors", "|".join(captions)]
-    command.append("|".join(f"../{name}" for name in images))
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    actual = load_file(elsewhere / "features.safetensors")
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "beit3.spm"))
-    rows = [[0, *(i + 1 if i else 3 for i in processor.encode(caption)), 2] for caption in captions]
-    ids = torch.tensor([row + [1] * (max(map(len, rows)) - len(row)) for row in rows])
-    assert torch.equal(actual["ids"], ids)
-    pixels = []
-    for name in images:
-        image = Image.open(tmp_path / name)
-        if image.mode == "RGBA":  # transparent becomes white, as transformers has it
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-        pixels.append(np.asarray(image) / 127.5 - 1)
-    pixels = torch.from_numpy(np.stack(pixels)).float().permute(0, 3, 1, 2)
-    assert_same(actual["pixels"], pixels)
-    assert_same(actual["image"], reference.images(pixels)[1])
-    assert_same(actual["text"], reference.texts(ids, (ids != 1).long())[1])
-    for path in Path(tmp_path / "out").iterdir():
-        assert str(tmp_path).encode() not in path.read_bytes(), path
