@@ -21,7 +21,8 @@ from conftest import make_rows
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_load_teacher_families import TEXTS, gemma_tokenizer, odd_images
+from teacher_families import TEXTS, gemma_tokenizer
+from test_load_teacher_families import odd_images
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
 from tiny_towers import small_run
