@@ -8,15 +8,13 @@ from contextlib import AbstractContextManager
 
 import datasets
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_dsmd import DSMDModel
 from rows.images import load_rgb
 
 from .batches import RetrievalDataset
-from .retrieval_evaluation import in_row_order, own_rows
-from .run.loader_workers import shielded
+from .retrieval_evaluation import image_loader, in_row_order
 from .training_args import RetrievalTrainingArguments
 
 
@@ -65,24 +63,15 @@ def pooled_images(
     Each process computes its share, and all have the whole.
     """
     model.vision_model.eval()
-    images = rows.select_columns(["image"]).with_format(None)
-    loader = DataLoader(
-        images.select(own_rows(len(images))),
-        batch_size=args.eval_batch_size,
-        collate_fn=ReadableImages(image_processor),
-        num_workers=args.dataloader_num_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-        generator=torch.Generator(),  # the loader draws a number: training must not change by it
-    )
+    loader = image_loader(rows.select_columns(["image"]), ReadableImages(image_processor), args)
+    hidden = args.disable_tqdm or args.process_index != 0
     pooled = []
-    for readable, pixel_values in tqdm(
-        shielded(loader), desc="frozen tower", leave=False, disable=args.disable_tqdm or args.process_index != 0
-    ):
+    for readable, pixel_values in tqdm(loader, desc="frozen tower", leave=False, disable=hidden):
         part = torch.full((len(readable), model.visual_projection.in_features), torch.nan)
         if pixel_values is not None:
             part[readable] = model.pooled_images(pixel_values.to(args.device)).float().cpu()
         pooled.append(part)
-    return in_row_order(torch.cat(pooled).to(args.device), len(images)).cpu()
+    return in_row_order(torch.cat(pooled).to(args.device), len(rows)).cpu()
 
 
 class ReadableImages:

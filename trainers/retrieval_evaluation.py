@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -46,16 +46,9 @@ def encode(
         distributed.from_first_rank(buffer)
     images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
     captions = [caption for row in dataset["captions"] for caption in row]
-    loader = DataLoader(
-        images.with_format(None).select(own_rows(len(images))),
-        batch_size=args.eval_batch_size,
-        collate_fn=ImageCollator(processor.image_processor),
-        num_workers=args.dataloader_num_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-        generator=torch.Generator(),  # the loader draws a number: an evaluation must not change the training
-    )
+    loader = image_loader(images, ImageCollator(processor.image_processor), args)
     tokenizer = processor.tokenizer
-    own = own_rows(len(captions))
+    own = _own_rows(len(captions))
     # Captions of like length go together: padding costs as much as words.
     by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
     bar = tqdm(
@@ -70,7 +63,7 @@ def encode(
 
     with autocast(), name_killed_workers():
         image_embeds = []
-        for pixel_values in shielded(loader):
+        for pixel_values in loader:
             image_embeds.append(_in_memory(partial(embed, "image_embeds"), is_sharded, pixel_values=pixel_values))
             bar.update(len(image_embeds[-1]) * distributed.world_size())
         text_embeds = torch.empty((len(own), model.config.projection_dim), device=args.device)
@@ -106,7 +99,28 @@ def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: t
     return torch.cat([_in_memory(embed, is_sharded, **dict(zip(inputs, half))) for half in halves])
 
 
-def own_rows(rows: int) -> list[int]:
+def image_loader(
+    images: datasets.Dataset, collate: Callable[[list[dict]], object], args: RetrievalTrainingArguments
+) -> Iterable:
+    """Batches of this rank's share of a split's images, for [`in_row_order`].
+
+    Args:
+        images: a column `image`, not decoded.
+        collate: makes a batch of rows.
+        args: batch size and loader workers.
+    """
+    loader = DataLoader(
+        images.with_format(None).select(_own_rows(len(images))),
+        batch_size=args.eval_batch_size,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+        generator=torch.Generator(),  # the loader draws a number: this must not change the training
+    )
+    return shielded(loader)
+
+
+def _own_rows(rows: int) -> list[int]:
     """This rank's rows. Every rank has as many, some with a first row again: all make a sharded forward together."""
     world = distributed.world_size()
     return [(start + distributed.rank()) % rows for start in range(0, rows, world)]

@@ -1,14 +1,12 @@
 """Which rows a run trains, validates and tests on, of datasets that have not all three splits."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 from conftest import make_rows
+from launching import launch
 
 from datasets_scripts.run_splits import HELD_OUT, hold_out, open_splits, with_test_split
 
@@ -130,12 +128,7 @@ def test_a_streamed_split_is_read_by_one_process_of_a_machine(tmp_path):
     name, other = write(tmp_path / "mine", train=12, validation=7), write(tmp_path / "other", train=12)
     broken = make_rows(4).remove_columns("image").add_column("image", [{"path": "/etc/hostname", "bytes": None}] * 4)
     broken.to_parquet(tmp_path / "other" / "data" / "validation-00000-of-00001.parquet")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    worker = str(Path(__file__).with_name("run_splits_worker.py"))
-    command += ["--rdzv-endpoint", "localhost:0", worker, name, other, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(2, Path(__file__).with_name("run_splits_worker.py"), name, other, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (first.pop("read"), second.pop("read")) == (7, 0)
     assert first == second and first["ids"] == [f"1/{i}" for i in range(7)]

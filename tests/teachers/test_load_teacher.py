@@ -14,6 +14,7 @@ from conftest import make_student
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from teacher_families import SMALL, VISION
 from transformers import (
     BertConfig,
     BertModel,
@@ -33,8 +34,6 @@ from teachers import load_teacher
 from teachers.load_teacher import _max_length
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-VISION = {"image_size": 32, "patch_size": 8, **SMALL}
 CAPTIONS = ["a cat", "", "small red dog " * 40]
 
 
