@@ -28,6 +28,7 @@ from rows.checks import check_images, check_repeats, check_rows, check_share
 from rows.columns import caption_lists
 from rows.images import load_rgb
 from trainers.batches import RetrievalDataset
+from trainers.equal_texts import find_shared_texts
 from trainers.row_checks import check_together
 from trainers.run.run_identity import rows_fingerprint
 
@@ -184,6 +185,7 @@ def start_table(rows: int) -> str:
         timed("images", lambda: check_images(dataset, "train"))
         check_together(dataset, "train", DIM)
         timed("stamp", lambda: check_together(dataset, "train", DIM))
+        timed("equal texts", lambda: find_shared_texts(dataset, "train", ""))
         timed("captions", lambda: describe_captions(caption_lists(dataset)))
         timed("fingerprint", lambda: rows_fingerprint(dataset))
         order = timed("order", lambda: torch.randperm(rows).tolist())
@@ -191,7 +193,8 @@ def start_table(rows: int) -> str:
     lines = ["| rows | processes | first start | of it the check | again |", "|---" * 5 + "|"]
     for times, processes in ((1, 1), (1, 8), (10, 1), (10, 8)):
         check = times * (seconds["each row"] / processes + seconds["repeats"]) + seconds["images"] / processes
-        rest = times * (seconds["captions"] + seconds["order"]) + seconds["fingerprint"] + seconds["batch"]
+        rest = times * (seconds["equal texts"] / processes + seconds["captions"] + seconds["order"])
+        rest += seconds["fingerprint"] + seconds["batch"]
         cells = [f"{times * rows:,}", str(processes), *(f"{x:.1f} s" for x in (check + rest, check))]
         lines.append("| " + " | ".join([*cells, f"{rest + seconds['stamp']:.1f} s"]) + " |")
     shown = ", ".join(f"{name} {of:.2f}" for name, of in seconds.items())
