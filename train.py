@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
-import json
 import os
 import pickle
 import signal
@@ -24,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import datasets
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from datasets_scripts.data_loading import (
@@ -47,6 +45,7 @@ from trainers.base_trainer import RetrievalTrainer
 from trainers.batches import RetrievalCollator
 from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
 from trainers.inherited import Source, describe_origin, teacher_source, tower_source
+from trainers.recipe import as_options, option, read_recipe, without_none
 from trainers.report import RUN_FILES, pin_revision, report
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
 from trainers.run.distributed import rank_is_first, run_launched, use_the_cores
@@ -130,19 +129,6 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
     return student, data, training
 
 
-def without_none(argv: list[str]) -> tuple[list[str], dict[str, None]]:
-    """The command line without the options whose value is `None`, and these: they unset what a recipe sets."""
-    kept, unset = [], {}
-    for part in argv:
-        if part == "None" and kept and kept[-1].startswith("--") and "=" not in kept[-1]:
-            unset[kept.pop()[2:]] = None
-        elif part.startswith("--") and part.endswith("=None"):
-            unset[part[2 : -len("=None")]] = None
-        else:
-            kept.append(part)
-    return kept, unset
-
-
 def show_help(parser: HfArgumentParser, settings: type[RetrievalTrainingArguments], whole: bool) -> None:
     """Prints the settings in groups and ends: ours, with `whole` also those of transformers' `TrainingArguments`."""
     of_transformers = {setting.name for setting in fields(TrainingArguments)}
@@ -173,13 +159,6 @@ def show_help(parser: HfArgumentParser, settings: type[RetrievalTrainingArgument
     sys.exit()
 
 
-def option(argv: list[str], name: str) -> str | None:
-    """What one option has on the command line; None where it is not given."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}")
-    return getattr(parser.parse_known_args(argv)[0], name)
-
-
 def without_distillation(recipe: dict[str, object], argv: list[str]) -> dict[str, object]:
     """The recipe without the settings that only a distillation has.
 
@@ -195,34 +174,6 @@ def without_distillation(recipe: dict[str, object], argv: list[str]) -> dict[str
     if passed_over and rank_is_first():
         print(f"--method contrastive has no teacher, and passes over the recipe's {', '.join(passed_over)}.")
     return {name: value for name, value in recipe.items() if name not in of_distillation}
-
-
-def read_recipe(path: Path) -> dict[str, object]:
-    """The fields of a recipe.
-
-    Raises:
-        ValueError: there is no such file, or it is no YAML of fields.
-    """
-    if not path.is_file():
-        raise ValueError(f"--config {path}: there is no such file.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, AttributeError, TypeError) as error:
-        raise ValueError(f"--config {path} is no recipe: {error or type(error).__name__}.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path} holds a {type(recipe).__name__}, expected lines of `setting: value`.")
-    return recipe
-
-
-def as_options(recipe: dict[str, object]) -> list[str]:
-    """A recipe as on the command line, where each value is checked; a list as several values, a mapping as JSON."""
-    options = []
-    for key, value in recipe.items():
-        if isinstance(value, list):
-            options += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            options.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
-    return options
 
 
 def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int | None]:

@@ -124,7 +124,8 @@ def train_one(recipe: str, settings: dict, folder: Path, threads: int) -> dict:
 
     Returns: validation figures, parameters, steps, and the seconds and threads of this process.
     """
-    from train import as_options, prepare
+    from train import prepare
+    from trainers.recipe import as_options
 
     options = as_options(settings | {"output_dir": str(folder), "report_to": "none", "disable_tqdm": True})
     trainer, _, checkpoint, _ = prepare(["--config", recipe, "--resume_from_checkpoint", "last", *options])
@@ -150,7 +151,8 @@ def train_one(recipe: str, settings: dict, folder: Path, threads: int) -> dict:
 
 def test_one(recipe: str, settings: dict, folder: Path) -> dict:
     """RSUM and share of the teacher of a trained student on the test split."""
-    from train import as_options, prepare
+    from train import prepare
+    from trainers.recipe import as_options
 
     options = as_options(settings | {"model_name_or_path": str(folder), "report_to": "none", "disable_tqdm": True})
     trainer, rows, _, fold_size = prepare(["--config", recipe, "--do_train", "False", *options])

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from rows.files import write_whole
-from train import as_options, prepare
+from train import prepare
+from trainers.recipe import as_options
 from trainers.report import latency
 
 from .ablation import Ablation, Study, interval, shown
