@@ -47,6 +47,11 @@ style: $(INSTALLED)  ## format and mend lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## make the pages of docs/ a site, links checked: build/docs/index.html
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m docs.write_settings
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
 icons_teacher: $(INSTALLED)  ## train the icons teacher again and write its features (over half an hour)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher]"
 	$(BIN)/python -m teachers.icons_towers --image_size 64 --output_dir runs/icons_towers
@@ -62,4 +67,4 @@ emoji: $(INSTALLED)  ## make the emoji with a teacher's features, the study's se
 	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset_name runs/emoji \
 		--teacher_model_name_or_path runs/emoji_teacher --output_dir runs/emoji_taught
 
-.PHONY: help install quickstart test browser_test bench soak quality style icons_teacher emoji
+.PHONY: help install quickstart test browser_test bench soak quality style docs icons_teacher emoji

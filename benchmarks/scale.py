@@ -1,4 +1,4 @@
-"""Computes what runs cost, from Flickr30k on one GPU to 400 million pairs on 64: the tables of docs/scale.md.
+"""Computes what runs cost, from Flickr30k on one GPU to 400 million pairs on 64: the tables of docs/about/scale.md.
 
 python -m benchmarks.scale [--start_rows 1000000]
 

@@ -4,7 +4,7 @@
         --text_features TEXTS.parquet --teacher_model_name_or_path NAME --output_dir DIR
 
 Files of features are .npy, .safetensors or .parquet, and say which image_id or caption each row belongs to; see
-docs/teachers.md. An image has one row.
+docs/guides/teachers.md. An image has one row.
 
     python -m datasets_scripts.import_teacher_features --dataset_name D --features train IMAGES.pt TEXTS.pt \\
         --features test IMAGES.pt TEXTS.pt --teacher_model_name_or_path NAME --output_dir DIR

@@ -100,8 +100,8 @@ def load_open_clip(
         raise ValueError(f"{model_id} has no {CONFIG}, so it is no model of open_clip: leave {HUB_PREFIX} out.")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(
-            f"{model_id} has no {WEIGHTS[0]}, and weights of another form are not read: docs/teachers.md has the "
-            "line that writes this file."
+            f"{model_id} has no {WEIGHTS[0]}, and weights of another form are not read: docs/guides/teachers.md has "
+            "the line that writes this file."
         )
     config = _read(folder / CONFIG).get("model_cfg")
     text = config.get("text_cfg") if isinstance(config, dict) else None

@@ -18,11 +18,13 @@ FLOORS = (
     ("datasets_scripts",),
     ("inference",),
     ("train",),
-    ("benchmarks",),
+    ("benchmarks", "docs"),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What no test of its own name holds: a test of another name does, or the file is a command of a few lines.
 HELD_ELSEWHERE = {
+    "docs/conf.py": "tests/test_docs.py",
+    "docs/write_settings.py": "tests/test_docs.py",
     "datasets_scripts/left_out.py": "tests/datasets_scripts/test_building.py",
     "datasets_scripts/coco.py": "tests/datasets_scripts/test_karpathy.py",
     "datasets_scripts/flickr30k.py": "tests/datasets_scripts/test_karpathy.py",
@@ -119,7 +121,7 @@ def test_rows_loads_no_transformers():
 
 def test_image_processors_are_pillows_wherever_torchvision_can_be_imported():
     """transformers then prefers torchvision's, whose resizing gives other pixels than a student learned from."""
-    texts = [*product_files(), Path("README.md"), Path("model_cards/example/README.md"), *Path("docs").glob("*.md")]
+    texts = [*product_files(), Path("README.md"), Path("model_cards/example/README.md"), *Path("docs").rglob("*.md")]
     loads = [
         (path, call)
         for path in texts

@@ -70,7 +70,7 @@ def few_pairs_hint(rows: object, args: StudentArguments) -> str | None:
         return None
     return (
         f"There are {len(rows):,} images to learn from, and towers that start from nothing need many more: start from "
-        "pre-trained ones, cut to size (recipes/few_pairs.yaml, docs/few_pairs.md)."
+        "pre-trained ones, cut to size (recipes/few_pairs.yaml, docs/guides/few_pairs.md)."
     )
 
 

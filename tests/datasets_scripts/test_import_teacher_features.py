@@ -23,7 +23,7 @@ from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 from trainers.teacher_pca import load_pca
 
 
-DOCS = Path(script.__file__).parents[1] / "docs" / "teachers.md"
+DOCS = Path(script.__file__).parents[1] / "docs" / "guides" / "teachers.md"
 
 
 @pytest.fixture

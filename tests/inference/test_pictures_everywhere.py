@@ -20,7 +20,7 @@ from trainers.batches import RetrievalCollator, RetrievalDataset
 
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "guides" / "deploy.md").read_text(encoding="utf-8")
 MODES = ("RGB", "L", "LA", "P", "P, transparent", "1", "CMYK", "I;16", "RGBA")
 # What a cell of the table says; the first that is true.
 CELLS = ("equal", "two lines", "three lines")

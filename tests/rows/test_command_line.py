@@ -81,6 +81,6 @@ def test_each_command_has_the_new_names_and_an_example(module):
 
 
 def test_the_docs_table_has_every_renamed_option():
-    table = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs/reference/command_line.md").read_text(encoding="utf-8")
     for old, new in RENAMED.items():
         assert re.search(rf"^\| `{new}` \|.*`{old}`", table, re.MULTILINE), new

@@ -232,9 +232,11 @@ def test_pickles_are_not_read_and_the_line_of_the_docs_writes_safetensors(dfn, t
     expected = load_teacher(str(dfn)).embed_texts(TEXTS)
     torch.save(load_file(dfn / WEIGHTS), dfn / "open_clip_pytorch_model.bin")
     (dfn / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="has no open_clip_model.safetensors, .* docs/teachers.md has the line"):
+    with pytest.raises(ValueError, match="has no open_clip_model.safetensors, .* docs/guides/teachers.md has"):
         load_teacher(str(dfn))
-    line = re.search(r'^python -c "(.*safetensors.*)"$', (ROOT / "docs" / "teachers.md").read_text(), re.MULTILINE)
+    line = re.search(
+        r'^python -c "(.*safetensors.*)"$', (ROOT / "docs" / "guides" / "teachers.md").read_text(), re.MULTILINE
+    )
     subprocess.run([sys.executable, "-c", line[1]], cwd=dfn, check=True)
     assert torch.equal(load_teacher(str(dfn)).embed_texts(TEXTS), expected)
 
