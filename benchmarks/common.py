@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import multiprocessing
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from trainers import DSMDTrainer
 from trainers.base_trainer import RetrievalTrainer
-from trainers.run.distributed import usable_cores
-from trainers.timing import seconds_of
+from trainers.timing import machine, seconds_of
 
 
 @dataclass
@@ -59,16 +55,6 @@ def measured(measure: Callable[[], list[Row]]) -> list[Row]:
     multiprocessing.set_start_method(None, force=True)  # fork loader workers again, as in train.py
     with contextlib.redirect_stdout(sys.stderr):  # so that stdout has the table alone
         return measure()
-
-
-def machine() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{datetime.date.today()}, {usable_cores()} cores of {name}, torch {torch.__version__}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
 def interleaved(*sides: Callable[[], float], rounds: int, warm_up: int = 1) -> list[list[float]]:

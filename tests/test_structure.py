@@ -32,6 +32,8 @@ HELD_ELSEWHERE = {
     "datasets_scripts/feature_files.py": "tests/datasets_scripts/test_import_teacher_features.py",
     "datasets_scripts/tar_stream.py": "tests/datasets_scripts/test_samples.py",
     "datasets_scripts/opening.py": "tests/test_train.py",
+    "inference/compare_picture.py": "tests/inference/test_compare.py",
+    "inference/dual_encoders.py": "tests/inference/test_compare.py",
     "inference/encoders.py": "tests/inference/test_export.py",
     "inference/export_tables.py": "tests/inference/test_export.py",
     "inference/onnx_search.py": "tests/inference/test_export.py",
