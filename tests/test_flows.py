@@ -1,109 +1,25 @@
-"""The README's flows end to end, by its own commands as they are written there, on small data and tiny models."""
+"""The flows of the documents end to end, by the commands as they are written there, on small data and tiny models."""
 
-import io
 import json
 import re
-import runpy
-import shlex
-import sys
-import tarfile
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
-import tiny_towers
 import torch
-from conftest import WORDS, make_student
-from huggingface_hub import HfApi
-from PIL import Image
-from transformers import AutoModel
+from documents import commands, enter_place, run, save_models, write_photos, write_tars
 
-import train
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
-from trainers.student import train_tokenizer
-
-
-ROOT = Path(train.__file__).parent
-# What a test adds to a command: nothing of the flow.
-SMALL = {
-    "train.py": "--use_cpu --num_train_epochs 1 --dataloader_num_workers 0 --dataloader_persistent_workers False "
-    "--per_device_train_batch_size 8 --learning_rate 1e-3 --report_to none --disable_tqdm True",
-    "datasets_scripts.add_teacher_features": "--num_workers 0 --shard_rows 4",
-}
-
-
-def commands(*parts: str) -> list[list[str]]:
-    """The README's commands in which all of `parts` stand, in words."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines if all(part in line for part in parts)]
-    assert found, f"the README has no command with {parts}"
-    return found
-
-
-def run(command: list[str], *more: str) -> None:
-    """A command in this process: `accelerate launch [-m] PROGRAM ...` or `python -m PROGRAM ...`."""
-    program, *arguments = [part for part in command[1:] if part not in ("launch", "-q", "-m")]
-    arguments += [*SMALL.get(program, "").split(), *more]
-    if program == "train.py":
-        return train.main(arguments)
-    sys.argv = [program, *arguments]
-    runpy.run_module(program, run_name="__main__")
-
-
-def save_teacher(folder: Path, seed: int) -> Path:
-    model, processor = make_student()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def write_photos(folder: Path, count: int, seed: int = 0) -> Path:
-    """Images, each with a .txt of one or two captions beside it."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{seed}_{i:03}.png")
-        captions = [" ".join(rng.choice(WORDS, size=4)) + f" {seed} {i}" for _ in range(1 + i % 2)]
-        (folder / f"{seed}_{i:03}.txt").write_text("\n".join(captions))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """What the recipe and the README name: the teachers and the student's towers, tiny ones of these names."""
-    folder = tmp_path_factory.mktemp("models")
-    save_teacher(folder / "google" / "siglip2-base-patch16-256", 1)
-    save_teacher(folder / "beit3_base_coco", 2)
-    vision, text = folder / "facebook" / "dinov2-small", folder / "nreimers" / "MiniLM-L6-H384-uncased"
-    AutoModel.from_config(tiny_towers.dinov2()).save_pretrained(vision)
-    tiny_towers.make_processor().image_processor.save_pretrained(vision)
-    tokenizer = train_tokenizer(WORDS, 400)
-    sizes = {**tiny_towers.bert().to_dict(), "vocab_size": len(tokenizer), "max_position_embeddings": 64}
-    AutoModel.from_config(type(tiny_towers.bert())(**sizes)).save_pretrained(text)
-    tokenizer.save_pretrained(text)
-    return folder
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def place(tmp_path, models, hub, monkeypatch):
-    """A working folder as the README takes it, and the Hub with its models."""
-    for model in (*models.glob("google/*"), *models.glob("facebook/*"), *models.glob("nreimers/*")):
-        name = model.relative_to(models).as_posix()
-        HfApi().create_repo(name)
-        HfApi().upload_folder(repo_id=name, folder_path=model)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "beit3_base_coco").symlink_to(models / "beit3_base_coco")
-    return tmp_path
+    return enter_place(tmp_path, models, monkeypatch)
 
 
 def results(run_name: str) -> dict:
@@ -189,18 +105,6 @@ def test_imported_features(place, capsys):
     assert "data/mine_features has teacher features, of my encoder; the recipe's" in capsys.readouterr().out
     run(commands(*OF_FEATURES)[0], "--teacher_model_name_or_path", "my encoder", "--output_dir", "runs/named")
     assert results("named")["test_rsum"] == results("mine")["test_rsum"]
-
-
-def write_tars(folder: Path, photos: Path) -> None:
-    """A webdataset of a training split alone, in three tars."""
-    folder.mkdir(parents=True)
-    files = sorted(photos.iterdir())
-    for number in range(3):
-        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
-            for path in files[number * len(files) // 3 : (number + 1) * len(files) // 3]:
-                info = tarfile.TarInfo(path.name)
-                info.size = path.stat().st_size
-                tar.addfile(info, io.BytesIO(path.read_bytes()))
 
 
 def test_a_stream_with_a_validation_set_of_its_own(place, capsys):
