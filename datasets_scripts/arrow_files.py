@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from rows.files import printable
+from rows.image_metadata import without_metadata
 from rows.images import open_image, to_rgb
 
 
@@ -48,11 +49,12 @@ def fold(caption: str) -> str:
 def rgb_file(data: bytes) -> tuple[bytes, bytes]:
     """An image file as an RGB file, and a hash of its size and RGB pixels: equal for equal pictures in any format.
 
-    The file keeps its bytes where it is JPEG, PNG, WebP or AVIF, upright, RGB, of one frame and without transparency.
-    Else it is written anew: a JPEG stays one (quality 95), all else becomes PNG. Orientation from EXIF is applied,
-    transparent parts become white, 16-bit grey is scaled to 8 bits. Decodes the whole image.
+    The picture keeps its bytes where it is JPEG, PNG, WebP or AVIF, upright, RGB, of one frame and without
+    transparency. Else it is written anew: a JPEG stays one (quality 95), all else becomes PNG. EXIF's orientation is
+    applied, transparent parts become white, 16-bit grey is scaled to 8 bits. Decodes the whole image.
 
-    Where a photo was taken (GPS) is never kept, since datasets are published: a JPEG loses its EXIF and XMP alone.
+    What the file says beside the picture (place, time, camera, author, comments) is never kept, since datasets are
+    published; see [`without_metadata`].
 
     Raises:
         Exception: of many types, where the file is broken or a decompression bomb.
@@ -64,30 +66,13 @@ def rgb_file(data: bytes) -> tuple[bytes, bytes]:
     pixels = hashlib.blake2b(f"{rgb.width} x {rgb.height}:".encode(), digest_size=16)
     pixels.update(rgb.tobytes())
     if plain and image.format in KEPT_FORMATS and getattr(image, "n_frames", 1) == 1:
-        if PILImage.ExifTags.Base.GPSInfo not in image.getexif():
-            return data, pixels.digest()
-        if image.format == "JPEG":
-            return _without_exif(data), pixels.digest()
+        return without_metadata(data), pixels.digest()
     buffer = io.BytesIO()
     if image.format in ("JPEG", "MPO"):
         rgb.save(buffer, format="JPEG", quality=95)
     else:
         rgb.save(buffer, format="PNG")
-    return buffer.getvalue(), pixels.digest()
-
-
-def _without_exif(data: bytes) -> bytes:
-    """A JPEG file without its segments of EXIF and XMP (APP1); the picture is not touched."""
-    kept, place = [data[:2]], 2
-    while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the scan
-        if data[place + 1] == 0xFF:  # filled up
-            place += 1
-            continue
-        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if data[place + 1] != 0xE1:
-            kept.append(data[place:end])
-        place = end
-    return b"".join([*kept, data[place:]])
+    return without_metadata(buffer.getvalue()), pixels.digest()  # Pillow hands a JPEG's comment on
 
 
 def read_images(parts: dict[str | None, list[Row]], broken: list[str]) -> Iterator[tuple[Row, bytes]]:

@@ -18,6 +18,7 @@ from datasets.table import embed_table_storage
 from datasets_scripts.left_out import LEAVE_OUT
 from rows.checks import check_rows, row_faults, without_empty_captions
 from rows.files import printable, write_whole
+from rows.image_metadata import without_metadata_of
 from rows.teacher_columns import feature_columns
 
 
@@ -185,6 +186,7 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     """The shard's rows with the teacher's columns as one parquet file, written beside and renamed.
 
     What was left out is noted in a file of its own before. Of a shard with no row left the parquet file has none.
+    Images are stored without EXIF and the like, see rows/image_metadata.py.
     With int8, splits other than train also leave their exact float16 features as `.npz`, to tell what int8 costs.
 
     Raises:
@@ -228,6 +230,9 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     if ROW in table.column_names:
         table = table.drop_columns("image")
         del schema["image"]
+    else:
+        place = table.column_names.index("image")
+        table = table.set_column(place, "image", without_metadata_of(table["image"]))
     for name, (array, feature) in columns.items():
         table = table.append_column(name, array)
         schema[name] = feature

@@ -16,6 +16,7 @@ from tiny_features import arguments, contents
 
 from datasets_scripts import add_teacher_features as script
 from rows.checks import check_dataset
+from rows.images import load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 from teachers import load_teacher
 
@@ -69,6 +70,32 @@ def test_images_of_a_stream_are_stored_as_they_are(teacher_folder, tmp_path):
         "image", datasets.Image(decode=False)
     )
     assert [row["image"]["bytes"] for row in made] == files
+
+
+@pytest.mark.parametrize("more", [[], ["--streaming"], ["--image_size", "24"], ["--image_size", "32"]])
+def test_images_are_stored_without_what_they_say_of_a_person(teacher_folder, tmp_path, more):
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Artist] = "SECRET"
+    exif[Image.ExifTags.Base.Orientation] = 6
+    rows, files = make_rows(8).remove_columns(TEACHER_COLUMNS), []
+    for i, row in enumerate(rows):
+        buffer = io.BytesIO()
+        row["image"].save(buffer, ("JPEG", "PNG", "WEBP", "TIFF")[i % 4], comment=b"SECRET", exif=exif)
+        files.append(buffer.getvalue())
+    assert all(b"SECRET" in file for file in files)
+    images = [{"bytes": file, "path": None} for file in files]
+    rows = datasets.Dataset.from_dict({**rows[:], "image": images}, features=rows.features)
+    (tmp_path / "source" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "source" / "data" / "test-0.parquet")
+    script.main([*arguments(tmp_path / "source", teacher_folder, tmp_path / "made"), *more])
+    made = datasets.load_dataset(str(tmp_path / "made"), split="test").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    stored = [row["image"] for row in made]
+    assert len(stored) == 8 and not any(b"SECRET" in image["bytes"] for image in stored)
+    if more != ["--image_size", "24"]:  # which way is up stays
+        for image, file in zip(stored, files):
+            assert np.array_equal(load_rgb(image), load_rgb({"bytes": file, "path": None}))
 
 
 def test_loader_workers_change_nothing(output, source, teacher_folder, tmp_path):
