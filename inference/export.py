@@ -1,8 +1,9 @@
-"""Exports a student to ONNX: a file for each tower and one in int8, which run without torch and transformers.
+"""Exports a student to ONNX files, which run without torch and transformers, by the names that transformers.js and
+optimum look for:
 
     python -m inference.export --model_name_or_path runs/icons --output_dir icons_onnx --dataset_name icons
 
-Prints size and speed beside torch's, with `--dataset_name` also the recall that int8 costs. Or to modules of
+Prints size, speed and agreement with torch of each, with `--dataset_name` also its recall. Or to modules of
 sentence-transformers, which load without trust_remote_code:
 
     python -m inference.export --model_name_or_path runs/icons --output_dir icons_st --format sentence-transformers
@@ -11,19 +12,14 @@ sentence-transformers, which load without trust_remote_code:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import logging
-import os
 import pickle
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from huggingface_hub import HfApi
@@ -42,88 +38,91 @@ from transformers import (
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from datasets_scripts.building import refuse_what_is_there
 from datasets_scripts.opening import open_dataset
-from inference.encoders import (
-    Inputs,
-    TextTower,
-    VisionTower,
-    encode_by_onnx,
-    encode_by_torch,
-    example_inputs,
-    longest,
-    towers,
-)
+from inference.encoders import longest
 from inference.export_sentence_transformers import export_sentence_transformers, sentence_transformers_readme
-from inference.export_tables import export_readme, recall_table, speed_table
+from inference.export_tables import export_readme, files_table, recalls
+from inference.onnx_files import CALIBRATED_ON, COMPARED_ON, TOLERANCE, OnnxFile, write_files
 from rows.command_line import Command, run_program
 from rows.files import shown_name, write_beside
+from trainers.retrieval_evaluation import ImageCollator
 
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime, imported below, would report to its makers
 
 # Formats and the packages that each needs; each has an extra of its own in pyproject.toml.
 FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sentence-transformers": ("sentence_transformers",)}
-TOLERANCE = 1e-4  # of an entry of an embedding, against torch
 
 
-def export(model: PreTrainedModel, processor: VisionTextDualEncoderProcessor, folder: Path, opset: int | None) -> None:
+def export(
+    model: PreTrainedModel,
+    processor: VisionTextDualEncoderProcessor,
+    folder: Path,
+    opset: int | None = None,
+    pixels: np.ndarray | None = None,
+) -> list[OnnxFile]:
     """Writes all that an application needs into a folder.
 
-    `vision_model.onnx` (`pixel_values` `[N, 3, H, W]` -> `image_embeds` `[N, D]`), `text_model.onnx` (`input_ids`,
-    `attention_mask` `[C, L]` int64 -> `text_embeds` `[C, D]`), both of L2-normalised rows and for any N, C, L; the
-    same in int8 (`*_int8.onnx`); `tokenizer.json`, `image_preprocessing.json` and `onnx_search.py`.
+    `onnx/text_model.onnx` (`input_ids`, `attention_mask` `[C, L]` int64 -> `text_embeds` `[C, D]`),
+    `onnx/vision_model.onnx` (`pixel_values` `[N, 3, H, W]` -> `image_embeds` `[N, D]`), both of L2-normalised rows and
+    for any N, C, L; `onnx/model.onnx` of both (also `logits_per_image` `[N, C]`, `logits_per_text` `[C, N]`); the same
+    in float16 (`*_fp16.onnx`) and, where that is faster, in int8 (`*_quantized.onnx`). Beside `onnx`: `config.json`,
+    `preprocessor_config.json`, `tokenizer.json`, `tokenizer_config.json` and `onnx_search.py`.
 
     Args:
         model: a student in float32, in evaluation mode, on the CPU.
         processor: its image processor (of the PIL backend) and tokenizer.
         folder: exists.
         opset: of ONNX; None for the one that torch prefers.
+        pixels: `[M, 3, H, W]`, images to calibrate convolutions on; None: these get no int8.
+
+    Returns:
+        The files in `onnx`, those too that were not kept, and why.
 
     Raises:
         ValueError: the image processor does more than resize and normalise; the tokenizer is written in Python.
-        RuntimeError: a file gives other embeddings than torch.
+        RuntimeError: a file in float32 gives other embeddings than torch.
     """
-    settings = image_settings(processor.image_processor)
-    (folder / "image_preprocessing.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(image_settings(processor.image_processor), folder / "preprocessor_config.json")
     save_tokenizer(processor.tokenizer, folder / "tokenizer.json")
+    write_json(tokenizer_settings(processor.tokenizer), folder / "tokenizer_config.json")
     shutil.copy(Path(__file__).with_name("onnx_search.py"), folder)
-    traced = copy.deepcopy(model)
-    traced.set_attn_implementation("eager")  # Swin's shapes cannot be traced otherwise; the others do not care
-    traced = towers(traced)
-    for name, tower in towers(model).items():
-        path = folder / f"{name}_model.onnx"
-        examples = example_inputs(name, processor)
-        write_onnx(traced[name], examples[1], path, opset)
-        torch_encoder, onnx_encoder = encode_by_torch(tower), encode_by_onnx(path)
-        worst = 0.0
-        for inputs in examples:
-            difference = np.abs(torch_encoder(inputs) - onnx_encoder(inputs)).max()
-            if not difference <= TOLERANCE:  # NaN too
-                shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in inputs.items())
-                raise RuntimeError(f"{path.name} differs from torch by {difference:.1e} for {shapes}.")
-            worst = max(worst, difference)
-        print(f"{path.name}: differs from torch by {worst:.0e} at most")
-        write_int8(path, path.with_name(f"{name}_model_int8.onnx"))
+    (folder / "onnx").mkdir()
+    files = write_files(model, processor, folder / "onnx", opset, pixels)
+    config = model.config.to_diff_dict()
+    config.pop("auto_map", None)  # the code that it names does not lie here
+    dtypes = {file.graph: "fp32" for file in files if file.ending == "_quantized" and file.left_out}
+    if dtypes:  # in browsers transformers.js takes `_quantized` unless told
+        config["transformers.js_config"] = {"dtype": dtypes}
+    write_json(config, folder / "config.json")
+    return files
+
+
+def write_json(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def image_settings(processor: BaseImageProcessor) -> dict:
-    """What `onnx_search.pixels` needs to do the same as an image processor: size (width, height), resample (a filter
-    of PIL), rescale_factor, mean, std.
+    """What `preprocessor_config.json` says, from which `onnx_search.pixels` does the same as an image processor.
 
     Raises:
-        ValueError: it does something else, such as to crop.
+        ValueError: it does something else than to squash an image and normalise it, such as to crop.
     """
     from inference.onnx_search import pixels
 
     settings = {
-        "size": [processor.size.width, processor.size.height],
+        "processor_class": "VisionTextDualEncoderProcessor",
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": processor.size.height, "width": processor.size.width},
         "resample": int(processor.resample),
+        "do_rescale": True,
         "rescale_factor": processor.rescale_factor if processor.do_rescale else 1.0,
-        "mean": list(processor.image_mean) if processor.do_normalize else [0.0] * 3,
-        "std": list(processor.image_std) if processor.do_normalize else [1.0] * 3,
+        "do_normalize": True,
+        "image_mean": list(processor.image_mean) if processor.do_normalize else [0.0] * 3,
+        "image_std": list(processor.image_std) if processor.do_normalize else [1.0] * 3,
     }
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 277, 3), dtype=np.uint8))
     expected = processor(images=[noise], return_tensors="np")["pixel_values"]
-    squashes = expected.shape[2:] == tuple(settings["size"][::-1])
+    squashes = expected.shape[2:] == (processor.size.height, processor.size.width)
     if not squashes or not np.allclose(pixels(noise, settings), expected, rtol=0, atol=TOLERANCE):
         raise ValueError(
             f"{type(processor).__name__} does more than squash an image to a size and normalise it, which is all that "
@@ -142,50 +141,26 @@ def save_tokenizer(tokenizer, path: Path) -> None:
     alone.save(str(path))
 
 
-def write_onnx(tower: VisionTower | TextTower, inputs: Inputs, path: Path, opset: int | None) -> None:
-    """The tower as one ONNX file with its weights inside (2 GB at most), traced on `inputs`."""
-    import onnx
-
-    with quiet():
-        program = torch.onnx.export(
-            tower,
-            kwargs={name: torch.from_numpy(value) for name, value in inputs.items()},
-            input_names=tower.inputs,
-            output_names=[tower.output],
-            dynamic_shapes=tower.dynamic_shapes,
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
-    proto = program.model_proto
-    graph = proto.graph
-    # Their metadata holds source lines and paths of this machine.
-    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        item.ClearField("metadata_props")
-    onnx.save(proto, path)
+def tokenizer_settings(tokenizer) -> dict:
+    """What `tokenizer_config.json` says: special tokens, and the length that `tokenizer.json` cuts at."""
+    tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest(tokenizer),
+        "model_input_names": ["input_ids", "attention_mask"],
+        **tokens,
+    }
 
 
-def write_int8(source: Path, path: Path) -> None:
-    """Dynamic quantisation: int8 weights, activations quantised as they come.
-
-    Unsigned weights, since signed ones overflow on x86 processors without VNNI.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with quiet():
-        quantize_dynamic(source, path, per_channel=True, weight_type=QuantType.QUInt8)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the exporter's warnings: of missing torchvision, of its own code, of steps that change nothing here."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+def calibration_pixels(
+    splits: datasets.DatasetDict, split: str, processor: VisionTextDualEncoderProcessor
+) -> np.ndarray:
+    """The images `[M, 3, H, W]` that quantisation is calibrated on and files are compared on: the first of the split
+    `train`, or of the one that recall is measured on if there is none."""
+    rows = splits["train" if "train" in splits else split]
+    rows = rows.select(range(min(len(rows), CALIBRATED_ON + COMPARED_ON))).select_columns(["image", "image_id"])
+    rows = rows.cast_column("image", datasets.Image(decode=False)).with_format(None)
+    return ImageCollator(processor.image_processor)(list(rows)).numpy()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -219,10 +194,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         rows = None
         if options.dataset_name is not None:
-            rows = open_dataset(options.dataset_name)
-            if options.split not in rows:
-                raise ValueError(f"{options.dataset_name} has no split {options.split} (it has {', '.join(rows)}).")
-            rows = rows[options.split]
+            splits = open_dataset(options.dataset_name)
+            if options.split not in splits:
+                raise ValueError(f"{options.dataset_name} has no split {options.split} (it has {', '.join(splits)}).")
+            rows = splits[options.split]
             rows = rows.select(range(min(options.limit or len(rows), len(rows))))
         model = AutoModel.from_pretrained(student, dtype=torch.float32, trust_remote_code=False).eval()
         processor = VisionTextDualEncoderProcessor(
@@ -233,12 +208,14 @@ def main(arguments: list[str] | None = None) -> None:
         name, hub_id = (Path(student).resolve().name, None) if local else (student.split("/")[-1], student)
         with write_beside(folder.resolve()) as beside:
             if options.format == "onnx":
-                export(model, processor, beside, options.opset)
-                tables = [speed_table(model, processor, beside)]
+                pixels = None if rows is None else calibration_pixels(splits, options.split, processor)
+                files, measured = export(model, processor, beside, options.opset, pixels), None
                 if rows is not None:
                     title = f"{shown_name(options.dataset_name)} {options.split}"
-                    tables.append(recall_table(model, processor, beside, rows, title))
-                readme = export_readme(name, hub_id, tables)
+                    measured = recalls(model, processor, beside / "onnx", files, rows)
+                    measured = title, len(rows), measured
+                table = files_table(model, processor, files, measured)
+                readme = export_readme(name, hub_id, table)
             else:
                 export_sentence_transformers(model, processor, beside)
                 repo, length = options.push_to_hub or folder.name, longest(processor.tokenizer)
@@ -247,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
     if options.format == "onnx":
-        print("\n" + "\n\n".join(tables))
+        print(f"\n{table}")
         print(f'\nIn {folder}. Search: python {folder}/onnx_search.py {folder} IMAGES "a query"')
     else:
         print(f"In {folder}: SentenceTransformer({str(folder)!r})")

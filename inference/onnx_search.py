@@ -26,8 +26,9 @@ def pixels(image: Image.Image, settings: dict) -> np.ndarray:
         image = Image.fromarray(((sixteen + 128) // 257).astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    values = np.asarray(image.resize(settings["size"], settings["resample"])) * settings["rescale_factor"]
-    return ((values - settings["mean"]) / settings["std"]).astype(np.float32).transpose(2, 0, 1)[None]
+    size = settings["size"]["width"], settings["size"]["height"]
+    values = np.asarray(image.resize(size, settings["resample"])) * settings["rescale_factor"]
+    return ((values - settings["image_mean"]) / settings["image_std"]).astype(np.float32).transpose(2, 0, 1)[None]
 
 
 def read_images(folder: Path, settings: dict) -> dict[str, np.ndarray]:
@@ -43,8 +44,8 @@ def read_images(folder: Path, settings: dict) -> dict[str, np.ndarray]:
 
 
 def main(folder: Path, images: Path, query: str) -> None:
-    settings = json.loads((folder / "image_preprocessing.json").read_text())
-    vision, text = (InferenceSession(folder / f"{name}_model.onnx") for name in ("vision", "text"))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    vision, text = (InferenceSession(folder / "onnx" / f"{name}_model.onnx") for name in ("vision", "text"))
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(query)
     if tokens.overflowing:
         print(f"The text is cut: the student reads its first {len(tokens.ids)} tokens.", file=sys.stderr)
@@ -61,8 +62,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(f"usage: {__doc__.split(': ')[1]}")
     exported, searched = map(Path, sys.argv[1:3])
-    if not (exported / "text_model.onnx").is_file():
-        sys.exit(f"error: there is no {exported / 'text_model.onnx'}: name a folder that inference.export wrote.")
+    if not (exported / "onnx" / "text_model.onnx").is_file():
+        sys.exit(f"error: there is no {exported}/onnx/text_model.onnx: name a folder that inference.export wrote.")
     if not searched.is_dir():
         sys.exit(f"error: {searched} is not a folder.")
     main(exported, searched, sys.argv[3])

@@ -36,6 +36,7 @@ HELD_ELSEWHERE = {
     "inference/dual_encoders.py": "tests/inference/test_compare.py",
     "inference/encoders.py": "tests/inference/test_export.py",
     "inference/export_tables.py": "tests/inference/test_export.py",
+    "inference/onnx_graphs.py": "tests/inference/test_onnx_files.py",
     "inference/onnx_search.py": "tests/inference/test_export.py",
     "inference/space/app.py": "tests/inference/test_space.py",
     "model_cards/example.py": "tests/model_cards/test_model_card.py",

@@ -148,7 +148,7 @@ def test_the_datasets_cards(times, tmp_path):
         card = (tmp_path / "README.md").read_text()
         assert len(inspect(card.split("\n---\n", 1)[1])) == 2
         assert DatasetCard(card).data.tags
-        card = export_readme(title, source or None, [])
+        card = export_readme(title, source or None, "")
         assert len(inspect(card.split("\n---\n", 1)[1])) == 1
         assert (front_matter(card).get("base_model") or "").split() == source.split()
 
