@@ -19,6 +19,10 @@ RESNET = {
     "model_type": "resnet", "layer_type": "basic", "embedding_size": 16, "hidden_sizes": [16, 32, 64],
     "depths": [1, 1, 1],
 }  # fmt: skip
+VIT = {
+    "model_type": "vit", "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 ENDINGS = ("", "_fp16", "_quantized")
 
 
@@ -76,6 +80,39 @@ def test_padding_changes_no_embedding(written, student, ending):
     for row, length in enumerate(mask.sum(1)):
         alone = encoder({"input_ids": ids[[row], :length], "attention_mask": mask[[row], :length]})["text_embeds"]
         np.testing.assert_allclose(together[[row]], alone, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("vision", "width", "poolings"),
+    [(VIT, 48, ("cls", "pooler")), (RESNET, 4, ("pooler", "cls"))],
+    ids=["wider, of patches", "narrower, of convolutions"],
+)
+def test_students_with_other_projections_poolings_and_a_frozen_tower(vision, width, poolings, pixels, tmp_path):
+    model, processor = make_student(vision)
+    processor.tokenizer.model_max_length = 24
+    config = model.config
+    model = type(model).from_vision_text_configs(
+        config.vision_config, config.text_config, projection_dim=width, vision_pooling=poolings[0],
+        text_pooling=poolings[1],
+    )  # fmt: skip
+    model = scatter(model).eval()
+    model.vision_model.requires_grad_(False)
+    files = write_files(model, processor, tmp_path, None, pixels)
+    with torch.no_grad():
+        expected = model(torch.tensor([[2, 9, 7, 3]]), torch.from_numpy(pixels[:3]))
+    assert expected.image_embeds.shape == (3, width)
+    kept = {file.name for file in files if file.left_out is None}
+    assert kept == {path.name for path in tmp_path.iterdir()} and "model_fp16.onnx" in kept
+    for ending, tolerance in (("", 1e-5), ("_fp16", 1e-2)):
+        outputs = encode_by_onnx(tmp_path / f"model{ending}.onnx")(
+            {
+                "input_ids": np.array([[2, 9, 7, 3]]),
+                "attention_mask": np.ones((1, 4), "int64"),
+                "pixel_values": pixels[:3],
+            }
+        )
+        for name in ("image_embeds", "text_embeds"):
+            np.testing.assert_allclose(outputs[name], expected[name].numpy(), atol=tolerance)
 
 
 def test_without_images_convolutions_stay_float(written, student, tmp_path, monkeypatch):
