@@ -16,6 +16,7 @@ import json
 import pickle
 import shutil
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from inference.export_tables import export_readme, files_table, recalls
 from inference.onnx_files import CALIBRATED_ON, COMPARED_ON, TOLERANCE, OnnxFile, write_files
 from rows.command_line import Command, run_program
 from rows.files import shown_name, write_beside
-from trainers.retrieval_evaluation import ImageCollator
+from rows.images import load_rgb
 
 
 # Formats and the packages that each needs; each has an extra of its own in pyproject.toml.
@@ -154,13 +155,18 @@ def tokenizer_settings(tokenizer) -> dict:
 
 def calibration_pixels(
     splits: datasets.DatasetDict, split: str, processor: VisionTextDualEncoderProcessor
-) -> np.ndarray:
-    """The images `[M, 3, H, W]` that quantisation is calibrated on and files are compared on: the first of the split
-    `train`, or of the one that recall is measured on if there is none."""
-    rows = splits["train" if "train" in splits else split]
-    rows = rows.select(range(min(len(rows), CALIBRATED_ON + COMPARED_ON))).select_columns(["image", "image_id"])
-    rows = rows.cast_column("image", datasets.Image(decode=False)).with_format(None)
-    return ImageCollator(processor.image_processor)(list(rows)).numpy()
+) -> np.ndarray | None:
+    """The images `[M, 3, H, W]` that quantisation is calibrated on and files are compared on: the first that can be
+    read of the split `train`, or of the one that recall is measured on if there is none. None: no image can be."""
+    rows = splits["train" if "train" in splits else split].select_columns(["image"])
+    images = []
+    for row in rows.cast_column("image", datasets.Image(decode=False)).with_format(None):
+        if row["image"] is not None:
+            with suppress(ValueError):  # training leaves such an image out, too
+                images.append(load_rgb(row["image"]))
+        if len(images) == CALIBRATED_ON + COMPARED_ON:
+            break
+    return processor.image_processor(images=images, return_tensors="np")["pixel_values"] if images else None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -171,7 +177,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--push_to_hub", metavar="REPO", help="Also push the folder to this Hub repository.")
     parser.add_argument("--opset", type=int, help="ONNX opset, for an older runtime (default: what torch prefers).")
     parser.add_argument(
-        "--dataset_name", help="'icons', a folder or a Hub id: also measure the recall of each runtime on it."
+        "--dataset_name",
+        help="'icons', a folder or a Hub id: also measure the recall of each file, and calibrate int8 convolutions.",
     )
     parser.add_argument("--split", default="test", help="Split of the dataset to measure on (default: %(default)s).")
     parser.add_argument("--limit", type=int, help="Measure on the first images of the split only, as many as this.")

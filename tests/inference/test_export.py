@@ -319,3 +319,16 @@ def test_bad_arguments_stop_before_the_export(saved, tmp_path, capsys):
     with pytest.raises(SystemExit, match="has no split val .it has train, test"):
         export.main([*arguments, str(tmp_path / "out"), *rows, "--split", "val"])
     assert not any(tmp_path.iterdir())
+
+
+def test_images_to_calibrate_on_are_the_first_that_can_be_read(student):
+    rows, others = make_rows(90), make_rows(3, seed=3)
+    broken = [{"bytes": b"none", "path": None}, None]
+    images = [*broken, *rows.cast_column("image", datasets.Image(decode=False))["image"][2:]]
+    rows = rows.remove_columns("image").add_column("image", images, feature=datasets.Image(decode=False))
+    pixels = export.calibration_pixels({"test": others, "train": rows}, "test", student[1])
+    assert pixels.shape == (73, 3, 32, 32) and pixels.dtype == np.float32
+    expected = student[1](images=[make_rows(90)[2]["image"]], return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixels[:1], expected, atol=1e-6)
+    assert len(export.calibration_pixels({"test": others}, "test", student[1])) == 3
+    assert export.calibration_pixels({"test": rows.select(range(2))}, "test", student[1]) is None
