@@ -44,9 +44,9 @@ from trainers.argument_checks import check_processes, check_student
 from trainers.base_trainer import RetrievalTrainer
 from trainers.batches import RetrievalCollator
 from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
-from trainers.inherited import Source, describe_origin, teacher_source, tower_source
+from trainers.inherited import Source, describe_origin, license_of_teacher, teacher_source, tower_source
 from trainers.recipe import as_options, option, read_recipe, without_none
-from trainers.report import RUN_FILES, pin_revision, report
+from trainers.report import RUN_FILES, pin_revision, report, say_what_a_push_shows
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
 from trainers.run.distributed import rank_is_first, run_launched, use_the_cores
 from trainers.run.output_dir import (
@@ -221,6 +221,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
         splits={"eval": data_args.validation_split, "test": data_args.test_split},
         data=data_facts(rows, data_args) if args.do_train and args.should_save else {},  # only who saves writes a card
         data_license=data_args.data_license or license_of(rows, name),
+        teacher_license=license_of_teacher(teacher, args),
         towers=[start for start in starts if start is not None and not Path(start).is_dir()],
         teacher=teacher_description(rows) if data_args.method == "distillation" else None,
         origin=origin,
@@ -241,6 +242,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
                 print(f"{args.output_dir} holds this run, interrupted: it goes on from {Path(checkpoint).name}.")
         if trainer.is_world_process_zero():
             print(summary(trainer, student_args))
+        say_what_a_push_shows(trainer, name)
     return trainer, rows, checkpoint, data_args.test_fold_size
 
 

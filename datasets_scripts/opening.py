@@ -15,6 +15,10 @@ from rows.columns import Splits
 from rows.images import check_image_paths
 
 
+# Each font's stands on the dataset's card, see icons.py.
+ICONS_LICENSE = "those of the icon fonts: Apache-2.0, CC BY 4.0, MIT and OFL"
+
+
 def open_dataset(
     name: str, config_name: str | None = None, streaming: bool = False, whole_samples: bool = False
 ) -> Splits:
@@ -97,9 +101,10 @@ def _checked(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
 
 def license_of(rows: Splits, name: str) -> str | None:
     """The licence that a dataset states: in its information, else on its card."""
-    stated = next(iter(rows.values())).info.license
-    if stated or name == "icons":
-        return stated or None
+    if name == "icons":
+        return ICONS_LICENSE
+    if stated := next(iter(rows.values())).info.license:
+        return stated
     return license_on_card(name)
 
 

@@ -7,18 +7,16 @@ import re
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from modeling_dsmd.configuration_dsmd import OLDEST_TRANSFORMERS
 from rows.images import UPRIGHT_ON_WHITE
 
 from . import tables
+from .front_matter import front_matter, licences
 from .record import RunRecord
 
 
-TAGS = {"contrastive": ["image-text-retrieval", "dual-encoder", "custom_code"]}
-TAGS["distillation"] = [*TAGS["contrastive"], "distillation"]
 GRIDS = {"text_to_image.png": "Captions and the images found", "image_to_text.png": "Images and the captions found"}
 
 
@@ -36,11 +34,11 @@ def render_card(record: RunRecord) -> str:
     text = environment.from_string(Path(__file__).with_name("template.md").read_text(encoding="utf-8")).render(
         record=record,
         distilled=distilled,
-        front_matter=front_matter(record, metrics),
+        front_matter=front_matter(record, metrics, usage.get("captions")),
         title=record.name.split("/")[-1],
         parameters=f"{record.model['parameters'] / 1e6:.2f}",
         how_trained=_how_trained(record),
-        status=_status(record),
+        status=[_status(record), *map(tables.as_text, facts.origin), licences(facts)],
         split=split,
         equal_captions=tables.equal_captions(metrics, key, record.settings.get("recall_by_index", False)),
         table=key and tables.results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
@@ -60,38 +58,6 @@ def render_card(record: RunRecord) -> str:
         limits=key and _limits(metrics, key, split, facts.baseline),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def front_matter(record: RunRecord, metrics: dict[str, float]) -> str:
-    """The YAML at the top of the card; its `model-index` has every recall and rsum of each split, unrounded."""
-    facts, name = record.facts, record.facts.dataset_name
-    found = [(key, figure) for key in facts.splits for figure in tables.figures(metrics, key)] if name else []
-    data = ModelCardData(
-        license=facts.license,
-        language=facts.languages,
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=TAGS[record.method],
-        datasets=[name] if name and "/" in name else None,
-        base_model=facts.towers or None,
-        metrics=["recall"] if found else None,
-        co2_eq_emissions=record.emissions,
-        model_name=record.name.split("/")[-1] if found else None,
-        eval_results=[
-            EvalResult(
-                task_type="image-text-retrieval",
-                dataset_type=name,
-                dataset_name=name,
-                dataset_split=facts.splits[key],
-                metric_type=figure,
-                metric_name=figure.replace("_", " "),
-                metric_value=metrics[f"{key}_{figure}"],
-            )
-            for key, figure in found
-        ]
-        or None,
-    )
-    return data.to_yaml()
 
 
 def usage_code(repo: str, captions: list[str] | None = None, revision: str | None = None) -> str:

@@ -17,6 +17,13 @@ from rows.images import load_rgb
 from .tables import SHOWN
 
 
+# Beside a card, those that show images of the data or their captions.
+PICTURES_OF_DATA = (
+    "assets/text_to_image.png", "assets/image_to_text.png", "assets/query.png",
+    "assets/sample_1.png", "assets/sample_2.png", "assets/sample_3.png",
+)  # fmt: skip
+
+
 def draw_grids(
     rows: datasets.Dataset,
     image_embeds: torch.Tensor,

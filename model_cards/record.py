@@ -17,6 +17,7 @@ class RunFacts:
         splits: prefix of figures ("eval", "test") to the name of the split that they were measured on.
         data: name of a split to what [`describe_captions`] returns for it; a streamed split has none.
         data_license: licence of the images and captions.
+        teacher_license: licence of the teacher, where its card was read and states one.
         towers: Hub ids of the pre-trained towers.
         origin: what of the student was cut from what, and under which licence: sentences.
         teacher: the parsed JSON of the dataset's constant column `teacher`.
@@ -35,6 +36,7 @@ class RunFacts:
     splits: dict[str, str] = field(default_factory=lambda: {"eval": "validation", "test": "test"})
     data: dict[str, dict] = field(default_factory=dict)
     data_license: str | None = None
+    teacher_license: str | None = None
     towers: list[str] = field(default_factory=list)
     origin: list[str] = field(default_factory=list)
     teacher: dict | None = None

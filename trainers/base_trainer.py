@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import speed_metrics
 
 from model_cards import RunFacts, RunRecord
+from model_cards.pictures import PICTURES_OF_DATA
 from rows.columns import rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
@@ -68,7 +69,7 @@ class RetrievalTrainer(ResumableTrainer):
     loss_is_scaled_for_ga = True
     arguments_class = RetrievalTrainingArguments
     method: str  # its name on the card and in the identity of a run
-    optional_files = (PCA_FILE,)
+    optional_files = (PCA_FILE, *PICTURES_OF_DATA)
 
     def __init__(
         self,

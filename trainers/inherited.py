@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_dsmd import DSMDModel
 from rows.files import shown_name
@@ -159,6 +159,13 @@ def describe_origin(args: StudentArguments, teacher: Source | None, model: DSMDM
             + limits * bool(told and NOT_FOR_ALL.search(told))
         )
     return sentences, licence
+
+
+def license_of_teacher(teacher: Source | None, args: TrainingArguments) -> str | None:
+    """The licence on a teacher's card, as a reader is told of it; only a run that is pushed asks the Hub for it."""
+    if teacher is None or not (args.push_to_hub or os.path.isdir(teacher[0])):
+        return None
+    return model_license(*teacher)[1]
 
 
 def model_license(name: str, revision: str | None) -> tuple[str | None, str | None]:

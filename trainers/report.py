@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from model_cards.model_card import usage_code
-from model_cards.pictures import draw_grids, plot_curves, save_query, save_samples
+from model_cards.pictures import PICTURES_OF_DATA, draw_grids, plot_curves, save_query, save_samples
 from model_cards.tables import across_table, results_table
 from rows.columns import Splits
 from rows.files import write_json
@@ -27,6 +27,21 @@ RUN_FILES = (
     PCA_FILE, "all_results.json", "eval_results.json", "assets/card.json", "assets/curves.png",
     "assets/text_to_image.png", "assets/image_to_text.png", "assets/query.png", "assets/sample_[1-3].png",
 )  # fmt: skip
+
+
+def say_what_a_push_shows(trainer: RetrievalTrainer, dataset_name: str) -> None:
+    """Before training: what of the data everyone will see on the Hub, and which licence the card will state."""
+    args, facts = trainer.args, trainer.facts
+    if not (args.push_to_hub and trainer.is_world_process_zero()):
+        return
+    if args.card_images and Path(dataset_name).exists():
+        repo = args.hub_model_id or Path(args.output_dir).resolve().name
+        print(
+            f"The card of {repo} will show pictures of {facts.dataset_name} with their captions: "
+            "--card_images False leaves them out."
+        )
+    if facts.license is None:
+        print("The card will state no licence of the student's own: --license apache-2.0 states one.")
 
 
 def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, rows: Splits) -> None:
@@ -68,11 +83,15 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     plot_curves(trainer.state.log_history, assets / "curves.png")
-    draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
     trainer.facts.metrics = metrics
-    trainer.facts.samples = save_samples(rows["train"], assets)
-    captions = save_query(rows["test"], assets)
-    trainer.facts.usage = {"captions": captions, "output": run_code(usage_code(str(folder), captions))}
+    if trainer.args.card_images:
+        draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
+        trainer.facts.samples = save_samples(rows["train"], assets)
+        captions = save_query(rows["test"], assets)
+        trainer.facts.usage = {"captions": captions, "output": run_code(usage_code(str(folder), captions))}
+    else:  # a report that was cut short may have left some
+        for name in PICTURES_OF_DATA:
+            (folder / name).unlink(missing_ok=True)
     record = trainer.write_card(folder)
     (assets / "card.json").write_text(record.to_json(), encoding="utf-8")
     print(f"\nThe student is in {folder}: AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")

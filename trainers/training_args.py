@@ -67,6 +67,13 @@ class RetrievalTrainingArguments(TrainingArguments):
         default=10,
         metadata={"help": "Stop after this many steps in a row that are skipped, their gradient not being finite."},
     )
+    card_images: bool = field(
+        default=True,
+        metadata={
+            "help": "Show pictures of the data with their captions on the student's card, which a push brings to the "
+            "Hub; with False none is written."
+        },
+    )
     allow_changes: bool = field(
         default=False,
         metadata={

@@ -113,11 +113,15 @@ def test_the_students_card(times, record):
         )
         card = render_card(strange)
         front = front_matter(card)
+        labels = [" ".join(of.replace(",", " ").split()) for of in front["widget"][0]["candidate_labels"].split(", ")]
+        assert len(labels) == 2
+        of_hub = dataclasses.replace(strange, facts=dataclasses.replace(facts, dataset_name="user/data"))
+        (model,) = front_matter(render_card(of_hub))["model-index"]
+        assert model["name"].split() == f"user/{name}".split("/")[-1].split()
         for held, given in (
-            (front.get("license") or "", student_licence),
+            (front["license"], student_licence or "other"),
             (front["base_model"][0], tower),
             (ModelCard(card).data.to_dict()["base_model"][0], tower),
-            (front["model-index"][0]["name"], f"user/{name}".split("/")[-1]),
         ):
             assert held.split() == given.split()  # YAML has an ASCII newline only
         headings = inspect(card.split("\n---\n", 1)[1])

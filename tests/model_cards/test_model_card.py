@@ -12,6 +12,7 @@ import datasets
 import pytest
 import yaml
 from conftest import make_rows, make_student
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from safetensors.torch import load_file
 from test_train import RECIPE
 from tiny_trainer import make_trainer
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 import train
 from model_cards import RunFacts, RunRecord, render_card
 from model_cards.example import EXAMPLE
+from model_cards.pictures import PICTURES_OF_DATA
 from trainers import ContrastiveTrainer
 
 
@@ -69,6 +71,13 @@ def indexed(card: str) -> dict[tuple[str, str], float]:
     }
 
 
+def on_the_hub(folder: Path) -> str:
+    """The card of a run as it would be if its data had an id."""
+    record = RunRecord.from_json((folder / "assets" / "card.json").read_text())
+    facts = dataclasses.replace(record.facts, dataset_name="user/data")
+    return render_card(dataclasses.replace(record, facts=facts))
+
+
 def run(folder: Path, data: Path, *arguments: str, **settings) -> Path:
     recipe = {**RECIPE, "dataset_name": str(data), "output_dir": str(folder), "report_to": "none", **settings}
     path = folder.with_suffix(".yaml")
@@ -107,14 +116,21 @@ def test_a_finished_run(distilled, contrastive, data):
     assert_well_formed(card)
     assert sections(card) == FINISHED
     front = front_matter(card)
-    assert front["license"] == "apache-2.0" and front["language"] == ["en", "de"]
+    assert front["license"] == "apache-2.0" and front["language"] == ["en", "de"] and "No licence" not in card
     assert front["pipeline_tag"] == "zero-shot-image-classification" and front["library_name"] == "transformers"
-    assert {"image-text-retrieval", "distillation", "dual-encoder"} <= set(front["tags"])
-    assert not {"datasets", "base_model", "co2_eq_emissions"} & set(front)  # all local, nothing measured
+    assert {"image-text-retrieval", "image-retrieval", "distillation", "dual-encoder"} <= set(front["tags"])
+    # All local, nothing measured: the Hub refuses a result of a dataset that has no id.
+    assert not {"datasets", "model-index", "metrics", "base_model", "base_model_relation", "co2_eq_emissions"} & {
+        *front
+    }
+    (example,) = front["widget"]
+    assert (distilled / example["src"]).is_file() and example["src"] == "assets/query.png"
+    labels = json.loads((distilled / "assets" / "card.json").read_text())["facts"]["usage"]["captions"]
+    assert example["candidate_labels"].split(", ") == labels
     wanted = {("validation", name): results[f"eval_{name}"] for name in (*RECALLS, "rsum")}
     wanted |= {("test", name): results[f"test_{name}"] for name in (*RECALLS, "rsum")}
     wanted |= {("test", f"4_{name}"): results[f"test_4_{name}"] for name in (*RECALLS, "rsum")}
-    assert indexed(card) == wanted
+    assert indexed(on_the_hub(distilled)) == wanted
     header, *rows = table(card, "test split")
     assert header == ["test split, 12 images", "student", "teacher", "plain contrastive", "share kept"]
     rows = {row[0].replace(" ", "_"): row[1:] for row in rows}
@@ -206,6 +222,37 @@ def test_its_pictures_are_there(distilled):
     assert {path.name for path in (distilled / "assets").iterdir()} == {*shown, "query.png", "card.json"}
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_pictures_of_the_data_are_pushed_only_where_they_may_be(data, hub, capsys, shown):
+    """An earlier student's may lie in the repository."""
+    HfApi().create_repo("user/student")
+    for name in PICTURES_OF_DATA:
+        HfApi().upload_file(path_or_fileobj=b"of before", path_in_repo=name, repo_id="user/student")
+    push = {"push_to_hub": True, "hub_model_id": "user/student", "card_images": shown}
+    folder = run(data.parent / f"shown_{shown}", data, **push)
+    printed = capsys.readouterr().out
+    said = (
+        "The card of user/student will show pictures of data with their captions: --card_images False leaves them out."
+    )
+    assert (said in printed) == shown
+    assert "The card will state no licence of the student's own: --license apache-2.0 states one." in printed
+    files, card = HfApi().list_repo_files("user/student"), (folder / "README.md").read_text()
+    assert set(PICTURES_OF_DATA) & {*files} == set(PICTURES_OF_DATA if shown else ())
+    assert all((folder / name).is_file() == shown for name in PICTURES_OF_DATA) and "assets/curves.png" in files
+    assert_well_formed(card)
+    for name in ("query.png", "sample_1.png", "text_to_image.png", "widget"):
+        assert (name in card) == shown
+    captions = [
+        caption for part in datasets.load_from_disk(data).values() for own in part["captions"] for caption in own
+    ]
+    assert any(caption in card for caption in captions) == shown
+    if shown:
+        for name in PICTURES_OF_DATA:
+            assert Path(hf_hub_download("user/student", name)).read_bytes() != b"of before"
+    else:
+        assert '"photo.jpg"' in blocks(card, "python")[0]  # a picture of the reader's own
+
+
 def printed_by(code: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(code, {})
@@ -229,7 +276,10 @@ def test_a_contrastive_run_says_nothing_of_a_teacher(contrastive):
     assert "distillation" not in front_matter(card)["tags"]
     assert not re.search("teacher|distil(?!bert)|DSMD|balancer|queue_size", card)
     assert table(card, "test split")[0] == ["test split, 12 images", "student"]
-    assert indexed(card)["test", "rsum"] == results["test_rsum"]
+    assert indexed(on_the_hub(contrastive))["test", "rsum"] == results["test_rsum"]
+    front = front_matter(card)
+    assert (front["license"], front["license_name"]) == ("other", "of-data")
+    assert "No licence was chosen for this student. That of its data is cc0-1.0." in card
 
 
 class StopAt(TrainerCallback):
@@ -277,15 +327,15 @@ def test_a_run_resumed_twice(tmp_path, rows, validation_rows):
         trainer.save_model()
         cards.append((tmp_path / "run" / "README.md").read_text())
         assert_well_formed(cards[-1])
-    assert "ended at step 4 of 4.\n" in cards[0] and "minutes, evaluations included; 2 g of CO2" in cards[0]
+    assert "ended at step 4 of 4. No licence" in cards[0] and "minutes, evaluations included; 2 g of CO2" in cards[0]
     assert front_matter(cards[0])["co2_eq_emissions"] == {
         "emissions": 2.0,
         "source": "codecarbon",
         "training_type": "pre-training",
         "hardware_used": "A CPU",
     }
-    assert "ended at step 6 of 6. The run was resumed at step 2.\n" in cards[1]
-    assert "ended at step 6 of 6. The run was resumed at step 2 and 4.\n" in cards[2]
+    assert "ended at step 6 of 6. The run was resumed at step 2. No" in cards[1]
+    assert "ended at step 6 of 6. The run was resumed at step 2 and 4. No" in cards[2]
     for card in cards[1:]:  # of one sitting's part only
         assert "minutes" not in card and "co2_eq_emissions" not in front_matter(card)
 
@@ -293,7 +343,7 @@ def test_a_run_resumed_twice(tmp_path, rows, validation_rows):
 def test_the_figures_are_of_the_best_weights(tmp_path, rows, validation_rows):
     settings = {**STEPS, "max_steps": 6, "load_best_model_at_end": True, "greater_is_better": False}
     trainer = make_trainer(tmp_path / "run", rows, eval_dataset=validation_rows, learning_rate=0.01, **settings)
-    trainer.facts.dataset_name = "data"
+    trainer.facts.dataset_name = "user/data"
     trainer.train()
     scores = {entry["step"]: entry["eval_rsum"] for entry in trainer.state.log_history if "eval_rsum" in entry}
     best = trainer.state.best_global_step
@@ -335,21 +385,57 @@ def test_the_record_makes_the_same_card(record, distilled):
 
 
 def test_hub_ids_and_a_pinned_revision(record):
-    facts = {"dataset_name": "user/data", "towers": ["facebook/dinov2-small"], "repo_id": "user/s", "revision": "c0de"}
+    facts = {
+        "dataset_name": "user/data",
+        "towers": ["facebook/dinov2-small", "bert-base-uncased"],
+        "repo_id": "user/s",
+        "revision": "c0de",
+    }
     facts = dataclasses.replace(record.facts, **facts)
     card = render_card(dataclasses.replace(record, facts=facts, name="user/s"))
     front = front_matter(card)
-    assert front["datasets"] == ["user/data"] and front["base_model"] == ["facebook/dinov2-small"]
+    assert front["datasets"] == ["user/data"] and front["base_model"] == ["facebook/dinov2-small", "bert-base-uncased"]
+    assert front["base_model_relation"] == "finetune"
+    assert {result["dataset"]["type"] for result in front["model-index"][0]["results"]} == {"user/data"}
     assert front["model-index"][0]["name"] == "s" and card.split("---\n", 2)[2].startswith("\n# s\n")
     (code,) = blocks(card, "python")
     assert 'repo = "user/s"' in code and code.count('revision="c0de"') == 3
+
+
+@pytest.mark.parametrize("name", ["icons", "data", "/data/mine", "a/b/c", "a b/c", "../mine", "~/mine", ""])
+def test_a_name_that_is_no_id_of_the_hub_is_on_no_list_of_it(record, name):
+    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, dataset_name=name)))
+    assert not {"datasets", "model-index", "metrics"} & set(front_matter(card))
+    ModelCard(card, ignore_metadata_errors=False)  # as the Hub's client reads it
+
+
+@pytest.mark.parametrize("teacher", [None, {"id": "user/teacher"}])
+def test_a_student_without_a_licence_names_those_that_it_is_under(record, teacher):
+    licences = {"license": None, "data_license": "cc-by-4.0", "teacher_license": "apache-2.0", "teacher": teacher}
+    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, **licences)))
+    front = front_matter(card)
+    assert (front["license"], front["license_name"]) == ("other", "of-data-and-teacher" if teacher else "of-data")
+    whose = ", that of its teacher apache-2.0" if teacher else ""
+    assert f"No licence was chosen for this student. That of its data is cc-by-4.0{whose}." in card
+    unknown = {**licences, "data_license": None, "teacher_license": None}
+    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, **unknown)))
+    assert "That of its data is not stated" in card
+
+
+def test_labels_of_the_example_are_parted_by_commas_alone(record):
+    captions = ["a cat, a dog", 'two\nlines: "x"', "- c"]
+    facts = dataclasses.replace(record.facts, usage={"captions": captions, "output": None})
+    (example,) = front_matter(render_card(dataclasses.replace(record, facts=facts)))["widget"]
+    assert example["candidate_labels"] == 'a cat  a dog, two lines: "x", - c'
+    card = render_card(dataclasses.replace(record, facts=facts, assets=[]))
+    assert "widget" not in front_matter(card)
 
 
 def test_captions_are_text_whatever_they_hold(record):
     nasty = ["a | b", "``` `x` <script>alert(1)</script>", "two\nlines", "*{{ 7 * 7 }}* [x](y)", '"quoted" \\']
     facts = dataclasses.replace(record.facts, samples=[nasty], usage={"captions": nasty, "output": "1.000  a"})
     card = render_card(dataclasses.replace(record, facts=facts))
-    assert "<script>" not in card.replace(blocks(card, "python")[0], "")
+    assert "<script>" not in card.split("\n---\n", 1)[1].replace(blocks(card, "python")[0], "")
     assert "49" not in table(card, "image  ")[1][1] and "{{ 7 \\* 7 }}" in card
     assert len(re.findall(r"^\| !\[sample", card, re.M)) == 1
     code = blocks(card, "python")[0]
@@ -388,7 +474,8 @@ def test_limits_of_a_student_better_than_its_teacher_and_worse_than_the_baseline
 def test_captions_of_several_images(record, figures, by_index, said):
     metrics = {**record.metrics, **{f"test_{name}": value for name, value in figures.items()}}
     settings = {**record.settings, "recall_by_index": by_index}
-    card = render_card(dataclasses.replace(record, metrics=metrics, settings=settings))
+    facts = dataclasses.replace(record.facts, dataset_name="user/data")
+    card = render_card(dataclasses.replace(record, facts=facts, metrics=metrics, settings=settings))
     assert_well_formed(card)
     assert (f"at most 600. {said}\n" if said else "at most 600.\n") in card
     assert bool(said) == ("stand for several images" in card)
@@ -433,7 +520,6 @@ def test_the_example_is_the_quickstart_students_card():
     assert front_matter(again) == front_matter(kept)
     assert numbers(again) == numbers(kept)
     assert_well_formed(kept)
-    assert indexed(kept)["test", "rsum"] == record.metrics["test_rsum"]
     shown = set(re.findall(r"\]\(assets/([^)]*)\)", kept)) | {"query.png", "card.json"}
     assert {path.name for path in (EXAMPLE / "assets").iterdir()} == shown
     assert sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file()) < 300_000

@@ -29,9 +29,10 @@ FINGERPRINT_ROWS = 256
 # Settings without effect on weights, logged losses or figures.
 FREE_PREFIXES = ("do_", "hub_", "push_", "resume_", "logging_", "trackio_", "ddp_", "dataloader_p")
 FREE = (
-    "allow_changes", "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
-    "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "per_device_eval_batch_size", "project",
-    "report_to", "run_name", "save_total_limit", "output_dir", "accelerator_config", "max_skipped_steps", "local_rank",
+    "allow_changes", "card_images", "dataloader_in_order", "dataloader_multiprocessing_context",
+    "dataloader_num_workers", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "per_device_eval_batch_size", "project", "report_to", "run_name", "save_total_limit", "output_dir",
+    "accelerator_config", "max_skipped_steps", "local_rank",
 )  # fmt: skip
 GLOBAL_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "number of processes")  # their product
 OF_STREAMS = ("dataloader_num_workers",)  # not free there: it decides the order of the rows
