@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from .run.loader_workers import shielded
 from .run.resumable_trainer import ResumableTrainer
 from .run.run_identity import rows_fingerprint
 from .streaming import SkipTrainedBatches, StreamedRetrievalDataset, stream_head
-from .student import set_caption_length
+from .student import as_student, set_caption_length
 from .teacher_pca import PCA_FILE
 from .training_args import RetrievalTrainingArguments
 
@@ -50,7 +51,8 @@ class RetrievalTrainer(ResumableTrainer):
 
     Args:
         model: a [`DSMDModel`], or one with its interface: for `pixel_values` alone its output has `image_embeds`, for
-            `input_ids` and `attention_mask` alone `text_embeds`, L2-normalised.
+            `input_ids` and `attention_mask` alone `text_embeds`, L2-normalised. Or the folder or Hub id of a saved
+            student, which is loaded with its processor.
         args: [`RetrievalTrainingArguments`], or a subclass's own.
         train_dataset: rows as the contract has them (`image`, `captions`, `image_id`, ...); a streamed dataset
             needs `max_steps`, and its first 1,000 rows are checked beforehand.
@@ -73,7 +75,7 @@ class RetrievalTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | str | os.PathLike,
         args: RetrievalTrainingArguments,
         train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
@@ -82,6 +84,7 @@ class RetrievalTrainer(ResumableTrainer):
         **kwargs,
     ):
         kwargs = taken_arguments(kwargs, type(self).__name__)
+        model, processing_class = as_student(model, processing_class)
         check_student(model)
         if processing_class is None:
             raise ValueError("processing_class is missing: give the processor (image_processor and tokenizer).")

@@ -32,6 +32,7 @@ from .retrieval_evaluation import across_figures
 from .run import distributed
 from .run.checkpoints import NotResumable
 from .step_rows import other_students, rows_of_the_step, teacher_rows_of
+from .student import as_student
 from .teacher_pca import load_pca, save_pca
 from .training_args import DSMDTrainingArguments
 
@@ -48,7 +49,8 @@ class DSMDTrainer(RetrievalTrainer):
     queues. The weights of the losses are constant within a step and set by the balancer after it.
 
     Args:
-        model: a [`DSMDModel`]; its `projection_dim` is the width of the teacher's features after `teacher_projection`.
+        model: a [`DSMDModel`], or a saved one's folder or Hub id; its `projection_dim` is the width of the
+            teacher's features after `teacher_projection`.
         args: [`DSMDTrainingArguments`].
         teacher_projection: `[D, projection_dim]`, where the student is narrower than the teacher's D; see [`fit_pca`].
         train_dataset: rows with `teacher_image_embeds` and `teacher_text_embeds`.
@@ -64,8 +66,10 @@ class DSMDTrainer(RetrievalTrainer):
         args: DSMDTrainingArguments,
         train_dataset=None,
         teacher_projection: torch.Tensor | None = None,
+        processing_class=None,
         **kwargs,
     ):
+        model, processing_class = as_student(model, processing_class)
         check_student(model)
         dim = teacher_dim = model.config.projection_dim
         if teacher_projection is not None:
@@ -78,7 +82,8 @@ class DSMDTrainer(RetrievalTrainer):
             # Each process may have fitted its own; on unlike machines they differ in the last digits.
             teacher_projection = distributed.from_first_rank(teacher_projection.to(args.device))
         self.teacher_projection = teacher_projection
-        super().__init__(model, args, train_dataset=train_dataset, teacher_dim=teacher_dim, **kwargs)
+        more = {"processing_class": processing_class, "teacher_dim": teacher_dim, **kwargs}
+        super().__init__(model, args, train_dataset=train_dataset, **more)
         # The four losses do not use the temperature: the optimiser would have no state of it to resume from.
         self.model.logit_scale.requires_grad_(False)
         self.balancer = make_balancer(args.balancer, args.losses, **self._balancer_settings(train_dataset))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     TrainingArguments,
     VisionTextDualEncoderProcessor,
     ViTImageProcessorPil,
@@ -28,6 +31,53 @@ from rows.texts import cut, text_positions
 
 from .inherited import MODALITIES, TEACHER, Source, cut_to_size, load_tokenizer, tower_config, tower_source
 from .student_arguments import StudentArguments
+
+
+def load_student(
+    name: str | os.PathLike, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, VisionTextDualEncoderProcessor]:
+    """A saved student and its processor.
+
+    Args:
+        name: a folder or Hub id.
+        trust_remote_code: run code that the repository brings; a student of this project needs none of it.
+
+    Raises:
+        OSError, ValueError: there is none that can be read.
+    """
+    origin = {"trust_remote_code": trust_remote_code}
+    model = AutoModel.from_pretrained(name, **origin)
+    # Not AutoProcessor: it hands `backend` to the tokenizer too, which would write it down with every checkpoint.
+    processor = VisionTextDualEncoderProcessor(
+        AutoImageProcessor.from_pretrained(name, backend="pil", **origin),
+        AutoTokenizer.from_pretrained(name, **origin),
+    )
+    take_any_mode(processor)
+    align_tokens(model, processor)
+    return model, processor
+
+
+def as_student(model: PreTrainedModel | str | os.PathLike, processor: ProcessorMixin | None):
+    """A model and its processor, loaded where a trainer is given a saved student's name instead.
+
+    Args:
+        model: a model, which is given back; or a folder or Hub id.
+        processor: the one to use; None: with a name, the one that was saved with the student.
+
+    Raises:
+        ValueError: the name is of no student that can be read.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return model, processor
+    try:
+        model, own = load_student(model)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model={str(model)!r} is no student that can be read: expected the folder or Hub id of one that was "
+            f"saved with its processor. ({reason})"
+        ) from error
+    return model, own if processor is None else processor
 
 
 def build_student(
@@ -46,16 +96,7 @@ def build_student(
         ValueError: where not exactly one way to a student is given for each tower.
     """
     if args.model_name_or_path is not None:
-        model = AutoModel.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        origin = {"trust_remote_code": args.trust_remote_code}
-        # Not AutoProcessor: it hands `backend` to the tokenizer too, which would write it down with every checkpoint.
-        processor = VisionTextDualEncoderProcessor(
-            AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil", **origin),
-            AutoTokenizer.from_pretrained(args.model_name_or_path, **origin),
-        )
-        take_any_mode(processor)
-        align_tokens(model, processor)
-        return model, processor
+        return load_student(args.model_name_or_path, args.trust_remote_code)
     for modality in MODALITIES:
         if (getattr(args, f"{modality}_model_name_or_path") is None) == (getattr(args, f"{modality}_config") is None):
             raise ValueError(
