@@ -29,6 +29,7 @@ from datasets_scripts.data_loading import (
     DataArguments,
     data_facts,
     load_data,
+    principal_components,
     read_baseline,
     settings_that_count,
     teacher_projection,
@@ -63,6 +64,7 @@ from trainers.student import build_student, set_caption_length
 from trainers.student_arguments import StudentArguments
 from trainers.student_size import summary
 from trainers.temperature import fit_temperature
+from trainers.widths import rotate
 
 
 # Of transformers' settings those that most runs set.
@@ -176,9 +178,8 @@ def without_distillation(recipe: dict[str, object], argv: list[str]) -> dict[str
     return {name: value for name, value in recipe.items() if name not in of_distillation}
 
 
-def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int | None]:
-    """Everything before training: arguments, data, student, trainer; the checkpoint to go on from; how many test
-    images make a fold.
+def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, DataArguments]:
+    """Everything before training: trainer, rows, the checkpoint to go on from, and which data was asked for.
 
     Raises:
         ValueError: for bad input, saying what to do.
@@ -215,12 +216,11 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
     if student_args.model_name_or_path is None:
         starts = [tower_source(student_args, modality, teacher)[0] for modality in ("vision", "text")]
     origin, inherited_license = describe_origin(student_args, teacher, model)
-    name = data_args.dataset_name
     trainer.facts = RunFacts(
-        dataset_name=shown_name(name),
+        dataset_name=shown_name(data_args.dataset_name),
         splits={"eval": data_args.validation_split, "test": data_args.test_split},
         data=data_facts(rows, data_args) if args.do_train and args.should_save else {},  # only who saves writes a card
-        data_license=data_args.data_license or license_of(rows, name),
+        data_license=data_args.data_license or license_of(rows, data_args.dataset_name),
         teacher_license=license_of_teacher(teacher, args),
         towers=[start for start in starts if start is not None and not Path(start).is_dir()],
         teacher=teacher_description(rows) if data_args.method == "distillation" else None,
@@ -242,8 +242,8 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, int 
                 print(f"{args.output_dir} holds this run, interrupted: it goes on from {Path(checkpoint).name}.")
         if trainer.is_world_process_zero():
             print(summary(trainer, student_args))
-        say_what_a_push_shows(trainer, name)
-    return trainer, rows, checkpoint, data_args.test_fold_size
+        say_what_a_push_shows(trainer, data_args.dataset_name)
+    return trainer, rows, checkpoint, data_args
 
 
 def try_student(
@@ -303,7 +303,7 @@ def leave(trainer: RetrievalTrainer) -> None:
 
 def main(argv: list[str]) -> None:
     try:
-        trainer, rows, checkpoint, fold_size = prepare(argv)
+        trainer, rows, checkpoint, data_args = prepare(argv)
     except (ImportError, OSError, ValueError) as error:  # a tower or teacher may need what is not installed
         sys.exit(f"error: {error}")  # bad input: the message says what to do, a traceback would hide it
     except pickle.UnpicklingError:
@@ -322,13 +322,14 @@ def main(argv: list[str]) -> None:
         if trainer.args.do_train:
             if isinstance(trainer, DSMDTrainer):  # without a teacher the loss has trained it
                 trainer.facts.temperature = fit_temperature(trainer, rows["validation"])
+                rotate(trainer, lambda: principal_components(rows, data_args))
             trainer.save_model(_internal_call=True)  # pushed at the end, with its card, and not now
             if trainer.is_world_process_zero():
                 discard_replaced(Path(trainer.args.output_dir))  # where no checkpoint was saved
         if "validation" in rows:
             metrics.update(trainer.evaluate())
         if "test" in rows:
-            metrics.update(trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size))
+            metrics.update(trainer.evaluate(rows["test"], None, "test", data_args.test_fold_size))
         report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
         if trainer.args.do_train and trainer.is_world_process_zero():
             note_finished(trainer.args, trainer.command)
@@ -341,8 +342,7 @@ def main(argv: list[str]) -> None:
             f"{trainer.args.output_dir}."
         ) from error
     if trainer.args.do_train and trainer.args.push_to_hub:
-        commit = trainer.push_to_hub()
-        if commit is not None:  # only now can the code on the card name the weights' commit
+        if (commit := trainer.push_to_hub()) is not None:  # only now can the code on the card name the weights' commit
             pin_revision(trainer, commit.repo_url.repo_id, commit.oid)
             trainer.push_to_hub("The card names the weights' revision")
 

@@ -155,8 +155,8 @@ def test_one(recipe: str, settings: dict, folder: Path) -> dict:
     from trainers.recipe import as_options
 
     options = as_options(settings | {"model_name_or_path": str(folder), "report_to": "none", "disable_tqdm": True})
-    trainer, rows, _, fold_size = prepare(["--config", recipe, "--do_train", "False", *options])
-    metrics = trainer.evaluate(rows["test"], metric_key_prefix="test", fold_size=fold_size)
+    trainer, rows, _, data_args = prepare(["--config", recipe, "--do_train", "False", *options])
+    metrics = trainer.evaluate(rows["test"], None, "test", data_args.test_fold_size)
     return {name: value for name, value in metrics.items() if name in ("test_rsum", "test_share_of_teacher")}
 
 

@@ -43,6 +43,7 @@ def render_card(record: RunRecord) -> str:
         equal_captions=tables.equal_captions(metrics, key, record.settings.get("recall_by_index", False)),
         table=key and tables.results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
         across=key and tables.across_table(metrics, key),
+        widths=tables.width_note(metrics, key),
         grids=[(file, title) for file, title in GRIDS.items() if file in record.assets],
         code=usage_code(record.name, usage.get("captions"), facts.revision),
         output="\n".join(map(tables.without_controls, (usage.get("output") or "").split("\n"))),

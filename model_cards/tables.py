@@ -47,6 +47,14 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
         rows.append(row)
     if f"teacher_reduced_{key}_rsum" in metrics:
         rows.append(["rsum at the student's width", "", f"{metrics[f'teacher_reduced_{key}_rsum']:.1f}"])
+    for name in sorted(metrics, key=_width_of, reverse=True):
+        if name.startswith(f"{key}_rsum_at_"):
+            of_teacher = metrics.get(f"teacher_{name}")
+            row = [f"rsum at {_width_of(name)} numbers", *(_cell(of.get(name), "{:.1f}") for _, of, _ in columns)]
+            if has_teacher:
+                row[2] = _cell(of_teacher, "{:.1f}")
+                row.append(f"{100 * metrics[name] / of_teacher:.1f} %" if of_teacher else "-")
+            rows.append(row)
     own = {"student": metrics, "teacher": {"parameters": teacher_parameters}, "plain contrastive": baseline}
     speeds = {f"ms_per_{of}_batch_{n}": f"ms per {of}, batch {n}" for of in ("image", "caption") for n in (1, 64)}
     for name, label in {"parameters": "parameters", **speeds}.items():
@@ -65,6 +73,19 @@ def equal_captions(metrics: dict[str, float], key: str | None, by_index: bool) -
     text += f"{rule} a right answer"
     rsum = metrics.get(f"{key}_rsum_by_{'text' if by_index else 'index'}")
     return f"{text}." if rsum is None else f"{text}; if {other}, rsum would be {rsum:.1f}."
+
+
+def width_note(metrics: dict[str, float], key: str | None) -> str:
+    """How a student is cut to fewer numbers and what it keeps then; "" where its numbers are not sorted."""
+    widths = [name for name in metrics if name.startswith(f"{key}_rsum_at_")]
+    if not widths:
+        return ""
+    name = min(widths, key=lambda name: (abs(_width_of(name) - 64), name))
+    return (
+        "The numbers of an embedding are sorted: the first say most. For a smaller index keep the first "
+        f"{_width_of(name)} and normalise again (`SentenceTransformer(..., truncate_dim={_width_of(name)})`): rsum "
+        f"{metrics[name]:.1f} instead of {metrics[f'{key}_rsum']:.1f}."
+    )
 
 
 def across_table(metrics: dict[str, float], key: str = "test") -> str:
@@ -136,6 +157,10 @@ def markdown_table(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _width_of(name: str) -> int:
+    return int(width) if (width := name.rpartition("_at_")[2]).isdecimal() else 0
 
 
 def _cell(value: float | None, form: str, unit: float = 1) -> str:

@@ -35,6 +35,7 @@ from .step_rows import other_students, rows_of_the_step, teacher_rows_of
 from .student import as_student
 from .teacher_pca import load_pca, save_pca
 from .training_args import DSMDTrainingArguments
+from .widths import figures_by_width
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class DSMDTrainer(RetrievalTrainer):
         model: a [`DSMDModel`], or a saved one's folder or Hub id; its `projection_dim` is the width of the
             teacher's features after `teacher_projection`.
         args: [`DSMDTrainingArguments`].
-        teacher_projection: `[D, projection_dim]`, where the student is narrower than the teacher's D; see [`fit_pca`].
+        teacher_projection: `[D, projection_dim]`, where the student is narrower than the teacher's D, or was rotated;
+            see [`fit_pca`].
         train_dataset: rows with `teacher_image_embeds` and `teacher_text_embeds`.
         eval_dataset, processing_class, **kwargs: see [`RetrievalTrainer`].
     """
@@ -252,8 +254,9 @@ class DSMDTrainer(RetrievalTrainer):
     def beside_the_teacher(
         self, dataset, image_embeds, text_embeds, groups, caption_to_image, texts, prefix: str, fold_size: int | None
     ) -> dict[str, float]:
-        """Once training is over, adds `teacher_index_{prefix}_*` (the student's queries on the teacher's index),
-        `student_index_{prefix}_*` (the reverse) and the teacher's RSUM at the student's width."""
+        """Once training is over, adds `teacher_index_{prefix}_*` (the student's queries on the teacher's index) and
+        `student_index_{prefix}_*` (the reverse); under a projection, which sorts the numbers of an embedding, also the
+        teacher's RSUM at the student's width, and both's at smaller ones, see [`figures_by_width`]."""
         whose = (groups, caption_to_image, texts)
         metrics = super().beside_the_teacher(dataset, image_embeds, text_embeds, *whose, prefix, fold_size)
         if self.is_in_train:
@@ -262,8 +265,12 @@ class DSMDTrainer(RetrievalTrainer):
         if self.teacher_projection is not None:
             teacher_image, teacher_text = (rows @ self.teacher_projection for rows in (teacher_image, teacher_text))
             of_captions = groups[caption_to_image]
-            reduced = retrieval_metrics(teacher_image, teacher_text, groups, of_captions, text_ids=texts)
-            metrics[f"teacher_reduced_{prefix}_rsum"] = reduced["rsum"]
+            if len(self.teacher_projection) > self.teacher_projection.shape[1]:
+                reduced = retrieval_metrics(teacher_image, teacher_text, groups, of_captions, text_ids=texts)
+                metrics[f"teacher_reduced_{prefix}_rsum"] = reduced["rsum"]
+            for whose_prefix, *embeds in (("", image_embeds, text_embeds), ("teacher_", teacher_image, teacher_text)):
+                by_width = figures_by_width(*embeds, *whose)
+                metrics |= {f"{whose_prefix}{prefix}_{name}": value for name, value in by_width.items()}
         across = across_figures(image_embeds, text_embeds, teacher_image, teacher_text, *whose)
         for index, figures in across.items():
             metrics.update({f"{index}_{prefix}_{name}": value for name, value in figures.items()})
