@@ -161,7 +161,8 @@ def _write_rows(stream: datasets.IterableDataset, split: str) -> list[str]:
             for i, row in enumerate(table.to_pylist()):
                 try:
                     if i not in faults:
-                        load_rgb(row["image"])
+                        if row["image"] is not None:
+                            load_rgb(row["image"])
                         yield row
                         continue
                     reason = faults[i]

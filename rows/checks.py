@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from .columns import id_hash
+from .columns import id_hash, partners
 from .images import load_rgb
 from .teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
 
@@ -67,12 +67,13 @@ def check_share(
         The hashes of the share's image_ids, int64 `[n]`: 8 bytes a row; a dict of strings takes over 100.
     """
     rows = _checked_columns(dataset, teacher_dim).remove_columns("image")
+    has_image, _ = partners(dataset)
     starts = range(0, len(dataset), ROWS_AT_ONCE)
     starts = starts[len(starts) * rank // ranks : len(starts) * (rank + 1) // ranks]
     hashes = [np.empty(0, np.int64)]
     for start in tqdm(starts, desc=f"check {split}", leave=False, disable=None):
         table = rows[start : start + ROWS_AT_ONCE]
-        check_rows(table, split, teacher_dim, start)
+        check_rows(table, split, teacher_dim, start, has_image[start : start + ROWS_AT_ONCE])
         ids = table["image_id"].to_pylist()
         hashes.append(np.fromiter(map(id_hash, ids), np.int64, len(ids)))
     return np.concatenate(hashes)
@@ -98,7 +99,9 @@ def check_repeats(dataset: datasets.Dataset, split: str, teacher_dim: int | None
 def check_images(dataset: datasets.Dataset, split: str, rank: int = 0, ranks: int = 1) -> None:
     """The part of [`check_dataset`] that decodes images, on the `rank`-th of `ranks` shares of its sample."""
     rows = _checked_columns(dataset, None).select_columns(["image", "image_id"])
-    sample = sorted(random.Random(0).sample(range(len(dataset)), min(IMAGES_DECODED, len(dataset))))
+    has_image, _ = partners(dataset)
+    with_image = range(len(dataset)) if has_image.all() else np.flatnonzero(has_image).tolist()
+    sample = sorted(random.Random(0).sample(with_image, min(IMAGES_DECODED, len(with_image))))
     share = sample[len(sample) * rank // ranks : len(sample) * (rank + 1) // ranks]
     for i in tqdm(share, desc=f"decode {split}", leave=False, disable=None):
         row = rows[i]
@@ -128,7 +131,13 @@ def _rows_alike(hashes: np.ndarray) -> list[int]:
     return np.flatnonzero(np.isin(hashes, repeated)).tolist()
 
 
-def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int | None = None) -> None:
+def check_rows(
+    table: pa.Table,
+    split: str,
+    teacher_dim: int | None,
+    start: int | None = None,
+    has_image: np.ndarray | None = None,
+) -> None:
     """Refuses rows whose captions, image_id or teacher features break the contract.
 
     Args:
@@ -136,6 +145,7 @@ def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int 
         split, teacher_dim: as in [`check_dataset`].
         start: index in the split of the table's first row, for the error message; None for rows of a stream, which
             have no index.
+        has_image: `[N]` bool, which rows have an image; None: all.
 
     Raises:
         ValueError: at the first fault, naming the image_id.
@@ -146,25 +156,28 @@ def check_rows(table: pa.Table, split: str, teacher_dim: int | None, start: int 
         where = "A row" if start is None else f"Row {start + row}"
         raise ValueError(f"{where} of the {split} split (image_id {ids[row]!r}): {message}")
 
-    for row, message in row_faults(table).items():
+    for row, message in row_faults(table, has_image).items():
         fail(row, message)
     if teacher_dim is not None:
-        _check_teacher(table, teacher_dim, table["captions"].to_pylist(), fail)
+        _check_teacher(table, teacher_dim, has_image, fail)
 
 
-def row_faults(table: pa.Table) -> dict[int, str]:
+def row_faults(table: pa.Table, has_image: np.ndarray | None = None) -> dict[int, str]:
     """Rows whose captions, image_id or group_id break the contract: place in the table, in order, and what is wrong.
 
     Args:
         table: as for [`check_rows`].
+        has_image: `[N]` bool, which rows have an image; None: all.
     """
     groups = table["group_id"].to_pylist() if "group_id" in table.column_names else None
     faults = {}
     for i, (image_id, texts) in enumerate(zip(table["image_id"].to_pylist(), table["captions"].to_pylist())):
         if not isinstance(image_id, str) or not image_id:
             faults[i] = "image_id must be a string that is not empty."
-        elif not isinstance(texts, list) or not texts:
-            faults[i] = f"it has captions {reprlib.repr(texts)}: expected one string or more. Drop the row."
+        elif not isinstance(texts, list):
+            faults[i] = f"it has captions {reprlib.repr(texts)}: expected a list of strings. Drop the row."
+        elif not texts and has_image is not None and not has_image[i]:
+            faults[i] = "it has neither an image nor a caption: expected one of them. Drop the row."
         elif any(_is_blank(text) for text in texts):
             faults[i] = f"it has an empty caption in {reprlib.repr(texts)}: drop or fill it."
         elif groups is not None and (not isinstance(groups[i], str) or not groups[i]):
@@ -187,13 +200,18 @@ def _is_blank(text: object) -> bool:
     return not isinstance(text, str) or not text.strip()
 
 
-def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]], fail: Callable) -> None:
+def _check_teacher(table: pa.Table, teacher_dim: int, has_image: np.ndarray | None, fail: Callable) -> None:
+    captions = table["captions"].to_pylist()
+    has_image = np.ones(len(captions), bool) if has_image is None else has_image
+    has_features = table["teacher_image_embeds"].is_valid().to_numpy()
     image_widths = _list_lengths(table["teacher_image_embeds"])
     text_counts = _list_lengths(table["teacher_text_embeds"])
     text_widths = _list_lengths(table["teacher_text_embeds"].combine_chunks().flatten())
     expected_counts = np.array([len(row) for row in captions])
 
-    for row in np.flatnonzero(image_widths != teacher_dim)[:1]:
+    for row in np.flatnonzero(has_features & ~has_image)[:1]:
+        fail(row, "it has teacher_image_embeds and no image: expected null, or an image.")
+    for row in np.flatnonzero(has_image & (image_widths != teacher_dim))[:1]:
         fail(row, f"teacher_image_embeds has width {image_widths[row]}, expected {teacher_dim} (projection_dim).")
     for row in np.flatnonzero(text_counts != expected_counts)[:1]:
         fail(row, f"{text_counts[row]} teacher_text_embeds for {expected_counts[row]} captions, expected one each.")
@@ -207,7 +225,7 @@ def _check_teacher(table: pa.Table, teacher_dim: int, captions: list[list[str]],
             f"teacher_text_embeds has width {text_widths[caption]}, expected {teacher_dim} (projection_dim).",
         )
     for column, row_of in (
-        ("teacher_image_embeds", np.arange(len(captions))),
+        ("teacher_image_embeds", np.flatnonzero(has_image)),
         ("teacher_text_embeds", row_of_caption),
     ):
         norms = np.linalg.norm(teacher_features(table, column).astype(np.float32), axis=1)

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Iterator
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 
@@ -24,11 +27,33 @@ def text_id(text: str) -> int:
 
 def text_ids(dataset: datasets.Dataset) -> torch.Tensor:
     """The [`text_id`] of each caption, row by row, `[M]` int64."""
-    return torch.tensor([text_id(caption) for captions in dataset["captions"] for caption in captions])
+    ids = [text_id(caption) for captions in dataset["captions"] for caption in captions]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def partners(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows have an image, `[R]` bool, and how many captions each has, `[R]`; no image is read."""
+    has_image = dataset.data.column("image").is_valid().to_numpy()
+    counts = caption_counts(dataset.data.column("captions"))
+    if dataset._indices is not None:  # of a selection: to take the images themselves would copy them
+        rows = dataset._indices.column(0).to_numpy()
+        has_image, counts = has_image[rows], counts[rows]
+    return has_image, counts
+
+
+def caption_counts(captions: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """How many captions each row of a column of lists has, `[R]` int64; none where the list is null."""
+    return pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def pairs_of(dataset: datasets.Dataset) -> np.ndarray:
+    """The rows that have both an image and a caption, ascending, `[P]` int64."""
+    has_image, counts = partners(dataset)
+    return np.flatnonzero(has_image & (counts > 0))
 
 
 def rows_and_captions(dataset: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """The group of each image `[N]`, as a hash, and for each caption the row of its image `[M]`, both int64."""
+    """The group of each row `[N]`, as a hash, and for each caption its row `[M]`, both int64."""
     column = "group_id" if "group_id" in dataset.column_names else "image_id"
     groups = torch.tensor([id_hash(group) for group in dataset[column]])
     counts = torch.tensor([len(captions) for captions in dataset["captions"]])

@@ -23,14 +23,25 @@ def teacher_columns(names: list[str]) -> list[str]:
 
 
 def rows_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The innermost values of a (nested) list column of equal widths, as an array `[rows, D]` of their dtype."""
+    """The innermost values of a (nested) list column of equal widths, as an array `[rows, D]` of their dtype.
+
+    A null has no row. Of a column without any value D is what its type says, or 0.
+    """
     values, rows = _innermost(column)
-    return values.reshape(rows, -1)
+    return values.reshape(rows, -1 if rows else _width_of(column.type))
+
+
+def _width_of(kind: pa.DataType) -> int:
+    """The length of a list type's innermost lists; 0 where it says none."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return kind.list_size if pa.types.is_fixed_size_list(kind) else 0
 
 
 def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
     """The values of a (nested) list column as one flat array, and the number of its innermost lists."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = array.drop_null()
     rows = len(array)
     while (
         pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type)
@@ -42,6 +53,8 @@ def _innermost(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, int]:
 
 def teacher_features(table: pa.Table, name: str) -> np.ndarray:
     """Raw teacher features `[rows, D]` of one of TEACHER_COLUMNS, float16 or, if stored as int8, float32.
+
+    A row without an image or without captions has none.
 
     Raises:
         ValueError: int8 features without the column of their scales.
@@ -56,28 +69,35 @@ def teacher_features(table: pa.Table, name: str) -> np.ndarray:
 
 
 def teacher_tensors(table: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw teacher features of a table's images `[N, D]` and captions `[C, D]`, float32."""
+    """Raw teacher features of a table's images `[N, D]` and captions `[C, D]`, float32, of what there is."""
     return tuple(torch.from_numpy(teacher_features(table, name).astype(np.float32)) for name in TEACHER_COLUMNS)
 
 
 def feature_columns(
-    image: torch.Tensor, text: torch.Tensor, counts: np.ndarray, image_ids: list[str], int8: bool = False
+    image: torch.Tensor,
+    text: torch.Tensor,
+    counts: np.ndarray,
+    image_ids: list[str],
+    int8: bool = False,
+    has_image: np.ndarray | None = None,
 ) -> dict[str, tuple[pa.Array, object]]:
     """Features as columns of the row contract: name -> (values, `datasets` feature).
 
     Args:
-        image: `[N, D]`.
-        text: `[C, D]`, the captions of the N rows one after another.
-        counts: `[N]`, the number of captions of each row.
-        image_ids: `[N]`, for the error message.
+        image: `[N, D]`, of the rows that have an image.
+        text: `[C, D]`, the captions of the R rows one after another.
+        counts: `[R]`, the number of captions of each row.
+        image_ids: `[R]`, for the error message.
         int8: store int8, with one float16 scale for each feature, instead of float16.
+        has_image: `[R]` bool, the rows that have an image; None: all.
 
     Raises:
         ValueError: a feature is NaN, infinite or zero in the type in which it is stored.
     """
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     columns: dict[str, tuple[pa.Array, object]] = {}
-    row_of = {"image": np.arange(len(image)), "text": np.repeat(np.arange(len(image)), counts)}
+    has_image = np.ones(len(counts), bool) if has_image is None else has_image
+    row_of = {"image": np.flatnonzero(has_image), "text": np.repeat(np.arange(len(counts)), counts)}
     for name, scale_name, features in zip(TEACHER_COLUMNS, TEACHER_SCALES, (image, text)):
         kind = "image" if features is image else "text"
         values, scale = quantize(features) if int8 else (features.half(), None)
@@ -92,9 +112,10 @@ def feature_columns(
             )
         vector = datasets.List(datasets.Value("int8" if int8 else "float16"), length=features.shape[1])
         array = pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), features.shape[1])
-        columns[name] = _by_row(array, vector, offsets, kind)
+        columns[name] = _by_row(array, vector, offsets, kind, has_image)
         if scale is not None:
-            columns[scale_name] = _by_row(pa.array(scale.numpy()), datasets.Value("float16"), offsets, kind)
+            scales = pa.array(scale.numpy())
+            columns[scale_name] = _by_row(scales, datasets.Value("float16"), offsets, kind, has_image)
     return columns
 
 
@@ -105,9 +126,11 @@ def dataset_of(columns: dict[str, tuple[pa.Array, object]]) -> datasets.Dataset:
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str) -> tuple[pa.Array, object]:
-    """The values of images as they are; those of captions as lists, one for each row of the dataset."""
+def _by_row(array: pa.Array, feature, offsets: pa.Array, kind: str, has_image: np.ndarray) -> tuple[pa.Array, object]:
+    """The values of images, null for a row without one; those of captions as lists, one for each row."""
     if kind == "image":
+        if not has_image.all():
+            array = array.take(pa.array(np.cumsum(has_image) - 1, mask=~has_image))
         return array, feature
     return pa.ListArray.from_arrays(offsets, array), datasets.List(feature)
 
@@ -131,8 +154,8 @@ def teacher_batches(part: datasets.Dataset) -> Iterator[tuple[torch.Tensor, torc
 
 def teacher_width(rows: Splits) -> int | None:
     """Width D of the stored teacher features; None if there are none."""
-    row = first_row(rows, ["teacher_image_embeds"])
-    return None if row is None else len(row["teacher_image_embeds"])
+    row = first_row(rows, list(TEACHER_COLUMNS))
+    return None if row is None else len(row["teacher_image_embeds"] or row["teacher_text_embeds"][0])
 
 
 def teacher_description(rows: Splits) -> dict | None:

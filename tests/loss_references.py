@@ -45,9 +45,24 @@ class Batch:
                 set(rng.choice(["cat", "dog", "3", "14"], rng.integers(0, 3))) for _ in range(num_images)
             ]
 
+    @classmethod
+    def mixed(cls, seed, **shape):
+        """A batch in which images 0 and 2 have no caption left, and image 3 perhaps fewer: these captions have no
+        image, and half of them a group of their own."""
+        batch = cls(seed, **shape)
+        rng = np.random.default_rng(seed + 1000)
+        count = len(batch.caption_to_image)
+        is_lonely = np.isin(batch.caption_to_image, [0, 2])
+        is_lonely |= (batch.caption_to_image == 3) & (rng.random(count) < 0.5)
+        is_own_group = is_lonely & (rng.random(count) < 0.5)
+        groups = np.where(is_own_group, 1000 + np.arange(count), batch.text_groups)
+        return batch.copy(caption_to_image=np.where(is_lonely, -1, batch.caption_to_image), groups_of_texts=groups)
+
+    groups_of_texts = None  # of a mixed batch: the group of each caption
+
     @property
     def text_groups(self):
-        return self.image_groups[self.caption_to_image]
+        return self.image_groups[self.caption_to_image] if self.groups_of_texts is None else self.groups_of_texts
 
     def image_texts(self, image):
         return {*self.texts[self.caption_to_image == image], *self.more_texts[image]}
@@ -57,9 +72,10 @@ class Batch:
         if self.texts is None:
             return {}
         lists = [sorted(map(text_id, self.image_texts(i))) for i in range(len(self.image_groups))]
-        width = max(map(len, lists)) + 1
+        width = max(map(len, lists), default=0) + 1
+        lists = [[*own, *[NO_TEXT] * (width - len(own))] for own in lists]
         return {
-            "image_texts": torch.tensor([[*own, *[NO_TEXT] * (width - len(own))] for own in lists]),
+            "image_texts": torch.tensor(lists, dtype=torch.int64).view(-1, width),
             "text_ids": torch.tensor(list(map(text_id, self.texts))),
         }
 
@@ -68,10 +84,11 @@ class Batch:
         other.__dict__ = {**self.__dict__, **changes}
         return other
 
-    def select(self, images):
-        """The sub-batch of some images with all their captions."""
+    def select(self, images, lonely_captions=()):
+        """The sub-batch of some images with all their captions, and of some captions without an image."""
         captions = np.flatnonzero(np.isin(self.caption_to_image, images))
-        place = {image: i for i, image in enumerate(images)}
+        captions = np.concatenate([captions, np.array(lonely_captions, dtype=np.int64)])
+        place = {-1: -1, **{image: i for i, image in enumerate(images)}}
         return self.copy(
             student_image=self.student_image[images],
             teacher_image=self.teacher_image[images],
@@ -79,9 +96,15 @@ class Batch:
             student_text=self.student_text[captions],
             teacher_text=self.teacher_text[captions],
             caption_to_image=np.array([place[i] for i in self.caption_to_image[captions]], dtype=np.int64),
+            groups_of_texts=None if self.groups_of_texts is None else self.groups_of_texts[captions],
             texts=None if self.texts is None else self.texts[captions],
             more_texts=None if self.texts is None else [self.more_texts[i] for i in images],
         )
+
+    def settings(self):
+        """What a loss is told of texts and their groups."""
+        groups = {} if self.groups_of_texts is None else {"text_groups": torch.tensor(self.groups_of_texts)}
+        return {**self.text_settings(), **groups}
 
     def tensors(self, with_ids=True):
         def rows(array):
@@ -104,12 +127,12 @@ def teacher_rows(batch):
 
 
 def contrast(batch, columns, **settings):
-    settings = {**settings, **batch.text_settings()}
+    settings = {**settings, **batch.settings()}
     return contrastive_distillation(*batch.tensors(), dictionary=teacher_rows(columns), **settings)
 
 
 def hinge(batch, columns=None, **settings):
-    settings = {**settings, **batch.text_settings()}
+    settings = {**settings, **batch.settings()}
     return hard_negative_distillation(*batch.tensors(), step=teacher_rows(columns or batch), **settings)
 
 
@@ -134,7 +157,9 @@ def same_thing(a, b):
 
 def queries_of(batch, pair):
     """(what the query and its positive stand for, student row, its teacher row, teacher's own row of the query)."""
-    of_pairs = [(c, i) for c, i in enumerate(batch.caption_to_image)]
+    of_pairs = [(c, i) for c, i in enumerate(batch.caption_to_image) if i >= 0]
+    if pair == "TT":
+        of_pairs = [(c, None) for c in range(len(batch.student_text))]
     places = [(i, i) for i in range(len(batch.student_image))] if pair == "II" else [
         tuple(i if side == "I" else c for side in pair) for c, i in of_pairs
     ]  # fmt: skip
@@ -157,6 +182,37 @@ def reference_contrast(batch, columns, pair, temperature):
         scores = [query @ positive / temperature] + [query @ row / temperature for row in negatives]
         losses.append(math.log(sum(math.exp(score - scores[0]) for score in scores)))
     return sum(losses) / len(losses)
+
+
+def soft_terms(batch, columns, pair, temperature, places):
+    """Cross-entropies between the teacher's and the student's softmax over the whole dictionary, both written out."""
+    student, teacher = (
+        (batch.student_image, batch.teacher_image) if pair[0] == "I" else (batch.student_text, batch.teacher_text)
+    )
+    rows = np.array([row for _, row, _ in columns_of(columns, pair[1])])
+    for place in places:
+        p, q = (np.exp(of[place] @ rows.T / temperature) for of in (teacher, student))
+        yield -float(np.sum(p / p.sum() * np.log(q / q.sum())))
+
+
+def lonely_places(batch, side):
+    """Images without a caption, captions without an image."""
+    if side == "T":
+        return [c for c, i in enumerate(batch.caption_to_image) if i < 0]
+    return [i for i in range(len(batch.student_image)) if i not in batch.caption_to_image]
+
+
+def reference_contrast_of_mixed(batch, columns, pair, temperature, targets):
+    """IT and TI: pairs by their partners and the rest by the teacher's similarities; or all by these."""
+    if pair in ("II", "TT"):
+        return reference_contrast(batch, columns, pair, temperature)
+    everything = range(len(batch.student_image if pair[0] == "I" else batch.student_text))
+    soft = list(soft_terms(batch, columns, pair, temperature, everything))
+    if targets == "teacher":
+        return sum(soft) / len(soft)
+    lonely, pairs = lonely_places(batch, pair[0]), int((batch.caption_to_image >= 0).sum())
+    of_pairs = pairs * reference_contrast(batch, columns, pair, temperature) if pairs else 0.0
+    return (of_pairs + sum(soft[i] for i in lonely)) / (pairs + len(lonely))
 
 
 def reference_hinge(batch, columns, pair, margin, kind, hardest):

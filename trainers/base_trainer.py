@@ -6,6 +6,8 @@ import inspect
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -41,6 +43,8 @@ from .training_args import RetrievalTrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+TOWER_INPUTS = {"vision_model": "pixel_values", "text_model": "input_ids"}
 
 
 class RetrievalTrainer(ResumableTrainer):
@@ -143,6 +147,7 @@ class RetrievalTrainer(ResumableTrainer):
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
         self.unused: list[str] = []
         batch = tiny_batch(self.data_collator, args.device)
+        self._one_row = {name: batch[name][:1] for name in ("pixel_values", "input_ids", "attention_mask")}
         check_embeds(self.model, batch, self.compute_loss_context_manager)
         if self.train_dataset is not None:
             check_text_pooling(self.model, batch, self.compute_loss_context_manager)
@@ -245,35 +250,61 @@ class RetrievalTrainer(ResumableTrainer):
         of_batches = []
         for batch in batches:
             width = batch["image_texts"].shape[1] if "image_texts" in batch else 0
-            of_batches.append([len(batch["image_groups"]), len(batch["input_ids"]), width])
+            rows = [len(batch[name]) for name in ("image_groups", "text_groups", "paired_captions", "lonely_images")]
+            of_batches.append([*rows, width])
         counts = self.gather_step(of_batches)
-        counts, widest = counts[..., :2], int(counts[..., 2].max())
+        counts, widest = counts[..., :4], int(counts[..., 4].max())
         for batch, (*_, width) in zip(batches, of_batches):
             if widest > width:  # only where batches have texts
                 batch["image_texts"] = nn.functional.pad(batch["image_texts"], (0, widest - width), value=NO_TEXT)
-        self.num_images, self.num_captions = counts.sum(dim=(0, 1)).tolist()
-        self.step_counts = counts  # [W, A, 2]: ranks, micro-batches, images and captions
+        self.num_images, self.num_captions, self.num_pairs, self.num_lonely_images = counts.sum(dim=(0, 1)).tolist()
+        self.step_counts = counts[..., :2]  # [W, A, 2]: ranks, micro-batches, images and captions
         for micro_step, batch in enumerate(batches):
             batch["row_counts"] = counts[:, micro_step].T.tolist()
 
     def embed(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """L2-normalised float32 embeddings `[N, D]`, `[C, D]` of a batch: each image once for all its captions."""
+        """L2-normalised float32 embeddings `[N, D]`, `[C, D]` of a batch: each image once for all its captions.
+
+        Where there is no image or no caption, that tower runs one row that counts for nothing: DDP and FSDP wait for
+        the gradients of every parameter on every rank.
+        """
         if self.args.freeze is not None:  # after Trainer's `model.train()`: no dropout, no other BatchNorm statistics
             getattr(self.accelerator.unwrap_model(model), f"{self.args.freeze}_model").eval()
         # Each bucket is a forward pass, which of a sharded tower all ranks make together: they may differ in buckets.
         in_buckets = self._in_buckets and not self.is_fsdp_enabled
-        output = model(
-            pixel_values=batch["pixel_values"],
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            **({"text_buckets": batch["text_buckets"]} if in_buckets else {}),
-        )
+        in_buckets = in_buckets and "text_buckets" in batch
+        with self._idle_towers(model, batch):
+            output = model(
+                pixel_values=batch.get("pixel_values", self._one_row["pixel_values"]),
+                input_ids=batch.get("input_ids", self._one_row["input_ids"]),
+                attention_mask=batch.get("attention_mask", self._one_row["attention_mask"]),
+                **({"text_buckets": batch["text_buckets"]} if in_buckets else {}),
+            )
         image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
+        if "pixel_values" not in batch:
+            image_embeds = image_embeds[:0]
+        if "input_ids" not in batch:
+            text_embeds = text_embeds[:0]
         if torch.is_grad_enabled():
-            broken = (~torch.isfinite(image_embeds)).any(dim=1).float()  # [N], with each image's captions
-            broken = broken.index_add(0, batch["caption_to_image"], (~torch.isfinite(text_embeds)).any(dim=1).float())
+            broken = torch.zeros(
+                len(batch["image_ids"]), device=image_embeds.device
+            )  # of each row: its image, captions
+            for rows, to_row in ((image_embeds, "image_to_row"), (text_embeds, "caption_to_row")):
+                broken = broken.index_add(0, batch[to_row], (~torch.isfinite(rows)).any(dim=1).float())
             self.nonfinite.note_rows(batch["image_ids"], broken.detach() > 0)
         return image_embeds, text_embeds
+
+    @contextmanager
+    def _idle_towers(self, model: nn.Module, batch: dict) -> Iterator[None]:
+        """A tower without rows is in evaluation mode meanwhile: the row it runs changes no running means."""
+        student = self.accelerator.unwrap_model(model)
+        missing = [tower for tower, name in TOWER_INPUTS.items() if name not in batch and hasattr(student, tower)]
+        idle = [tower for tower in (getattr(student, name) for name in missing) if tower.training]
+        for tower in idle:
+            tower.eval()
+        yield
+        for tower in idle:
+            tower.train()
 
     # Evaluation
 

@@ -70,17 +70,22 @@ def make_examples(
             NaN for one that could not be read.
 
     Yields:
-        `image_id`, `group` (int64), `captions`, and `image` (RGB) or, where it cannot be read, `unreadable` (the
-        reason); with the teacher also `teacher_image` `[D]` and `teacher_text` `[len(captions), D]`; where texts may
+        `image_id`, `group` (int64), `captions`, and `image` (RGB, None for a text without an image) or, where it
+        cannot be read, `unreadable` (the reason); with the teacher also `teacher_image` `[D]`, which a text without an
+        image lacks, and `teacher_text` `[len(captions), D]`; where texts may
         be shared also `text_ids` of the captions, and `image_texts`, those of all captions of the image, drawn or not,
         that other images may have too.
     """
     captions = table["captions"].to_pylist()
     groups = table["group_id" if "group_id" in table.column_names else "image_id"].to_pylist()
+    has_image = table["image"].is_valid().to_numpy()
     with_teacher = "teacher_image_embeds" in table.column_names
     if with_teacher:
-        teacher_image = teacher_features(table, "teacher_image_embeds")  # [N, D]
-        teacher_text = teacher_features(table, "teacher_text_embeds")  # [all captions of the N images, D]
+        teacher_image = teacher_features(table, "teacher_image_embeds")  # [images, D]
+        teacher_text = teacher_features(table, "teacher_text_embeds")  # [all captions, D]
+        width = max(teacher_image.shape[1], teacher_text.shape[1])  # of features of none the type may say no width
+        teacher_text = teacher_text.reshape(-1, width)
+        place = np.cumsum(has_image) - 1
         offsets = np.cumsum([0] + [len(texts) for texts in captions])
     for i, image_id in enumerate(table["image_id"].to_pylist()):
         rng = random.Random(f"{views.seed}/{epoch}/{image_id}")
@@ -98,16 +103,19 @@ def make_examples(
             unique = dict.fromkeys(ids)
             example["image_texts"] = [of for of in unique if shared_texts is None or of in shared_texts]
         try:
-            if pooled_images is None or pooled_images[i].isnan().all():
+            if not has_image[i]:
+                example["image"] = None
+            elif pooled_images is None or pooled_images[i].isnan().all():
                 image = load_rgb(table["image"][i].as_py())
                 example["image"] = random_view(image, rng, views.random_shift, views.random_zoom)
-            if pooled_images is not None:
+            if pooled_images is not None and has_image[i]:
                 example["image"] = pooled_images[i]
         except ValueError as error:
             example["unreadable"] = str(error)
         if with_teacher:
-            example["teacher_image"] = teacher_image[i]
-            example["teacher_text"] = teacher_text[offsets[i] + np.array(chosen)]
+            if has_image[i]:
+                example["teacher_image"] = teacher_image[place[i]]
+            example["teacher_text"] = teacher_text[offsets[i] + np.array(chosen, np.int64)]
         yield example
 
 
@@ -190,20 +198,25 @@ def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 class RetrievalCollator:
-    """Batches examples of [`RetrievalDataset`]: N images, their C captions flattened, and who belongs to whom.
+    """Batches examples of [`RetrievalDataset`]: N images, C captions flattened, and who belongs to whom.
 
-    Returns, for N images that could be read and C captions of at most L tokens:
+    Images come in the order of the examples. Returns, for R examples with N images that could be read and C captions
+    of at most L tokens:
 
     | key | shape | |
     |---|---|---|
-    | pixel_values | [N, 3, H, W] | or [N, W], what a frozen vision tower makes of them |
-    | input_ids, attention_mask | [C, L] | the longest caption first |
+    | pixel_values | [N, 3, H, W] | or [N, W], what a frozen vision tower makes of them; absent where N is 0 |
+    | input_ids, attention_mask | [C, L] | the longest caption first; absent where C is 0 |
     | text_buckets | list of (rows, tokens) | see [`DSMDModel.forward`] |
-    | caption_to_image | [C] | row of each caption's image |
+    | caption_to_image | [C] | row of each caption's image, -1 for a text without one |
+    | paired_captions, lonely_captions | [P], [C - P] | the captions that have an image, and those that have none |
+    | lonely_images | [N - images with a caption] | the images that have no caption |
     | image_groups | [N] int64 | equal where two images count as the same thing |
+    | text_groups | [C] int64 | the group of each caption |
+    | image_to_row, caption_to_row | [N], [C] | the example of each image and each caption |
     | image_texts | [N, K] int64 | texts of each image that other images may have too, filled up with NO_TEXT |
     | text_ids | [C] int64 | the text of each caption; these two where the examples have them |
-    | image_ids | list of N strings | |
+    | image_ids | list of R strings | |
     | teacher_image | [N, D] | as stored, where the examples have it |
     | teacher_text | [C, D] | |
     | unreadable | list of str | image_id and reason of each image left out |
@@ -228,7 +241,48 @@ class RetrievalCollator:
         examples = [example for example in examples if "image" in example]
         if not examples:
             raise ValueError(f"None of the {len(unreadable)} images of a batch could be read: {unreadable[:3]}, ...")
+        with_image = [row for row, example in enumerate(examples) if example["image"] is not None]
+        pictured = [examples[row] for row in with_image]
         captions = [cut(caption) for example in examples for caption in example["captions"]]
+        batch, order = self.tokens(captions)
+        if pictured:
+            batch["pixel_values"] = self.pixel_values([example["image"] for example in pictured])
+        caption_counts = np.array([len(example["captions"]) for example in examples])
+        image_of_row = np.full(len(examples), -1)
+        image_of_row[with_image] = np.arange(len(with_image))
+        caption_to_row = np.repeat(np.arange(len(examples)), caption_counts)[order]
+        caption_to_image = image_of_row[caption_to_row]
+        groups = torch.tensor([example["group"] for example in examples], dtype=torch.int64)
+        batch |= {
+            "caption_to_image": torch.from_numpy(caption_to_image),
+            "paired_captions": torch.from_numpy(np.flatnonzero(caption_to_image >= 0)),
+            "lonely_captions": torch.from_numpy(np.flatnonzero(caption_to_image < 0)),
+            "lonely_images": torch.from_numpy(np.flatnonzero(caption_counts[with_image] == 0)),
+            "image_groups": groups[with_image],
+            "text_groups": groups[caption_to_row],
+            "image_to_row": torch.tensor(with_image, dtype=torch.int64),
+            "caption_to_row": torch.from_numpy(caption_to_row),
+            "image_ids": [example["image_id"] for example in examples],
+            "unreadable": unreadable,
+        }
+        if "text_ids" in examples[0]:
+            width = max([len(example["image_texts"]) for example in pictured], default=0)
+            texts = [[*own, *[NO_TEXT] * (width - len(own))] for own in (of["image_texts"] for of in pictured)]
+            batch["image_texts"] = torch.tensor(texts, dtype=torch.int64).view(len(pictured), width)
+            text_ids = [text for example in examples for text in example["text_ids"]]
+            batch["text_ids"] = torch.tensor(text_ids, dtype=torch.int64)[order]
+        if "teacher_text" in examples[0]:
+            teacher_text = np.concatenate([example["teacher_text"] for example in examples])[order]
+            images = [example["teacher_image"] for example in pictured]
+            teacher_image = np.stack(images) if images else teacher_text[:0]
+            batch["teacher_image"] = torch.from_numpy(teacher_image)
+            batch["teacher_text"] = torch.from_numpy(teacher_text if len(teacher_text) else teacher_image[:0])
+        return batch
+
+    def tokens(self, captions: list[str]) -> tuple[dict, np.ndarray]:
+        """The part of a batch that holds its captions' tokens, and the order of the captions in it, `[C]`."""
+        if not captions:
+            return {}, np.empty(0, np.int64)
         tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.max_length)
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         order = np.argsort(-lengths, kind="stable")
@@ -237,27 +291,8 @@ class RetrievalCollator:
             padding_side="right",
             return_tensors="pt",
         )
-        owners = np.repeat(np.arange(len(examples)), [len(example["captions"]) for example in examples])
-        batch = {
-            "pixel_values": self.pixel_values([example["image"] for example in examples]),
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
-            "text_buckets": text_buckets(lengths[order]),
-            "caption_to_image": torch.from_numpy(owners[order]),
-            "image_groups": torch.tensor([example["group"] for example in examples]),
-            "image_ids": [example["image_id"] for example in examples],
-            "unreadable": unreadable,
-        }
-        if "text_ids" in examples[0]:
-            width = max(len(example["image_texts"]) for example in examples)
-            texts = [[*own, *[NO_TEXT] * (width - len(own))] for own in (of["image_texts"] for of in examples)]
-            batch["image_texts"] = torch.tensor(texts, dtype=torch.int64).view(len(examples), width)
-            batch["text_ids"] = torch.tensor([text for example in examples for text in example["text_ids"]])[order]
-        if "teacher_image" in examples[0]:
-            batch["teacher_image"] = torch.from_numpy(np.stack([example["teacher_image"] for example in examples]))
-            teacher_text = np.concatenate([example["teacher_text"] for example in examples])
-            batch["teacher_text"] = torch.from_numpy(teacher_text[order])
-        return batch
+        of_text = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+        return {**of_text, "text_buckets": text_buckets(lengths[order])}, order
 
     def pixel_values(self, images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
         if isinstance(images[0], torch.Tensor):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datasets
 import torch
+
+from rows.columns import pairs_of
 
 from .base_trainer import RetrievalTrainer
 from .logsumexp import MASKED, join_equal_texts
@@ -48,12 +51,29 @@ def contrastive_loss(
     return 0.5 * (text_to_image + image_to_text).sum() / (num_captions or len(text_embeds))
 
 
+def check_partners(rows: datasets.Dataset | datasets.IterableDataset | None) -> None:
+    """Refuses rows that have no partner: without a teacher they teach nothing.
+
+    Raises:
+        ValueError: there are such rows; of a stream they are found when they come.
+    """
+    if not isinstance(rows, datasets.Dataset) or not {"image", "captions"} <= set(rows.column_names):
+        return
+    lonely = len(rows) - len(pairs_of(rows))
+    if lonely:
+        raise ValueError(
+            f"{lonely:,} of {len(rows):,} rows of train have no partner (an image without captions, or a text without "
+            "an image), and teach nothing by --method contrastive: leave them out, or distil from a teacher."
+        )
+
+
 class ContrastiveTrainer(RetrievalTrainer):
     """Plain contrastive training of a dual encoder, with the temperature learned as in CLIP."""
 
     method = "contrastive"
 
     def __init__(self, *args, **kwargs):
+        check_partners(kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         self.model.logit_scale.requires_grad_(True)  # DSMDTrainer may have frozen it
 
@@ -63,7 +83,7 @@ class ContrastiveTrainer(RetrievalTrainer):
         image_texts, text_ids = inputs.get("image_texts"), inputs.get("text_ids")
         if distributed.world_size() > 1:
             # Every rank computes the loss of all ranks' pairs, so that each gradient is that of the full batch.
-            images, captions = inputs["row_counts"]
+            images, captions, *_ = inputs["row_counts"]
             offset = sum(images[: distributed.rank()])
             image_embeds = distributed.gather_rows(image_embeds, images, differentiable=True)
             text_embeds = distributed.gather_rows(text_embeds, captions, differentiable=True)

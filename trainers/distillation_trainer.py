@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerCallback
 
+from rows.columns import partners
 from rows.files import write_whole
 from rows.teacher_columns import teacher_rows
 
@@ -31,7 +32,7 @@ from .metrics import retrieval_metrics
 from .retrieval_evaluation import across_figures
 from .run import distributed
 from .run.checkpoints import NotResumable
-from .step_rows import other_students, rows_of_the_step, teacher_rows_of
+from .step_rows import other_students, partners_of, rows_of_the_step, teacher_rows_of
 from .student import as_student
 from .teacher_pca import load_pca, save_pca
 from .training_args import DSMDTrainingArguments
@@ -94,11 +95,9 @@ class DSMDTrainer(RetrievalTrainer):
         sizes = (0, 0)
         if isinstance(train_dataset, datasets.IterableDataset):
             sizes = (args.queue_size, args.queue_size)  # nobody knows how long a stream is
-        elif train_dataset is not None and len(train_dataset) >= args.queue_size:
-            # Each row has a caption or more: nothing is clamped, and captions need not be counted.
-            sizes = (args.queue_size, args.queue_size)
         elif train_dataset is not None:
-            sizes = len(train_dataset), sum(len(captions) for captions in train_dataset["captions"])
+            has_image, counts = partners(train_dataset)
+            sizes = int(has_image.sum()), int(counts.sum())
         self.image_queue, self.text_queue = (
             FeatureQueue(min(args.queue_size, size), dim, device=args.device) for size in sizes
         )
@@ -147,9 +146,30 @@ class DSMDTrainer(RetrievalTrainer):
         if not self.balancer_is_set:
             with torch.no_grad(), self.compute_loss_context_manager():
                 self.model.train()
-                losses = sum(summed(self.loss_terms(*self.embed(self.model, batch), batch)) for batch in batches)
-            self.balancer.initialise(distributed.sum_over_ranks(losses))
+                terms = [self.loss_terms(*self.embed(self.model, batch), batch) for batch in batches]
+            losses = distributed.sum_over_ranks(sum(map(summed, terms)))
+            self.balancer.initialise(torch.where(self._has_queries(terms[0])[0], losses, torch.nan))
             self.balancer_is_set = True
+
+    def _has_queries(self, terms: dict[str, dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which losses `[n]`, and which of their pairs `[m]`, have a query in this step, on any rank."""
+        by_pair = {"II": self.num_images > 0, "TT": self.num_captions > 0}
+        by_pair |= dict.fromkeys(("IT", "TI"), self.num_pairs > 0)
+        columns = self.dictionary()
+        contrastive = dict(by_pair)
+        contrastive["IT"] |= self.num_images > 0 and len(columns.text) > 0
+        contrastive["TI"] |= self.num_captions > 0 and len(columns.image) > 0
+        of_terms = [
+            [(contrastive if name == "contrastive" else by_pair)[pair] for pair in of_pairs]
+            for name, of_pairs in terms.items()
+        ]
+        of_losses, of_all = [any(own) for own in of_terms], [has for own in of_terms for has in own]
+        # Made on the device where nothing is missing: a copy from the host would wait for it.
+        device = columns.image.device
+        return tuple(
+            torch.ones(len(has), dtype=torch.bool, device=device) if all(has) else torch.tensor(has, device=device)
+            for has in (of_losses, of_all)
+        )
 
     def loss_terms(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, batch: dict
@@ -165,8 +185,10 @@ class DSMDTrainer(RetrievalTrainer):
         own: TeacherRows = batch["teacher_rows"]
         rows = (image_embeds, text_embeds, own.image, own.text)
         whose = (batch["image_groups"], batch["caption_to_image"])
-        texts = {"image_texts": own.image_texts, "text_ids": own.text_ids}
+        texts = {"image_texts": own.image_texts, "text_ids": own.text_ids, "text_groups": own.text_groups}
+        texts["partners"] = partners_of(batch)
         counts = {"num_images": self.num_images, "num_captions": self.num_captions}
+        of_pairs = {**counts, "num_pairs": self.num_pairs}
         compute = {
             "contrastive": lambda: contrastive_distillation(
                 *rows,
@@ -175,7 +197,9 @@ class DSMDTrainer(RetrievalTrainer):
                 **texts,
                 pairs=args.contrastive_pairs,
                 temperature=args.contrastive_temperature,
-                **counts,
+                targets=args.contrastive_targets,
+                num_lonely_images=self.num_lonely_images,
+                **of_pairs,
             ),
             "feature": lambda: feature_distillation(*rows, **counts),
             "similarity": lambda: similarity_distillation(*rows, **counts),
@@ -189,7 +213,7 @@ class DSMDTrainer(RetrievalTrainer):
                 margin=args.hard_negative_margin,
                 margin_kind=args.hard_negative_margin_kind,
                 hardest=args.hardest_negative,
-                **counts,
+                **of_pairs,
             ),
         }
         return {name: compute[name]() for name in args.losses}
@@ -214,6 +238,7 @@ class DSMDTrainer(RetrievalTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = self.loss_terms(*self.embed(model, inputs), inputs)
         losses = summed(terms)
+        self._with_queries = self._has_queries(terms)
         self.pair_names = [f"{name}_{pair}" for name, of_pairs in terms.items() for pair in of_pairs]
         pairs = torch.stack([term.detach() for of_pairs in terms.values() for term in of_pairs.values()])
         before = self.step_so_far or (torch.zeros_like(losses.detach()), torch.zeros_like(pairs))
@@ -229,6 +254,8 @@ class DSMDTrainer(RetrievalTrainer):
         """After the optimiser's step: the balancer sees the step's raw losses, of all micro-batches and ranks."""
         losses, pairs = self.step_so_far
         losses, pairs = distributed.sum_over_ranks(torch.cat([losses, pairs])).split([len(losses), len(pairs)])
+        # A loss without a query has no value: NaN leaves the balancer's state of it as it is, and the logged means.
+        losses, pairs = (torch.where(has, of, torch.nan) for has, of in zip(self._with_queries, (losses, pairs)))
         self._history.append(torch.stack([losses, self.balancer.weights()]))
         self._pair_history.append(pairs)
         self.balancer.update(losses)
@@ -240,14 +267,19 @@ class DSMDTrainer(RetrievalTrainer):
         if "loss" in logs and self._history:
             history = torch.stack(self._history)  # [steps, 2, n]
             weighted = history.prod(dim=1)
+            weighted = torch.where(torch.isnan(weighted), 0.0, weighted)
             shares = weighted / weighted.sum(dim=1, keepdim=True).clamp(min=1e-12)
             rows = torch.cat([history, shares[:, None]], dim=1)
             for kind, values in zip(("loss", "weight", "share"), mean_of_finite(rows)):
-                logs.update({f"{kind}_{name}": value for name, value in zip(self.args.losses, values)})
+                of_losses = zip(self.args.losses, values)
+                logs.update({f"{kind}_{name}": value for name, value in of_losses if not math.isnan(value)})
             self._history.clear()
         if "loss" in logs and self._pair_history:
             means = mean_of_finite(torch.stack(self._pair_history))
-            logs.update({f"loss_{name}": value for name, value in zip(self.pair_names, means)})
+            # A pair without a query in any of the steps has no loss.
+            logs.update(
+                {f"loss_{name}": value for name, value in zip(self.pair_names, means) if not math.isnan(value)}
+            )
             self._pair_history.clear()
         super().log(logs, start_time)
 

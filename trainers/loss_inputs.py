@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,34 @@ class TeacherRows:
     text_groups: Tensor  # [Q] int64
     image_texts: Tensor | None = None  # [P, K] int64, ids of texts that each image has
     text_ids: Tensor | None = None  # [Q] int64, of the text of each caption
+
+
+class Partners(NamedTuple):
+    """Which rows of a micro-batch have a partner in it: the queries of IT and TI."""
+
+    paired_captions: Tensor  # [P] int64, the captions that have an image
+    lonely_captions: Tensor  # [C - P] int64, the captions that have no image
+    lonely_images: Tensor  # [L] int64, the images that have no caption
+    image_of_pair: Tensor  # [P] int64, the image of each paired caption
+    all_captions: bool  # every caption has an image
+
+    @classmethod
+    def of(
+        cls, caption_to_image: Tensor, paired_captions: Tensor, lonely_captions: Tensor, lonely_images: Tensor
+    ) -> Partners:
+        """Partners of known rows: no device is waited for."""
+        all_captions = len(lonely_captions) == 0
+        image_of_pair = caption_to_image if all_captions else caption_to_image.index_select(0, paired_captions)
+        return cls(paired_captions, lonely_captions, lonely_images, image_of_pair, all_captions)
+
+    @classmethod
+    def found(cls, caption_to_image: Tensor, images: int) -> Partners:
+        """Partners of captions whose images are `caption_to_image` `[C]`, -1 for none; waits for the device."""
+        paired = (caption_to_image >= 0).nonzero().squeeze(1)
+        captions = torch.zeros(images, dtype=torch.bool, device=caption_to_image.device)
+        captions[caption_to_image[paired]] = True
+        lonely = (caption_to_image < 0).nonzero().squeeze(1)
+        return cls.of(caption_to_image, paired, lonely, (~captions).nonzero().squeeze(1))
 
 
 class OtherStudents(NamedTuple):
@@ -36,6 +65,8 @@ class OtherStudents(NamedTuple):
     world_size: int
     image_texts: Tensor | None = None  # [N, K]
     text_ids: Tensor | None = None  # [C]
+    text_groups: Tensor | None = None  # [C], needed where a caption has no image
+    partners: Partners | None = None  # of all ranks
 
 
 class Identity(NamedTuple):
@@ -74,13 +105,15 @@ def check_batch(
     caption_to_image: Tensor,
     image_texts: Tensor | None = None,
     text_ids: Tensor | None = None,
+    text_groups: Tensor | None = None,
 ) -> None:
     check_embeddings(student_image, student_text, teacher_image, teacher_text)
     for name, ids, rows in (
         ("image_groups", image_groups, student_image),
         ("caption_to_image", caption_to_image, student_text),
+        ("text_groups", text_groups, student_text),
     ):
-        if ids.shape != rows.shape[:1]:
+        if ids is not None and ids.shape != rows.shape[:1]:
             raise ValueError(f"{name} has shape {list(ids.shape)}; expected [{rows.shape[0]}], one per row")
     _check_texts("", image_texts, text_ids, student_image, student_text)
 

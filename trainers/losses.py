@@ -9,9 +9,12 @@ an equal text, where texts are given: a caption with the text of the query (TT) 
 
 A pair names the query's side, then the target's: "II" and "TT" compare a student row with its teacher row in one
 modality, "IT" and "TI" across modalities, with one query per (image, caption). Every returned scalar is the sum over
-the local queries divided by a count of queries: `num_images` for II, `num_captions` for TT, IT and TI. The counts
-default to the local ones; given those of the whole optimiser step (all ranks, all micro-batches), the scalars of its
-micro-batches add up to the mean over the step.
+the local queries divided by a count of queries: `num_images` for II, `num_captions` for TT, `num_pairs` for IT and TI.
+The counts default to the local ones; given those of the whole optimiser step (all ranks, all micro-batches), the
+scalars of its micro-batches add up to the mean over the step.
+
+A caption may be without an image (`caption_to_image` is -1, and `text_groups` gives its group), an image without a
+caption: such rows are queries of TT or II, and negatives everywhere. A pair without any query is 0.
 """
 
 from collections.abc import Sequence
@@ -20,20 +23,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logsumexp import MASKED, LogSumExp, join_equal_texts
-from .loss_inputs import (
-    Identity,
-    OtherStudents,
-    TeacherRows,
-    check_batch,
-    check_columns,
-    check_embeddings,
-    check_rows,
-    identities,
+from .hard_negatives import hard_negative_distillation
+from .logsumexp import LogSumExp
+from .loss_inputs import OtherStudents, Partners, TeacherRows, check_batch, check_embeddings, check_rows, identities
+from .loss_queries import (
+    PAIRS,
+    check_pairs,
+    count_of,
+    identities_of,
+    mean_over,
+    of_paired,
+    partners_or_all,
+    positives_of,
+    query_counts,
+    text_groups_of,
 )
 
 
-PAIRS = ("II", "TT", "IT", "TI")
+__all__ = [
+    "PAIRS",
+    "TARGETS",
+    "OtherStudents",
+    "Partners",
+    "TeacherRows",
+    "contrastive_distillation",
+    "feature_distillation",
+    "hard_negative_distillation",
+    "similarity_distillation",
+]
+
+TARGETS = ("pairs", "teacher")
 
 
 def feature_distillation(
@@ -93,10 +112,15 @@ def contrastive_distillation(
     dictionary: TeacherRows,
     image_texts: Tensor | None = None,
     text_ids: Tensor | None = None,
+    text_groups: Tensor | None = None,
+    partners: Partners | None = None,
     pairs: Sequence[str] = PAIRS,
     temperature: float = 0.05,
+    targets: str = "pairs",
     num_images: int | Tensor | None = None,
     num_captions: int | Tensor | None = None,
+    num_pairs: int | Tensor | None = None,
+    num_lonely_images: int | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Cross-entropy of a student row's own teacher row against a dictionary of teacher rows.
 
@@ -104,26 +128,39 @@ def contrastive_distillation(
     groups; 0 without negatives. The dictionary is the content of the `FeatureQueue`s, or the teacher rows of the step.
     The formula is that of DSMD's published code, except that there rows of the query's own image were negatives too.
 
+    A row without a partner has no positive in IT and TI: its targets are the teacher's own similarities of the row to
+    all rows d_j of the other side's dictionary. The term is the cross-entropy `-sum_j p_j log q_j`, with p the softmax
+    of `t.d_j/tau` of its teacher row t and q that of `s.d_j/tau` of its student row s; 0 for an empty dictionary.
+    IT is then the mean over pairs and images without a caption, TI that over all captions.
+
     Args:
         student_image, teacher_image: `[N, D]`.
         student_text, teacher_text: `[C, D]`.
         image_groups: `[N]` int64, the group of each image.
-        caption_to_image: `[C]` int64, the image of each caption.
+        caption_to_image: `[C]` int64, the image of each caption, -1 for a text without one.
         dictionary: rows of other groups and texts are the negatives.
         image_texts: `[N, K]` int64, ids of the texts that each image has and others may have, any K; fill up with a
             number that is no id in the dictionary. Default: no text is equal to another.
         text_ids: `[C]` int64, the id of each caption's text.
+        text_groups: `[C]` int64, the group of each caption; default: that of its image, which it then must have.
+        partners: which rows have partners. Default: found in `caption_to_image` where there are `text_groups`, which
+            waits for the device; else every row has one.
         pairs: which of "II", "TT", "IT", "TI".
         temperature: tau, above 0.
-        num_images, num_captions: what the sums over queries are divided by (default: N, C).
+        targets: "pairs", or "teacher": the teacher's similarities are the targets of all rows in IT and TI, one query
+            an image in IT and one a caption in TI.
+        num_images, num_captions, num_pairs, num_lonely_images: what the sums over queries are divided by (default: N,
+            C, `num_captions` or else the captions that have an image, the images that have no caption).
 
     Returns: one scalar per pair.
-    Raises: ValueError for an unknown pair, a temperature of 0 or less, or shapes that disagree.
+    Raises: ValueError for an unknown pair or targets, a temperature of 0 or less, or shapes that disagree.
     """
-    whose = (image_groups, caption_to_image, image_texts, text_ids)
+    whose = (image_groups, caption_to_image, image_texts, text_ids, text_groups)
     check_batch(student_image, student_text, teacher_image, teacher_text, *whose)
     check_rows("dictionary", dictionary, student_image)
-    _check_pairs(pairs)
+    check_pairs(pairs)
+    if targets not in TARGETS:
+        raise ValueError(f"targets is {targets!r}; expected one of {TARGETS}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a number above 0 (the published one is 0.05)")
 
@@ -131,210 +168,81 @@ def contrastive_distillation(
         student = {"I": student_image.float(), "T": student_text.float()}
         teacher = {"I": teacher_image.float(), "T": teacher_text.float()}
         columns = {"I": dictionary.image.float(), "T": dictionary.text.float()}
-        of_queries = identities(image_groups, image_groups[caption_to_image], image_texts, text_ids)
-        of_columns = _identities(dictionary)
-        counts = {"I": _count(num_images, student_image), "T": _count(num_captions, student_text)}
+        partners = partners_or_all(partners, caption_to_image, text_groups, len(student_image))
+        text_groups = text_groups_of(text_groups, image_groups, caption_to_image, partners)
+        of_queries = identities(image_groups, text_groups, image_texts, text_ids)
+        of_columns = identities_of(dictionary)
+        counts = query_counts(student_image, student_text, partners, num_images, num_captions, num_pairs)
+        lonely = {"I": partners.lonely_images, "T": partners.lonely_captions}
+        if targets == "pairs":
+            counts["IT"] = counts["IT"] + count_of(num_lonely_images, partners.lonely_images)
+        else:
+            counts["IT"] = counts["II"]
+        counts["TI"] = counts["TT"]
 
         losses = {}
         for pair in pairs:
             query, target = pair
-            negatives = LogSumExp.apply(
-                student[query],
-                image_groups,
-                None if query == "I" else caption_to_image,
-                columns[target],
-                of_columns[target].groups,
-                temperature,
-                *((None, None) if pair == "II" else (of_queries[query].texts, of_columns[target].texts)),
-            )
-            # In IT the captions of an image share its negatives: the product is made once per image.
-            negatives = _per_query(negatives, pair, query, caption_to_image)
-            positives = _positives(student, teacher, pair, caption_to_image) / temperature
-            # softplus(n - p) is log(e^p + e^n) - p without the cancellation
-            losses[pair] = F.softplus(negatives - positives).sum() / counts["I" if pair == "II" else "T"]
+            terms = []
+            if pair in ("II", "TT") or (targets == "pairs" and len(partners.paired_captions) > 0):
+                rows, groups, image_of_row, texts = student[query], image_groups, None, of_queries[query].texts
+                if query == "T" and partners.all_captions:
+                    image_of_row = caption_to_image
+                elif query == "T":
+                    groups = text_groups
+                    if pair == "TI":
+                        rows, groups, texts = (of_paired(of, partners) for of in (rows, groups, texts))
+                negatives = LogSumExp.apply(
+                    rows,
+                    groups,
+                    image_of_row,
+                    columns[target],
+                    of_columns[target].groups,
+                    temperature,
+                    *((None, None) if pair == "II" else (texts, of_columns[target].texts)),
+                )
+                # In IT the captions of an image share its negatives: the product is made once per image.
+                negatives = negatives.index_select(0, partners.image_of_pair) if pair == "IT" else negatives
+                positives = positives_of(student, teacher, pair, partners) / temperature
+                # softplus(n - p) is log(e^p + e^n) - p without the cancellation
+                terms.append(F.softplus(negatives - positives).sum())
+            if pair in ("IT", "TI") and len(columns[target]):
+                own = None if targets == "teacher" else lonely[query]
+                if own is None or len(own):
+                    terms.append(_to_the_teachers(student[query], teacher[query], own, columns[target], temperature))
+            total = sum(terms[1:], terms[0]) if terms else student[query][:0].sum()
+            losses[pair] = mean_over(total, counts[pair])
         return losses
 
 
-def hard_negative_distillation(
-    student_image: Tensor,
-    student_text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    image_groups: Tensor,
-    caption_to_image: Tensor,
-    *,
-    step: TeacherRows | None = None,
-    others: OtherStudents | None = None,
-    image_texts: Tensor | None = None,
-    text_ids: Tensor | None = None,
-    pairs: Sequence[str] = PAIRS,
-    margin: float = 0.2,
-    margin_kind: str = "fixed",
-    hardest: bool = True,
-    num_images: int | Tensor | None = None,
-    num_captions: int | Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Hinge over hard negatives (VSE++, Faghri et al. 2018), both directions added up.
+def _to_the_teachers(
+    student: Tensor, teacher: Tensor, own: Tensor | None, columns: Tensor, temperature: float
+) -> Tensor:
+    """Sum over rows of the cross-entropy between the teacher's and the student's softmax over all columns.
 
-    First direction, a student query i against the teacher rows j of the whole step: `max_j [m + S_ij - S_ii]+`. Second
-    direction, the query's positive teacher row against the other students k of the micro-batch: `max_k [m + S_ki -
-    S_ii]+`. Only rows of other groups and texts count; without any the term is 0. The published code sums over
-    queries; this is the mean per query, so that the scale does not depend on the batch size.
+    `-sum_j p_j log q_j` is `logsumexp_j(s.d_j / tau) - s.m / tau`, where m is the mean of the d_j weighted by p: the
+    gradient of the teacher's own log-sum-exp times tau. So neither softmax is stored.
 
     Args:
-        student_image, teacher_image: `[N, D]`.
-        student_text, teacher_text: `[C, D]`.
-        image_groups: `[N]` int64, the group of each image.
-        caption_to_image: `[C]` int64, the image of each caption.
-        step: the teacher's rows of the whole optimiser step, all ranks; at least one image and one caption. None if
-            the step is this micro-batch alone: then one matrix product serves both directions.
-        others: the micro-batch of all ranks; None on one process, where the local rows are all there are.
-        image_texts, text_ids: as in `contrastive_distillation`.
-        pairs: which of "II", "TT", "IT", "TI".
-        margin: m, a difference of cosines; not used where the margin follows the teacher.
-        margin_kind: "fixed", or "teacher": `[(S_ij - S_ii) - (T_ij - T_ii)]+` with the teacher's own similarities T,
-            which asks for no gap that the teacher does not have and is 0 for a perfect student.
-        hardest: True counts only the largest violation of each query; False the sum of all its violations (the
-            published default). Either is averaged over queries.
-        num_images, num_captions: what the sums over queries are divided by (default: N, C; with `others`, those of all
-            ranks).
-
-    Returns: one scalar per pair. With `others`, values and gradients are shares of this rank: their sums over the
-        ranks are the loss of the whole micro-batch and its gradient.
-    Raises: ValueError for an unknown pair or margin kind, or shapes that disagree.
+        student, teacher: `[R, D]`.
+        own: rows that count; None: all.
+        columns: `[Q, D]`, one or more.
     """
-    inputs = (student_image, student_text, teacher_image, teacher_text, image_groups, caption_to_image)
-    check_batch(*inputs, image_texts, text_ids)
-    local = OtherStudents(*inputs, 1, image_texts, text_ids)
-    everyone = local if others is None else others
-    if others is not None:
-        check_batch(*others[:6], others.image_texts, others.text_ids)
-        check_columns("others.student_image", others.student_image, others.image_groups, student_image)
-    whole = step is None and others is None
-    if step is None:
-        text_groups = image_groups[caption_to_image]
-        step = TeacherRows(teacher_image, image_groups, teacher_text, text_groups, image_texts, text_ids)
-    check_rows("step", step, student_image, at_least=1)
-    _check_pairs(pairs)
-    if margin_kind not in ("fixed", "teacher"):
-        raise ValueError(f'margin_kind is {margin_kind!r}; expected "fixed" or "teacher"')
-    follow_teacher = margin_kind == "teacher"
-    margin = 0.0 if follow_teacher else margin
-
-    with torch.autocast(student_image.device.type, enabled=False):
-        of_step = {"I": step.image.float(), "T": step.text.float()}
-        of_columns = _identities(step)
-        student, teacher, of_queries = _sides(local, follow_teacher)
-        all_student, all_teacher, of_all = student, teacher, of_queries
-        if others is not None:
-            all_student, all_teacher, of_all = _sides(others, follow_teacher)
-        counts = {"I": _count(num_images, everyone.student_image), "T": _count(num_captions, everyone.student_text)}
-
-        losses = {}
-        for pair in pairs:
-            query, target = pair
-            positives = _positives(student, teacher, pair, caption_to_image)
-            rows, columns = student[query], of_step[target]
-            similarities = _similarities(rows, columns, of_queries[query], of_columns[target], pair == "II", hardest)
-            negatives = _negatives(similarities, rows, columns, hardest)
-            first = _hinge(negatives, positives, pair, query, caption_to_image, margin)
-
-            if others is not None:
-                positives = _positives(all_student, all_teacher, pair, everyone.caption_to_image)
-            rows, columns = all_teacher[target], all_student[query]
-            if whole:
-                similarities = similarities.T
-            else:
-                whose = of_all[target], of_all[query]
-                similarities = _similarities(rows, columns, *whose, pair == "II", hardest)
-            negatives = _negatives(similarities, rows, columns, hardest)
-            second = _hinge(negatives, positives, pair, target, everyone.caption_to_image, margin)
-            # Every rank computes this term over the rows of all ranks, but only its own rows carry gradients. These
-            # are kept as they are, so that the ranks' gradients add up to that of the term; the value, which is the
-            # same on every rank, is divided by world_size, so that the ranks' values add up to the term.
-            second = second - second.detach() * (1 - 1 / everyone.world_size)
-            losses[pair] = (first + second) / counts["I" if pair == "II" else "T"]
-        return losses
-
-
-def _sides(batch: OtherStudents, follow_teacher: bool) -> tuple[dict, dict, dict]:
-    """By side ("I", "T"): student rows, teacher rows, and what they stand for."""
-    student = {"I": batch.student_image.float(), "T": batch.student_text.float()}
-    teacher = {"I": batch.teacher_image.float(), "T": batch.teacher_text.float()}
-    if follow_teacher:
-        # S_ij - T_ij = (s_i - t_i) . t_j: the teacher's similarities cost no product of their own and cancel exactly.
-        student = {side: student[side] - teacher[side] for side in student}
-    text_groups = batch.image_groups[batch.caption_to_image]
-    return student, teacher, identities(batch.image_groups, text_groups, batch.image_texts, batch.text_ids)
-
-
-def _identities(rows: TeacherRows) -> dict[str, Identity]:
-    return identities(rows.image_groups, rows.text_groups, rows.image_texts, rows.text_ids)
-
-
-def _per_query(rows: Tensor, pair: str, side: str, caption_to_image: Tensor) -> Tensor:
-    """Rows of one side, one per query: in IT and TI an image's row is repeated for each of its captions."""
-    return rows.index_select(0, caption_to_image) if side == "I" and pair != "II" else rows
-
-
-def _positives(student: dict, teacher: dict, pair: str, caption_to_image: Tensor) -> Tensor:
-    """Similarity of each query with its own teacher row."""
-    query, target = pair
-    queries = _per_query(student[query], pair, query, caption_to_image)
-    return (queries * _per_query(teacher[target], pair, target, caption_to_image)).sum(dim=-1)
-
-
-def _similarities(
-    rows: Tensor, columns: Tensor, of_rows: Identity, of_columns: Identity, by_groups_alone: bool, hardest: bool
-) -> Tensor:
-    """Dot products `[R, K]`; those of the same thing are MASKED, which no maximum, hinge or sum counts.
-
-    Without gradient if only to find the hardest, see `_negatives`. Autograd does not know of the mask, which is set in
-    place: a masked entry gets no gradient anyway, and recording it would cost another pass over the matrix.
-    """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not hardest):
-        similarities = rows @ columns.T
-    with torch.no_grad():
-        same = of_rows.groups[:, None] == of_columns.groups[None, :]
-        if not by_groups_alone:
-            join_equal_texts(same, of_rows.texts, of_columns.texts)
-        similarities.masked_fill_(same, MASKED)
-    return similarities
-
-
-def _negatives(similarities: Tensor, rows: Tensor, columns: Tensor, hardest: bool) -> Tensor:
-    """The similarity of each row with its hardest column `[R, 1]`, or with all columns `[R, K]`.
-
-    The hardest is computed again, with gradient: one dot product per row, instead of a backward through `[R, K]`.
-    """
-    if not hardest:
-        return similarities
-    largest, column = similarities.max(dim=1)
-    again = (rows * columns.index_select(0, column)).sum(dim=-1)
-    return torch.where(largest == MASKED, largest, again)[:, None]
-
-
-def _hinge(
-    negatives: Tensor, positives: Tensor, pair: str, side: str, caption_to_image: Tensor, margin: float
-) -> Tensor:
-    """Sum over queries of the violations `[margin + n - p]+`; the rows of `negatives` are those of `side`."""
-    negatives = _per_query(negatives, pair, side, caption_to_image)
-    return F.relu(margin + negatives - positives[:, None]).sum()
+    if own is not None:
+        student, teacher = student.index_select(0, own), teacher.index_select(0, own)
+    of_rows = torch.zeros(len(student), dtype=torch.int64, device=student.device)  # no row is of a column's group
+    of_columns = torch.ones(len(columns), dtype=torch.int64, device=student.device)
+    with torch.enable_grad():
+        teacher = teacher.detach().requires_grad_()
+        of_teacher = LogSumExp.apply(teacher, of_rows, None, columns, of_columns, temperature)
+        (mean,) = torch.autograd.grad(of_teacher.sum(), teacher)  # [R, D], over tau
+    of_student = LogSumExp.apply(student, of_rows, None, columns, of_columns, temperature)
+    return (of_student - (student * mean).sum(dim=-1)).sum()
 
 
 def _means(images: Tensor, captions: Tensor, num_images, num_captions) -> dict[str, Tensor]:
     """The losses of images `[N]` and of captions `[C]`, each summed and divided by its count of queries."""
     return {
-        "II": images.sum() / _count(num_images, images),
-        "TT": captions.sum() / _count(num_captions, captions),
+        "II": mean_over(images.sum(), count_of(num_images, images)),
+        "TT": mean_over(captions.sum(), count_of(num_captions, captions)),
     }
-
-
-def _count(count: int | Tensor | None, rows: Tensor) -> int | Tensor:
-    return rows.shape[0] if count is None else count
-
-
-def _check_pairs(pairs: Sequence[str]) -> None:
-    unknown = [pair for pair in pairs if pair not in PAIRS]
-    if unknown or isinstance(pairs, str):
-        raise ValueError(f"pairs is {pairs!r}; expected a list of some of {PAIRS}")

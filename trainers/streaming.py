@@ -37,8 +37,10 @@ def stream_head(stream: datasets.IterableDataset, rows: int = HEAD_ROWS) -> data
     undecoded = head.cast_column("image", datasets.Image(decode=False)).with_format("arrow")[:]
     faults = left_out_of(undecoded)
     for row in set(range(len(undecoded))) - faults.keys():
+        image = undecoded["image"][row].as_py()
         try:
-            load_rgb(undecoded["image"][row].as_py())
+            if image is not None:
+                load_rgb(image)
         except ValueError:
             faults[row] = "unreadable"
     # Where none is left, the check of the rows names the first fault.
@@ -46,9 +48,8 @@ def stream_head(stream: datasets.IterableDataset, rows: int = HEAD_ROWS) -> data
 
 
 def left_out_of(table: pa.Table) -> dict[int, str]:
-    """Rows without an image, or whose captions or ids cannot be used: place in the table, and why."""
-    faults = {row: "there is no image" for row, valid in enumerate(table["image"].is_valid().to_pylist()) if not valid}
-    return {**row_faults(table), **faults}
+    """Rows with neither image nor captions, or whose captions or ids cannot be used: place in the table, and why."""
+    return row_faults(table, table["image"].is_valid().to_numpy())
 
 
 class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
@@ -121,8 +122,9 @@ class StreamedRetrievalDataset(torch.utils.data.IterableDataset):
                     yield from ({"image_id": str(ids[row]), "unreadable": reason} for row, reason in faults.items())
                     own = own.filter(pa.array([row not in faults for row in range(len(own))]))
                 if len(own):
-                    check_image_paths(own["image"], None)
-                    check_rows(own, "streamed train", self.teacher_dim)
+                    has_image = own["image"].is_valid().to_numpy()
+                    check_image_paths(own["image"].filter(own["image"].is_valid()), None)
+                    check_rows(own, "streamed train", self.teacher_dim, None, has_image)
                     yield from make_examples(own, epoch, self.views, shared_texts=None)
             empty_passes = 0 if own_rows else empty_passes + 1
             if empty_passes == EMPTY_PASSES:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from transformers import TrainingArguments
 
 from .balancers import BALANCERS
-from .losses import PAIRS
+from .losses import PAIRS, TARGETS
 
 
 LOSSES = ("contrastive", "feature", "similarity", "hard_negative")
@@ -176,6 +176,14 @@ class DSMDTrainingArguments(RetrievalTrainingArguments):
     )
     contrastive_temperature: float = field(
         default=0.05, metadata={"help": "Temperature of the contrastive loss: similarities are divided by it."}
+    )
+    contrastive_targets: str = field(
+        default="pairs",
+        metadata={
+            "help": "What IT and TI of the contrastive loss aim at: 'pairs', a row's own partner, or 'teacher', the "
+            "teacher's own similarities to all rows of the dictionary, which rows without a partner always have.",
+            "choices": list(TARGETS),
+        },
     )
     queue_size: int = field(
         default=8192,

@@ -31,7 +31,11 @@ def test_good_rows_pass():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"captions": []}, r"Row 3 .*has captions \[\]"),
+        ({"captions": None}, r"Row 3 .*has captions None"),
+        ({"captions": [], "image": None}, "Row 3 .*neither an image nor a caption"),
+        ({"captions": []}, "Row 3 .*teacher_text_embeds for 0 captions"),
+        ({"image": None}, "Row 3 .*teacher_image_embeds and no image"),
+        ({"teacher_image_embeds": None}, "Row 3 .*width 0"),
         ({"captions": ["a", "  "]}, "Row 3 .*empty caption"),
         ({"image_id": ""}, "Row 3 .*image_id must be a string"),
         ({"image_id": "0/1"}, "row 1 has this image_id and other content"),

@@ -139,7 +139,7 @@ def gather_rows(rows: torch.Tensor, counts: list[int], differentiable: bool = Fa
     Returns:
         `[sum of counts, ...]`, the same on every rank; with one process, `rows` themselves.
     """
-    if world_size() == 1:
+    if world_size() == 1 or not max(counts):
         return rows
     padded = torch.cat([rows, rows.new_zeros((max(counts) - len(rows), *rows.shape[1:]))])
     if differentiable:
