@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from datasets_scripts.run_splits import open_splits, with_test_split
 from datasets_scripts.teacher_identity import check_same_teachers, shown_name, without_names
 from model_cards import describe_captions
-from rows.columns import Splits, caption_lists
+from rows.columns import Splits, caption_lists, partners
 from rows.teacher_columns import (
     TEACHER_COLUMNS,
     teacher_batches,
@@ -348,7 +348,7 @@ def training_captions(part: datasets.Dataset | datasets.IterableDataset) -> Iter
 def data_facts(rows: Splits, args: DataArguments) -> dict[str, dict]:
     """How many images, captions and words each split has, by its own name; not of a streamed one."""
     return {
-        args.split_names[split]: describe_captions(caption_lists(part))
+        args.split_names[split]: describe_captions(caption_lists(part), partners(part)[0])
         for split, part in rows.items()
         if isinstance(part, datasets.Dataset) and len(part)
     }

@@ -10,19 +10,20 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets.table import embed_table_storage
 
 from datasets_scripts.left_out import LEAVE_OUT
 from rows.checks import check_rows, row_faults, without_empty_captions
+from rows.columns import caption_counts
 from rows.files import printable, write_whole
 from rows.image_metadata import without_metadata_of
 from rows.teacher_columns import feature_columns
 
 
 ROW = "row of the dataset"  # column of files that hold no images: a row's place among all of its split
+NO_IMAGE = -1  # the place of a row's image among the distinct ones, where it has none
 ROWS_IN_GROUP = 256  # of a parquet file: what a reader in random order has to decompress for one row
 
 
@@ -61,7 +62,7 @@ class Shard:
     number: int
     table: pa.Table  # images as bytes
     distinct_images: list[int]  # row of each distinct image
-    image_of_row: list[int]  # [N] which of the distinct images
+    image_of_row: list[int]  # [N] which of the distinct images, NO_IMAGE for a text without one
     distinct_captions: list[str]  # longest first
     text_of_caption: list[int]  # [C] which of the distinct captions
     batches: list[tuple[str, range]]  # ("image" or "text", places among the distinct ones), in order
@@ -118,10 +119,10 @@ def plan(
         table = table.append_column(ROW, pa.array(range(start, start + len(table)), pa.int64()))
     if skip_broken:
         table, dropped = without_empty_captions(table)
-        table = _without(table, row_faults(table), split, start, left_out["rows"])
+        table = _without(table, row_faults(table, _has_image(table)), split, start, left_out["rows"])
     else:
         try:
-            check_rows(table.drop_columns("image"), split, None, start)
+            check_rows(table.drop_columns("image"), split, None, start, _has_image(table))
         except ValueError as error:
             raise ValueError(f"{error} Or leave such rows out with --skip_broken.") from None
     try:
@@ -136,7 +137,10 @@ def plan(
     places: dict[bytes, int] = {}
     distinct_images, image_of_row = [], []
     contents = (content for chunk in table["image"].chunks for content in chunk.field("bytes"))
-    for row, content in enumerate(contents):
+    for row, (content, has_image) in enumerate(zip(contents, _has_image(table))):
+        if not has_image:
+            image_of_row.append(NO_IMAGE)
+            continue
         digest = hashlib.blake2b(content.as_buffer() or b"", digest_size=16).digest()
         if digest not in places:
             places[digest] = len(places)
@@ -155,6 +159,10 @@ def plan(
     text_of_caption = [place[text] for texts in captions for text in texts]
     of_rows = (table, distinct_images, image_of_row, distinct, text_of_caption, batches)
     return Shard(split, number, *of_rows, left_out, dropped)
+
+
+def _has_image(table: pa.Table) -> np.ndarray:
+    return table["image"].is_valid().to_numpy()
 
 
 def _without(table: pa.Table, faults: dict[int, str], split: str, start: int | None, lines: list[str]) -> pa.Table:
@@ -204,7 +212,7 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
         with write_whole(path) as beside:
             pq.write_table(table.slice(0, 0), beside)
         return
-    counts = pc.list_value_length(table["captions"]).to_numpy()
+    counts = caption_counts(table["captions"])
     text_of_caption = np.array(shard.text_of_caption)[np.repeat(readable, counts)]
     # Features, and images that are stored smaller, are there of what was readable.
     distinct = [place for place in range(len(shard.distinct_images)) if place not in shard.unreadable]
@@ -213,18 +221,22 @@ def write_shard(shard: Shard, description: str, int8: bool, folder: Path) -> Non
     if bad:
         table, counts = table.filter(pa.array(readable)), counts[readable]
         ids = table["image_id"].to_pylist()
-    image = torch.cat(shard.features["image"]).cpu()[image_of_row]  # [N, D]
-    text = torch.cat(shard.features["text"]).cpu()[text_of_caption]  # [C, D]
+    has_image = _has_image(table)
+    first = next(part for parts in shard.features.values() for part in parts)
+    nothing = first[:0].cpu()  # where the file has no image, or no caption
+    image, text = (torch.cat([nothing, *(of.cpu() for of in parts)]) for parts in shard.features.values())
+    image, text = image[image_of_row], text[text_of_caption]  # [images, D], [C, D]
     try:
-        columns = feature_columns(image, text, counts, ids, int8)
+        columns = feature_columns(image, text, counts, ids, int8, has_image)
     except ValueError as error:
         raise ValueError(f"{shard.split} split: {error} Try another --dtype, or another teacher.") from None
     columns["teacher"] = pa.array([description] * len(ids)), datasets.Value("string")
     schema = datasets.Features.from_arrow_schema(table.schema)
     if shard.stored_images:
         paths = pa.chunked_array([chunk.field("path") for chunk in table["image"].chunks]).combine_chunks()
-        images = pa.array([shard.stored_images[place] for place in image_of_row], pa.binary())
-        images = pa.StructArray.from_arrays([images, paths], ["bytes", "path"])
+        stored = iter([shard.stored_images[place] for place in image_of_row])
+        images = pa.array([next(stored) if has else None for has in has_image], pa.binary())
+        images = pa.StructArray.from_arrays([images, paths], ["bytes", "path"], mask=pa.array(~has_image))
         table = table.set_column(table.column_names.index("image"), "image", images)
     schema["image"] = datasets.Image()  # decoded again for a reader
     if ROW in table.column_names:

@@ -34,6 +34,7 @@ from datasets_scripts.feature_shards import Shard, write_shard
 from datasets_scripts.opening import license_of, open_dataset
 from datasets_scripts.teacher_dataset import assemble, figures_table
 from rows.checks import check_rows
+from rows.columns import pairs_of
 from rows.command_line import Command, run_program
 from rows.files import shown_name, write_beside
 from rows.teacher_columns import teacher_columns
@@ -111,6 +112,11 @@ def import_features(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             lacks = f"has no column {', '.join(missing)}" if missing else "is empty: leave it out"
             raise ValueError(f"The {split} split of {source} {lacks}.")
         check_rows(part.with_format("arrow").select_columns(["image_id", "captions"])[:], split, None)
+        if lonely := len(part) - len(pairs_of(part)):
+            raise ValueError(
+                f"{lonely:,} rows of the {split} split of {source} have no captions, or no image: this program takes "
+                "rows that have both; add_teacher_features encodes what there is."
+            )
     if options.features:
         image, text, places = published_features(rows, options.features)
     else:

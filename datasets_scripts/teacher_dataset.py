@@ -10,7 +10,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets.arrow_writer import ArrowWriter
@@ -20,7 +19,7 @@ from datasets_scripts.arrow_files import FILE_NAME, describe_splits
 from datasets_scripts.building import license_fields
 from datasets_scripts.feature_shards import ROW, rows_in, shard_file
 from model_cards.tables import as_text, bullets
-from rows.columns import id_hash
+from rows.columns import caption_counts, id_hash
 from rows.teacher_columns import teacher_columns, teacher_tensors
 from trainers import retrieval_metrics
 from trainers.teacher_pca import PCA_FILE, fit_pca, save_pca
@@ -174,23 +173,32 @@ def evaluate_teacher(
     """The teacher's own retrieval on a split, on its first files, until they hold 10,000 images.
 
     Returns:
-        `images`, `rsum`, `rsum_{width}` for the widths below the teacher's, and `rsum_before_int8`; where captions
-        stand for several images, `rsum_by_index`, which counts an image's own alone.
+        `images`, and where any of them has a caption `rsum`, `rsum_{width}` for the widths below the teacher's, and
+        `rsum_before_int8`; where captions stand for several images, `rsum_by_index`, which counts an image's own
+        captions alone.
     """
     image, text, groups, captions, exact = [], [], [], [], []
     for number in numbers:
         part_image, part_text = stored_features(folder, split, number)
         path = shard_file(folder, split, number)
         column = "group_id" if "group_id" in pq.read_schema(path).names else "image_id"
-        table = pq.read_table(path, columns=[column, "captions"])
-        image.append(part_image)
-        text.append(part_text)
+        table = pq.read_table(path, columns=[column, "captions", "teacher_image_embeds"])
+        # Rows without a partner have no rank.
+        has_image, counts = table["teacher_image_embeds"].is_valid().to_numpy(), caption_counts(table["captions"])
+        is_pair = has_image & (counts > 0)
+        paired_images, paired_captions = is_pair[has_image], np.repeat(is_pair, counts)
+        image.append(part_image[paired_images])
+        text.append(part_text[paired_captions])
+        table = table.filter(pa.array(is_pair))
         groups += [id_hash(group) for group in table[column].to_pylist()]
         captions += table["captions"].to_pylist()
         if int8:
-            exact.append(np.load(path.with_suffix(".npz"), allow_pickle=False))
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
+                exact.append({"image": stored["image"][paired_images], "text": stored["text"][paired_captions]})
         if len(groups) >= EVALUATED:
             break
+    if not groups:
+        return {"images": 0}
     groups = torch.tensor(groups)
     text_groups = torch.repeat_interleave(groups, torch.tensor([len(own) for own in captions]))
     texts = [caption for own in captions for caption in own]
@@ -240,9 +248,9 @@ def write_features_card(
     for split, numbers in files.items():
         images = captions = 0
         for number in numbers:
-            column = pq.read_table(shard_file(partial, split, number), columns=["captions"])["captions"]
-            images += len(column)
-            captions += pc.sum(pc.list_value_length(column)).as_py()
+            table = pq.read_table(shard_file(partial, split, number), columns=["captions", "teacher_image_embeds"])
+            images += len(table) - table["teacher_image_embeds"].null_count
+            captions += int(caption_counts(table["captions"]).sum())
         counts[split] = images, captions
     data = DatasetCardData(
         **(license_fields(license) if license else {}),

@@ -26,8 +26,8 @@ def render_card(record: RunRecord) -> str:
     usage = facts.usage if facts.usage and "query.png" in record.assets else {}
     distilled = record.method == "distillation"
     if not distilled:  # the dataset may hold features of a teacher, which this student did not learn from
-        metrics = {name: value for name, value in metrics.items() if "teacher" not in name}
-    key = next((key for key in ("test", "eval") if f"{key}_rsum" in metrics), None)
+        metrics = {name: of for name, of in metrics.items() if "teacher" not in name and "agreement" not in name}
+    key = next((key for key in ("test", "eval") if f"{key}_images" in metrics), None)
     split, teacher = key and facts.splits[key], facts.teacher or {}
     environment = Environment(trim_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"as_text": tables.as_text, "fenced": tables.fenced}
@@ -40,7 +40,7 @@ def render_card(record: RunRecord) -> str:
         how_trained=_how_trained(record),
         status=[_status(record), *map(tables.as_text, facts.origin), licences(facts)],
         split=split,
-        equal_captions=tables.equal_captions(metrics, key, record.settings.get("recall_by_index", False)),
+        reading=tables.how_to_read(metrics, key, record.settings.get("recall_by_index", False)),
         table=key and tables.results_table(metrics, key, facts.baseline, teacher.get("parameters"), split),
         across=key and tables.across_table(metrics, key),
         widths=tables.width_note(metrics, key),
@@ -128,6 +128,8 @@ def _environment(record: RunRecord) -> str:
 
 
 def _limits(metrics: dict[str, float], key: str, split: str, baseline: dict[str, float] | None) -> str:
+    if f"{key}_rsum" not in metrics:
+        return tables.NO_PAIRS.format(split=tables.as_text(split))
     missed = {way: 100 - metrics[f"{key}_{way}_r1"] for way in ("text_to_image", "image_to_text")}
     text = f"{missed['text_to_image']:.1f} % of the captions of the {tables.as_text(split)} split do not find a right "
     text += f"image first, {missed['image_to_text']:.1f} % of its images no right caption."

@@ -10,7 +10,7 @@ import datasets
 import torch
 from PIL import Image
 
-from rows.columns import rows_and_captions
+from rows.columns import pairs_alone, pairs_of, partners, rows_and_captions
 from rows.files import write_whole
 from rows.images import load_rgb
 
@@ -31,7 +31,9 @@ def draw_grids(
     folder: Path,
     by_index: bool = False,
 ) -> None:
-    """Draws what a few queries find among all rows: per direction, up to two whose first answer is right, two wrong.
+    """Draws what a few queries find among all pairs: per direction, up to two whose first answer is right, two wrong.
+
+    Without pairs nothing is drawn.
 
     Args:
         rows: the N rows of a split with C captions.
@@ -42,6 +44,9 @@ def draw_grids(
     """
     from .grid import Cell, result_grid  # it needs matplotlib
 
+    rows, image_embeds, text_embeds = pairs_alone(rows, image_embeds, text_embeds)
+    if not len(rows):
+        return
     groups, caption_to_image = (ids.to(image_embeds.device) for ids in rows_and_captions(rows))
     captions = [caption for own in rows["captions"] for caption in own]
     owners, text_owners = groups.tolist(), groups[caption_to_image].tolist()
@@ -88,12 +93,19 @@ def evenly(items: Sequence, count: int) -> list:
 
 
 def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path) -> list[list[str]]:
-    """Saves up to three readable images as `sample_1.png`, ... in `folder`; returns at most five captions of each."""
-    part = rows.select(evenly(range(len(rows)), 3)) if isinstance(rows, datasets.Dataset) else rows.take(3)
+    """Saves up to three readable images as `sample_1.png`, ... in `folder`; returns at most five captions of each.
+
+    Of a stored split they are pairs, where it has any, or else images without captions.
+    """
+    if isinstance(rows, datasets.Dataset):
+        pairs, (has_image, _) = pairs_of(rows).tolist(), partners(rows)
+        part = rows.select(evenly(pairs or has_image.nonzero()[0].tolist(), 3))
+    else:
+        part = rows.take(3)
     captions = []
     for row in _undecoded(part, ["image", "captions"]):
         try:
-            image = load_rgb(row["image"])
+            image = load_rgb(row["image"] or {"bytes": b"", "path": None})
         except ValueError:  # training skips such rows too
             continue
         captions.append([caption[:SHOWN] for caption in row["captions"][:5]])
@@ -102,9 +114,19 @@ def save_samples(rows: datasets.Dataset | datasets.IterableDataset, folder: Path
 
 
 def save_query(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """Saves an image as `query.png` in `folder`; returns one caption of it and one each of two other images."""
-    first, *others = evenly(range(len(rows)), 3)
-    part = _undecoded(rows, ["image", "captions"])
+    """Saves an image as `query.png` in `folder`; returns one caption of it and one each of two other images.
+
+    Without pairs any image and any three texts; none of these, and no picture, where there is no image or no text.
+    """
+    part, pairs = _undecoded(rows, ["image", "captions"]), pairs_of(rows).tolist()
+    if not pairs:
+        has_image, counts = partners(rows)
+        if not has_image.any() or not counts.any():
+            return []
+        _save_small(load_rgb(part[int(has_image.argmax())]["image"]), folder / "query.png", 256)
+        texts = evenly(counts.nonzero()[0].tolist(), 3)
+        return [" ".join(part[i]["captions"][0].split())[:SHOWN] for i in texts]
+    first, *others = evenly(pairs, 3)
     _save_small(load_rgb(part[first]["image"]), folder / "query.png", 256)
     return [" ".join(part[i]["captions"][0].split())[:SHOWN] for i in (first, *others)]
 
@@ -138,7 +160,11 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
 
     logged = dict.fromkeys(name for entry in log_history for name in entry if name.startswith("weight_"))
     names = [name.removeprefix("weight_") for name in logged]  # of the losses; without a teacher: none
-    panels = ["losses", "weights", "validation RSUM"] if names else ["loss", "validation RSUM"]
+    has_pairs = any("eval_rsum" in entry for entry in log_history)
+    has_agreement = any("eval_agreement" in entry for entry in log_history)
+    figure_name = "eval_agreement" if has_agreement and not has_pairs else "eval_rsum"
+    last = "validation RSUM" if figure_name == "eval_rsum" else "agreement with the teacher, %"
+    panels = ["losses", "weights", last] if names else ["loss", last]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axis, title in zip(axes, panels):
         axis.set_title(title)
@@ -153,7 +179,7 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         axes[0].legend(fontsize="small")
     else:
         axes[0].plot(*series("loss"))
-    axes[-1].plot(*series("eval_rsum"), marker="o", markersize=3, label="student")
+    axes[-1].plot(*series(figure_name), marker="o", markersize=3, label="student")
     teacher = series("teacher_eval_rsum")[1]
     if teacher:
         axes[-1].axhline(teacher[-1], linestyle="--", color="grey", label="teacher")

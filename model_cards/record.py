@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -104,18 +105,24 @@ class RunRecord:
         return cls(**{**values, "facts": RunFacts(**values["facts"])})
 
 
-def describe_captions(captions: Iterable[list[str]]) -> dict[str, int | list[float]]:
+def describe_captions(
+    captions: Iterable[list[str]], has_image: Iterable[bool] | None = None
+) -> dict[str, int | list[float]]:
     """Numbers of images and captions of a split, and `[mean, least, most]` of captions per image, words per caption.
 
     Args:
-        captions: for each image the list of its captions.
+        captions: for each row the list of its captions.
+        has_image: which rows have an image; None: all.
     """
     per_image, words = Counter(), Counter()  # number of captions -> images with so many; of words -> captions
-    for own in captions:
-        per_image[len(own)] += 1
+    for own, has in zip(captions, itertools.repeat(True) if has_image is None else has_image):
+        if has:
+            per_image[len(own)] += 1
         words.update(len(caption.split()) for caption in own)
 
     def spread(counts: Counter[int]) -> list[float]:
+        if not counts:
+            return [0.0, 0, 0]
         return [sum(number * times for number, times in counts.items()) / counts.total(), min(counts), max(counts)]
 
     return {

@@ -10,10 +10,19 @@ import unicodedata
 ZWJ = "\u200d"  # joins emoji
 SHOWN = 300  # characters of a caption on a card
 RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+RECALL = """A query counts as answered at k when a right item is among its first k
+results; ties count against the model. rsum is the sum of the six recalls, at most 600."""
+AGREEMENT = """Agreement with the teacher is the share, in percent, of what the teacher finds first for an image or a
+text that the student finds first too: of the first ten, or the first tenth where that is less. It needs no pairs."""
+NO_PAIRS = (
+    "The {split} split has no pairs: nobody has measured how often the student finds what a person would, only how "
+    "often it finds what its teacher finds."
+)
 
 
 def figures(metrics: dict[str, float], key: str) -> list[str]:
-    """Names, without the split's prefix, of all recalls and rsums of a split, those of folds (`1k_...`) included.
+    """Names, without the split's prefix, of all recalls and rsums of a split, those of folds (`1k_...`) included; none
+    of a split without pairs.
 
     Args:
         metrics: as in `all_results.json`.
@@ -45,6 +54,9 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
         teacher = metrics.get(f"teacher_{key}_{name}")
         row += [f"{100 * metrics[f'{key}_{name}'] / teacher:.1f} %" if teacher else "-"] if has_teacher else []
         rows.append(row)
+    if f"{key}_agreement" in metrics:
+        rows.append(["agreement with the teacher", f"{metrics[f'{key}_agreement']:.1f}"])
+        rows.append(["agreement by chance", f"{metrics[f'{key}_agreement_by_chance']:.1f}"])
     if f"teacher_reduced_{key}_rsum" in metrics:
         rows.append(["rsum at the student's width", "", f"{metrics[f'teacher_reduced_{key}_rsum']:.1f}"])
     for name in sorted(metrics, key=_width_of, reverse=True):
@@ -62,6 +74,13 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
         if name in metrics:
             rows.append([label, *(_cell(own[column].get(name), form, unit) for column, *_ in columns)])
     return markdown_table(rows)
+
+
+def how_to_read(metrics: dict[str, float], key: str | None, by_index: bool) -> str:
+    """What the figures of a split mean."""
+    of_pairs = [RECALL, equal_captions(metrics, key, by_index)] if f"{key}_rsum" in metrics else []
+    texts = [" ".join(filter(None, of_pairs)), AGREEMENT if f"{key}_agreement" in metrics else ""]
+    return "\n\n".join(filter(None, texts))
 
 
 def equal_captions(metrics: dict[str, float], key: str | None, by_index: bool) -> str:

@@ -170,7 +170,9 @@ def row_faults(table: pa.Table, has_image: np.ndarray | None = None) -> dict[int
         has_image: `[N]` bool, which rows have an image; None: all.
     """
     groups = table["group_id"].to_pylist() if "group_id" in table.column_names else None
-    faults = {}
+    faults, has_lost_image = {}, np.zeros(len(table), bool)
+    if has_image is not None and "teacher_image_embeds" in table.column_names:
+        has_lost_image = table["teacher_image_embeds"].is_valid().to_numpy() & ~has_image
     for i, (image_id, texts) in enumerate(zip(table["image_id"].to_pylist(), table["captions"].to_pylist())):
         if not isinstance(image_id, str) or not image_id:
             faults[i] = "image_id must be a string that is not empty."
@@ -178,6 +180,8 @@ def row_faults(table: pa.Table, has_image: np.ndarray | None = None) -> dict[int
             faults[i] = f"it has captions {reprlib.repr(texts)}: expected a list of strings. Drop the row."
         elif not texts and has_image is not None and not has_image[i]:
             faults[i] = "it has neither an image nor a caption: expected one of them. Drop the row."
+        elif has_lost_image[i]:
+            faults[i] = "it has teacher_image_embeds and no image: expected both, or null for both. Drop the row."
         elif any(_is_blank(text) for text in texts):
             faults[i] = f"it has an empty caption in {reprlib.repr(texts)}: drop or fill it."
         elif groups is not None and (not isinstance(groups[i], str) or not groups[i]):
@@ -203,14 +207,11 @@ def _is_blank(text: object) -> bool:
 def _check_teacher(table: pa.Table, teacher_dim: int, has_image: np.ndarray | None, fail: Callable) -> None:
     captions = table["captions"].to_pylist()
     has_image = np.ones(len(captions), bool) if has_image is None else has_image
-    has_features = table["teacher_image_embeds"].is_valid().to_numpy()
     image_widths = _list_lengths(table["teacher_image_embeds"])
     text_counts = _list_lengths(table["teacher_text_embeds"])
     text_widths = _list_lengths(table["teacher_text_embeds"].combine_chunks().flatten())
     expected_counts = np.array([len(row) for row in captions])
 
-    for row in np.flatnonzero(has_features & ~has_image)[:1]:
-        fail(row, "it has teacher_image_embeds and no image: expected null, or an image.")
     for row in np.flatnonzero(has_image & (image_widths != teacher_dim))[:1]:
         fail(row, f"teacher_image_embeds has width {image_widths[row]}, expected {teacher_dim} (projection_dim).")
     for row in np.flatnonzero(text_counts != expected_counts)[:1]:

@@ -41,6 +41,23 @@ def partners(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     return has_image, counts
 
 
+def pairs_alone(
+    dataset: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor
+) -> tuple[datasets.Dataset, torch.Tensor, torch.Tensor]:
+    """The rows of a split that have both an image and captions, and their embeddings.
+
+    Args:
+        image_embeds, text_embeds: of all images `[N, D]` and captions `[M, D]` that the split has, row by row.
+    """
+    has_image, counts = partners(dataset)
+    is_pair = has_image & (counts > 0)
+    if is_pair.all():
+        return dataset, image_embeds, text_embeds
+    of_images, of_captions = torch.from_numpy(is_pair[has_image]), torch.from_numpy(np.repeat(is_pair, counts))
+    embeds = image_embeds[of_images.to(image_embeds.device)], text_embeds[of_captions.to(text_embeds.device)]
+    return dataset.select(np.flatnonzero(is_pair)), *embeds
+
+
 def caption_counts(captions: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """How many captions each row of a column of lists has, `[R]` int64; none where the list is null."""
     return pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -19,10 +19,10 @@ BROKEN = {"bytes": b"no image", "path": None}
 CASES = {
     "first half": {3: {"captions": ["a", "  "]}},
     "second half": {20: {"captions": ["a", "  "]}},
-    "both halves": {3: {"image_id": ""}, 20: {"captions": []}},
-    "feature before caption": {7: {"teacher_image_embeds": [0.0] * DIM}, 18: {"captions": []}},
+    "both halves": {3: {"image_id": ""}, 20: {"captions": None}},
+    "feature before caption": {7: {"teacher_image_embeds": [0.0] * DIM}, 18: {"captions": None}},
     "repeat across halves": {22: {"image_id": "0/2"}},
-    "repeat and bad row": {4: {"image_id": "0/2"}, 23: {"captions": []}},
+    "repeat and bad row": {4: {"image_id": "0/2"}, 23: {"captions": None}},
     "image": {21: {"image": BROKEN}},
     "images of both": {2: {"image": BROKEN}, 21: {"image": BROKEN}},
     "repeat and image": {0: {"image": BROKEN}, 22: {"image_id": "0/2"}},

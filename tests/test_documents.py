@@ -63,7 +63,7 @@ PASSED_OVER = {r"^rm ": "deletes", r"^(tensorboard|git|cd|sudo|apt-get|docker) "
 # What the text around a page's Python gives it.
 AROUND = {
     "docs/guides/deploy.md": "from PIL import Image, ImageOps; file = 'arrow.png'",
-    "docs/guides/teachers.md": "embed_image = lambda image: np.asarray(image.resize((4, 4)).convert('L')).ravel() + 1.0\n"
+    "docs/guides/teachers.md": "embed_image = lambda image: np.asarray(image.resize((4, 4))).ravel() + 1.0\n"
     "embed_text = lambda text: np.random.default_rng(len(text)).normal(size=16)",
 }
 A_COMMAND = re.compile(r"(python|accelerate|make|pip|hf|train\.py) [^.…]")

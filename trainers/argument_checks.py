@@ -8,6 +8,10 @@ import datasets
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
+from rows.columns import pairs_of, partners
+from rows.teacher_columns import TEACHER_COLUMNS
+
+from .agreement import FEWEST
 from .row_checks import check_together
 from .training_args import RetrievalTrainingArguments
 
@@ -99,6 +103,8 @@ def check_evaluated(
 ) -> None:
     """Refuses datasets that cannot be evaluated on, by name, and a metric_for_best_model that none of them has.
 
+    Where the only one has no pairs, `metric_for_best_model` becomes the agreement with the teacher instead of rsum.
+
     Args:
         remember: see [`check_together`].
 
@@ -113,8 +119,28 @@ def check_evaluated(
                 f"eval_dataset ({name}) is a {type(rows).__name__}: give a datasets.Dataset, not streamed."
             )
         check_together(rows, name, None, remember)
+        if not len(pairs_of(rows)):
+            _check_agreement(name, rows)
+            if not several and args.metric_for_best_model in ("rsum", "eval_rsum"):
+                args.metric_for_best_model = "agreement"  # the figure that a split without pairs has
     chosen = (args.metric_for_best_model or "").removeprefix("eval_")
     if several and args.eval_strategy != IntervalStrategy.NO and chosen:
         if not any(chosen.startswith(f"{name}_") for name in evaluated):
             examples = " or ".join(f"{name}_rsum" for name in evaluated)
             raise ValueError(f"metric_for_best_model={chosen!r} names none of the eval datasets: say {examples}.")
+
+
+def _check_agreement(name: str, rows: datasets.Dataset) -> None:
+    """Refuses a split that has no figure at all: no pairs for recall, and too little for agreement with a teacher."""
+    if not set(TEACHER_COLUMNS) <= set(rows.column_names):
+        raise ValueError(
+            f"No row of the {name} split is a pair of an image and a caption, and there are no teacher features to "
+            "compare with: give pairs, or add the teacher's features (datasets_scripts.add_teacher_features)."
+        )
+    has_image, _ = partners(rows)
+    images, texts = int(has_image.sum()), len({text for own in rows["captions"] for text in own})
+    if not images or not texts or max(images, texts) < FEWEST:
+        raise ValueError(
+            f"No row of the {name} split is a pair, and it has {images:,} images and {texts:,} different texts: the "
+            f"agreement with the teacher needs both, and {FEWEST} of one side. Hold more back, or give pairs."
+        )

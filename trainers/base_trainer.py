@@ -6,8 +6,6 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -20,7 +18,7 @@ from transformers.trainer_utils import speed_metrics
 
 from model_cards import RunFacts, RunRecord
 from model_cards.pictures import PICTURES_OF_DATA
-from rows.columns import rows_and_captions, text_ids
+from rows.columns import pairs_alone, rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
 from .argument_checks import check_evaluated, check_student, fit_batch_size, taken_arguments
@@ -30,7 +28,9 @@ from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, leave_out_unused, tiny_batch
 from .equal_texts import SharedTexts, find_shared_texts
 from .frozen_vision import keep_frozen_outputs
-from .retrieval_evaluation import encode, recall_figures
+from .idle_towers import idle_towers, inputs_of, one_row
+from .parameter_groups import parameter_groups
+from .retrieval_evaluation import agreement_figures, encode, recall_figures
 from .row_checks import check_together
 from .run.callbacks import SetEpoch
 from .run.loader_workers import shielded
@@ -43,8 +43,6 @@ from .training_args import RetrievalTrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-TOWER_INPUTS = {"vision_model": "pixel_values", "text_model": "input_ids"}
 
 
 class RetrievalTrainer(ResumableTrainer):
@@ -147,7 +145,7 @@ class RetrievalTrainer(ResumableTrainer):
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
         self.unused: list[str] = []
         batch = tiny_batch(self.data_collator, args.device)
-        self._one_row = {name: batch[name][:1] for name in ("pixel_values", "input_ids", "attention_mask")}
+        self._one_row = one_row(batch)
         check_embeds(self.model, batch, self.compute_loss_context_manager)
         if self.train_dataset is not None:
             check_text_pooling(self.model, batch, self.compute_loss_context_manager)
@@ -187,25 +185,9 @@ class RetrievalTrainer(ResumableTrainer):
         Trainer knows one learning rate, and decays the temperature.
         """
         if self.optimizer is None:
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in (model or self.model).named_parameters():
-                # Unused ones stay in their group, as in older checkpoints; without a gradient nothing moves them.
-                if parameter.requires_grad or name in self.unused:
-                    is_tower = "vision_model." in name or "text_model." in name
-                    groups.setdefault((is_tower, parameter.ndim > 1), []).append(parameter)
-            head_rate = self.args.head_learning_rate
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "weight_decay": self.args.weight_decay if decayed else 0.0,
-                        "lr": self.args.learning_rate if is_tower or head_rate is None else head_rate,
-                    }
-                    for (is_tower, decayed), parameters in groups.items()
-                ],
-                **kwargs,
-            )
+            groups = parameter_groups(model or self.model, self.args, set(self.unused))
+            self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
     # Batches
@@ -273,13 +255,9 @@ class RetrievalTrainer(ResumableTrainer):
         # Each bucket is a forward pass, which of a sharded tower all ranks make together: they may differ in buckets.
         in_buckets = self._in_buckets and not self.is_fsdp_enabled
         in_buckets = in_buckets and "text_buckets" in batch
-        with self._idle_towers(model, batch):
-            output = model(
-                pixel_values=batch.get("pixel_values", self._one_row["pixel_values"]),
-                input_ids=batch.get("input_ids", self._one_row["input_ids"]),
-                attention_mask=batch.get("attention_mask", self._one_row["attention_mask"]),
-                **({"text_buckets": batch["text_buckets"]} if in_buckets else {}),
-            )
+        with idle_towers(self.accelerator.unwrap_model(model), batch):
+            buckets = {"text_buckets": batch["text_buckets"]} if in_buckets else {}
+            output = model(**inputs_of(batch, self._one_row), **buckets)
         image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
         if "pixel_values" not in batch:
             image_embeds = image_embeds[:0]
@@ -294,27 +272,16 @@ class RetrievalTrainer(ResumableTrainer):
             self.nonfinite.note_rows(batch["image_ids"], broken.detach() > 0)
         return image_embeds, text_embeds
 
-    @contextmanager
-    def _idle_towers(self, model: nn.Module, batch: dict) -> Iterator[None]:
-        """A tower without rows is in evaluation mode meanwhile: the row it runs changes no running means."""
-        student = self.accelerator.unwrap_model(model)
-        missing = [tower for tower, name in TOWER_INPUTS.items() if name not in batch and hasattr(student, tower)]
-        idle = [tower for tower in (getattr(student, name) for name in missing) if tower.training]
-        for tower in idle:
-            tower.eval()
-        yield
-        for tower in idle:
-            tower.train()
-
     # Evaluation
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", fold_size: int | None = None
     ) -> dict[str, float]:
-        """Recall in both directions over a whole split, each row once on any number of processes.
+        """Recall in both directions over the pairs of a split, each row once on any number of processes.
 
         Trainer's loop would compare within batches only. Where the split has teacher features, the teacher's own
-        figures stand beside the student's as `teacher_{prefix}_*`, and `{prefix}_share_of_teacher` in percent. With
+        figures stand beside the student's as `teacher_{prefix}_*`, `{prefix}_share_of_teacher` in percent, and the
+        agreement of all rows, with a partner or without, as `{prefix}_agreement`: [`agreement_with_teacher`]. With
         `fold_size`, `{prefix}_{1k or number}_*` are means over consecutive folds of that many images. With
         several datasets each one's name follows the prefix, as in Trainer. A caption that is equal to a right one is
         right too, unless the arguments say `recall_by_index`; see [`by_the_other_rule`].
@@ -329,19 +296,23 @@ class RetrievalTrainer(ResumableTrainer):
             raise ValueError(f"A {type(dataset).__name__} cannot be evaluated on: give a datasets.Dataset.")
         started = time.time()
         image_embeds, text_embeds = self.encode(dataset)
-        groups, caption_to_image = rows_and_captions(dataset)
-        whose = (groups, caption_to_image, None if self.args.recall_by_index else text_ids(dataset))
-        of_student = recall_figures(image_embeds, text_embeds, *whose, fold_size)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in of_student.items()}
-        metrics[f"{metric_key_prefix}_images"] = len(image_embeds)
-        metrics[f"{metric_key_prefix}_captions"] = len(text_embeds)
-        metrics.update(self.by_the_other_rule(dataset, image_embeds, text_embeds, metric_key_prefix))
-        if set(TEACHER_COLUMNS) <= set(dataset.column_names):
-            embeds = (image_embeds, text_embeds, *whose)
-            metrics.update(self.beside_the_teacher(dataset, *embeds, metric_key_prefix, fold_size))
+        metrics = {f"{metric_key_prefix}_images": len(image_embeds), f"{metric_key_prefix}_captions": len(text_embeds)}
+        has_teacher = set(TEACHER_COLUMNS) <= set(dataset.column_names)
+        pairs, *of_pairs = pairs_alone(dataset, image_embeds, text_embeds)
+        if len(pairs):
+            groups, caption_to_image = rows_and_captions(pairs)
+            whose = (groups, caption_to_image, None if self.args.recall_by_index else text_ids(pairs))
+            of_student = recall_figures(*of_pairs, *whose, fold_size)
+            metrics = {**{f"{metric_key_prefix}_{name}": value for name, value in of_student.items()}, **metrics}
+            metrics.update(self.by_the_other_rule(pairs, *of_pairs, metric_key_prefix))
+        if len(pairs) and has_teacher:
+            metrics.update(self.beside_the_teacher(pairs, *of_pairs, *whose, metric_key_prefix, fold_size))
             teacher_rsum = metrics[f"teacher_{metric_key_prefix}_rsum"]
             share = 100 * of_student["rsum"] / teacher_rsum if teacher_rsum else float("nan")
             metrics[f"{metric_key_prefix}_share_of_teacher"] = share
+        if has_teacher:
+            figures = agreement_figures(dataset, image_embeds, text_embeds, self.args.recall_by_index)
+            metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)
         for sign in self.signs_of_collapse(image_embeds, text_embeds):

@@ -50,7 +50,7 @@ def describe_run(
         weights_step = state.best_global_step
     metrics, metrics_step = facts.metrics, weights_step
     if not metrics:
-        evaluations = [entry for entry in state.log_history if "eval_rsum" in entry]
+        evaluations = [entry for entry in state.log_history if "eval_images" in entry]
         of_these = [entry for entry in evaluations if entry["step"] == weights_step] or evaluations
         # The first at that step: a later one may be of the best checkpoint's weights.
         metrics = of_these[0 if of_these[0]["step"] == weights_step else -1] if of_these else {}

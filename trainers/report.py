@@ -88,7 +88,8 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
         draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
         trainer.facts.samples = save_samples(rows["train"], assets)
         captions = save_query(rows["test"], assets)
-        trainer.facts.usage = {"captions": captions, "output": run_code(usage_code(str(folder), captions))}
+        if captions:
+            trainer.facts.usage = {"captions": captions, "output": run_code(usage_code(str(folder), captions))}
     else:  # a report that was cut short may have left some
         for name in PICTURES_OF_DATA:
             (folder / name).unlink(missing_ok=True)

@@ -7,14 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from rows.columns import partners, text_ids
 from rows.images import load_rgb
+from rows.teacher_columns import teacher_rows
 from rows.texts import cut
 
+from .agreement import agreement_with_teacher
 from .metrics import fold_metrics, retrieval_metrics
 from .run import distributed
 from .run.loader_workers import name_killed_workers, shielded
@@ -33,7 +37,7 @@ def encode(
     """Embeddings of a split: images `[N, D]` in row order, captions `[M, D]` row by row, on every process.
 
     Args:
-        dataset: rows of the contract.
+        dataset: rows of the contract, with a partner or without.
         model: the student, on `args.device`.
         processor: its `image_processor` and `tokenizer`.
         args: batch size, loader workers, longest caption.
@@ -44,11 +48,13 @@ def encode(
     model.eval()
     for buffer in model.buffers():  # BatchNorm's are each rank's own since its last batch
         distributed.from_first_rank(buffer)
+    has_image, _ = partners(dataset)
     images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
+    images = images if has_image.all() else images.select(np.flatnonzero(has_image))
     captions = [caption for row in dataset["captions"] for caption in row]
-    loader = image_loader(images, ImageCollator(processor.image_processor), args)
+    loader = image_loader(images, ImageCollator(processor.image_processor), args) if len(images) else ()
     tokenizer = processor.tokenizer
-    own = _own_rows(len(captions))
+    own = _own_rows(len(captions)) if captions else []
     # Captions of like length go together: padding costs as much as words.
     by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
     bar = tqdm(
@@ -62,7 +68,7 @@ def encode(
         return getattr(model(**{name: tensor.to(args.device) for name, tensor in inputs.items()}), output).float()
 
     with autocast(), name_killed_workers():
-        image_embeds = []
+        image_embeds = [torch.empty((0, model.config.projection_dim), device=args.device)]
         for pixel_values in loader:
             image_embeds.append(_in_memory(partial(embed, "image_embeds"), is_sharded, pixel_values=pixel_values))
             bar.update(len(image_embeds[-1]) * distributed.world_size())
@@ -159,6 +165,20 @@ def recall_figures(
         label = f"{fold_size // 1000}k" if fold_size % 1000 == 0 else str(fold_size)
         figures |= {f"{label}_{name}": value for name, value in folds.items()}
     return figures
+
+
+def agreement_figures(
+    dataset: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, by_index: bool
+) -> dict[str, float]:
+    """The student's agreement with the teacher on a split, see [`agreement_with_teacher`].
+
+    Args:
+        image_embeds, text_embeds: the student's, as [`encode`] gives them.
+        by_index: equal texts are different candidates.
+    """
+    teacher = (features.to(image_embeds.device) for features in teacher_rows(dataset))
+    texts = None if by_index else text_ids(dataset)
+    return agreement_with_teacher(image_embeds, text_embeds, *teacher, text_ids=texts)
 
 
 def across_figures(

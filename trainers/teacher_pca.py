@@ -30,18 +30,20 @@ def fit_pca(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tenso
         of width k.
 
     Raises:
-        ValueError: there are no features of images, or none of captions.
+        ValueError: there are no features, neither of images nor of captions.
     """
     moments: list[torch.Tensor | int] = [0, 0]
     counts = [0, 0]
     for batch in batches:
         for kind, features in enumerate(batch):
+            if not len(features):
+                continue
             rows = torch.nn.functional.normalize(features.double(), dim=1)
             moments[kind] = moments[kind] + rows.T @ rows
             counts[kind] += len(rows)
-    if min(counts) == 0:
-        raise ValueError(f"PCA needs features of images and of captions, got {counts[0]} and {counts[1]}.")
-    _, vectors = torch.linalg.eigh(moments[0] / counts[0] + moments[1] / counts[1])
+    if max(counts) == 0:
+        raise ValueError("PCA needs features of images or of captions, and there are none of either.")
+    _, vectors = torch.linalg.eigh(sum(moment / count for moment, count in zip(moments, counts) if count))
     vectors = vectors.flip(1)
     # An eigenvector's sign is arbitrary: fix it, so that the same features give the same projection.
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()

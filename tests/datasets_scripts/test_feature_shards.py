@@ -21,7 +21,7 @@ from teachers import load_teacher
 
 @pytest.fixture(scope="module")
 def broken_source(source, tmp_path_factory):
-    """Of each split rows that cannot be used: a cut JPEG, no image, a text, no caption; one more has an empty one.
+    """Of each split rows that cannot be used: a cut JPEG, nothing, a text, no caption; one more has an empty one.
 
     The rows of train's second file, 5 to 9, are all such.
     """
@@ -30,13 +30,14 @@ def broken_source(source, tmp_path_factory):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(buffer, "JPEG")
     cut = {"bytes": buffer.getvalue()[:200], "path": None}
-    faults = [{"image": cut}, {"image": None}, {"image": {"bytes": b"text", "path": None}}, {"captions": []}]
+    faults = [{"image": cut}, {"image": None, "captions": []}, {"image": {"bytes": b"text", "path": None}}]
+    faults += [{"captions": None}]
     faults += [{"captions": [" ", ""]}]
     for i, fault in enumerate(faults):
         rows["train"][5 + i] = {**rows["train"][5 + i], **fault}
     rows["train"][12]["captions"] = [*rows["train"][12]["captions"], " "]
     rows["test"][0]["image"] = cut
-    rows["validation"][11]["captions"] = []
+    rows["validation"][11]["captions"] = None
     folder = tmp_path_factory.mktemp("broken")
     encoded = datasets.Features({**features, "image": datasets.Image(decode=False)})
     parts = {split: datasets.Dataset.from_list(as_bytes(part), encoded) for split, part in rows.items()}

@@ -368,4 +368,4 @@ def test_a_row_without_captions_is_named(made):
     emptied = rows["train"].map(lambda row, i: {"captions": [] if i == 8 else row["captions"]}, with_indices=True)
     datasets.DatasetDict({"train": emptied, "test": rows["test"]}).save_to_disk(folder / "emptied")
     options[options.index("--dataset_name") + 1] = str(folder / "emptied")
-    refused(options, "expected one string or more. Drop the row")
+    refused(options, "1 rows of the train split .* have no captions, or no image")

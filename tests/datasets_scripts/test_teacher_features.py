@@ -88,7 +88,7 @@ def test_rows_that_cannot_be_encoded_are_named(source, teacher_folder, tmp_path)
     for i, (values, message) in enumerate(
         (
             ({"image": {"bytes": b"no image", "path": None}}, "image_id '0/9': unreadable image"),
-            ({"captions": []}, r"Row 9 .*\(image_id '0/9'\): it has captions"),
+            ({"captions": [], "image": None}, r"Row 9 .*\(image_id '0/9'\): it has neither an image nor a caption"),
             ({"captions": ["a", " "]}, r"Row 9 .*\(image_id '0/9'\): it has an empty caption"),
             (
                 {"image": {"bytes": None, "path": "no/there.png"}},

@@ -130,26 +130,6 @@ def test_queues_are_clamped_to_the_images_and_texts_there_are(tmp_path, mixed):
     assert (trainer.image_queue.size, trainer.text_queue.size) == (32, sum(map(len, mixed["captions"])))
 
 
-def test_a_tower_without_rows_keeps_its_running_means(tmp_path):
-    vision = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
-    rows = without_partners(make_rows(16), NEVER, lambda i: True)
-    model, _ = make_student(vision)
-    before = {name: tensor.clone() for name, tensor in model.vision_model.named_buffers() if "running" in name}
-    trainer = make_trainer(tmp_path, rows, model=model)
-    trainer.train()
-    assert before and all(torch.equal(model.vision_model.get_buffer(name), of) for name, of in before.items())
-    assert model.vision_model.training
-
-
-def test_images_alone_leave_the_text_tower_as_it_is(tmp_path):
-    rows = without_partners(make_rows(16), lambda i: True, NEVER)
-    model, _ = make_student()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    make_trainer(tmp_path, rows, model=model, weight_decay=0.0).train()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
-    assert moved and not any(name.startswith("text") for name in moved)
-
-
 def test_training_without_a_teacher_refuses_rows_without_partners(tmp_path, mixed):
     with pytest.raises(ValueError, match="32 of 48 rows of train have no partner .* --method contrastive"):
         make_trainer(tmp_path, mixed, trainer_class=ContrastiveTrainer)

@@ -195,12 +195,14 @@ def test_a_bad_row_in_mid_stream_is_named(tmp_path, values, message):
 
 
 def test_what_cannot_be_used_is_left_out_of_a_stream_and_listed(tmp_path, monkeypatch):
-    """No caption, an empty one, no image and a cut file, all of them among the rows that are looked at beforehand."""
+    """Neither caption nor image, an empty caption, a lost image and a cut file, all of them among the rows that are
+    looked at beforehand; an image without captions and a text without an image are used."""
     rows = make_rows(24).cast_column("image", datasets.Image(decode=False))
     cut = {"bytes": rows[9]["image"]["bytes"][:60], "path": None}
     empty = ["", *rows[5]["captions"][1:]]
-    faults = {3: {"captions": [], "teacher_text_embeds": []}, 5: {"captions": empty}, 7: {"image": None}}
-    for row, values in {**faults, 9: {"image": cut}}.items():
+    no_texts, no_image = {"captions": [], "teacher_text_embeds": []}, {"image": None, "teacher_image_embeds": None}
+    faults = {3: {**no_texts, **no_image}, 5: {"captions": empty}, 7: {"image": None}, 9: {"image": cut}}
+    for row, values in {**faults, 11: no_texts, 13: no_image}.items():
         rows = change(rows, row, **values)
     stream = parquet_stream(tmp_path / "rows", rows, 2)
     head = stream_head(stream)
@@ -210,8 +212,8 @@ def test_what_cannot_be_used_is_left_out_of_a_stream_and_listed(tmp_path, monkey
     trainer.train()
     reasons = dict(line.split(": ", 1) for line in trainer.unreadable)
     assert set(reasons) == {"0/3", "0/5", "0/7", "0/9"}
-    assert "has captions []" in reasons["0/3"] and "empty caption" in reasons["0/5"]
-    assert reasons["0/7"] == "there is no image" and reasons["0/9"].startswith("unreadable image")
+    assert "neither an image nor a caption" in reasons["0/3"] and "empty caption" in reasons["0/5"]
+    assert "teacher_image_embeds and no image" in reasons["0/7"] and reasons["0/9"].startswith("unreadable image")
 
 
 def test_features_of_another_width_in_mid_stream_are_refused(tmp_path):
