@@ -346,8 +346,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(results)} of {len(index):,} images:")
     print("\n".join(f"  {result.score:.3f}  {printable(result.path)}" for result in results))
     cells = [Cell(index.read_image(result), f"{result.score:.3f}  {Path(result.path).name}") for result in results]
-    result_grid([query], [cells], options.grid)
+    left_out = result_grid([query], [cells], options.grid)
     print(f"A picture of the results: {options.grid}")
+    if left_out:
+        print("It has no letters for all of these names and texts: numbers in it are places in this list.")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -29,21 +32,28 @@ class Cell:
     right: bool = False
 
 
-def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: str | Path) -> None:
+def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: str | Path) -> list[str]:
     """Draws queries, one below the other, each with its results: pictures side by side, captions as a list.
 
     Right answers have a coloured frame and a tick, for readers who do not see the colour.
+
+    The font has Latin, Greek, Cyrillic, Arabic and many other letters, but no Chinese, Japanese or Korean ones and few
+    emoji. A text with what it lacks would be a row of empty boxes: in its place stands which query or answer it is.
 
     Args:
         queries: texts or images (RGB), Q of them.
         rows: Q lists of results, best first; those of one query are all images (RGB) or all captions.
         path: the PNG file to write.
 
+    Returns:
+        The texts that are not in the picture, each after the words that stand there for it.
+
     Raises:
         ValueError: there are no queries, or another number of rows than of queries.
     """
     if not queries or len(queries) != len(rows):
         raise ValueError(f"{len(queries)} queries and {len(rows)} rows of results: expected one row a query.")
+    queries, rows, left_out = _drawable(queries, rows)
     columns = min(ABREAST, max([3, *(len(cells) for cells in rows if not _are_captions(cells))]))
     heights = [_height(cells, columns) for cells in rows]
     has_right = any(cell.right for cells in rows for cell in cells)
@@ -67,6 +77,39 @@ def result_grid(queries: list[str | Image.Image], rows: list[list[Cell]], path: 
     mark.add_text(*MARK)
     with write_whole(path) as beside:
         page.save(beside, format="PNG", optimize=True, pnginfo=mark)
+    return left_out
+
+
+def _drawable(queries: list, rows: list[list[Cell]]) -> tuple[list, list[list[Cell]], list[str]]:
+    """Queries and results with what can be drawn in place of texts that cannot, and those texts."""
+    left_out, new_queries, new_rows = [], [], []
+
+    def stand_in(text: str, words: str, bold: bool = False) -> str:
+        if _can_draw(text, bold):
+            return text
+        left_out.append(f"{words}: {text}")
+        return words
+
+    for q, (query, cells) in enumerate(zip(queries, rows), 1):
+        new_queries.append(stand_in(query, f"query {q}", bold=True) if isinstance(query, str) else query)
+        new_rows.append([])
+        for i, cell in enumerate(cells, 1):
+            content, number = cell.content, f"no. {i}"
+            if isinstance(content, str):
+                content = stand_in(content, f"answer {i} of query {q}")
+            note = re.sub(r"\S+", lambda word, number=number: word[0] if _can_draw(word[0]) else number, cell.note)
+            left_out += [f"{number} of query {q}: {cell.note}"] * (note != cell.note)
+            new_rows[-1].append(Cell(content, note, cell.right))
+    return new_queries, new_rows, left_out
+
+
+def _can_draw(text: str, bold: bool = False) -> bool:
+    return all(char.isspace() or ord(char) in _letters(bold) for char in text)
+
+
+@functools.cache
+def _letters(bold: bool) -> frozenset[int]:
+    return frozenset(FT2Font(_font_file(bold)).get_charmap())
 
 
 def check_replaceable(path: Path) -> None:
@@ -155,5 +198,9 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and has most alphabets."""
+    return ImageFont.truetype(_font_file(bold), size)
+
+
+def _font_file(bold: bool) -> str:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))

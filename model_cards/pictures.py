@@ -30,7 +30,7 @@ def draw_grids(
     text_embeds: torch.Tensor,
     folder: Path,
     by_index: bool = False,
-) -> None:
+) -> dict[str, list[str]]:
     """Draws what a few queries find among all pairs: per direction, up to two whose first answer is right, two wrong.
 
     Without pairs nothing is drawn.
@@ -41,12 +41,15 @@ def draw_grids(
         text_embeds: of their captions, L2-normalised `[C, D]`, those of one row after another's.
         folder: where `text_to_image.png` and `image_to_text.png` are written.
         by_index: a caption that is equal to a right one is none itself.
+
+    Returns:
+        For each picture's file the texts that its font cannot draw, see [`result_grid`].
     """
     from .grid import Cell, result_grid  # it needs matplotlib
 
     rows, image_embeds, text_embeds = pairs_alone(rows, image_embeds, text_embeds)
     if not len(rows):
-        return
+        return {}
     groups, caption_to_image = (ids.to(image_embeds.device) for ids in rows_and_captions(rows))
     captions = [caption for own in rows["captions"] for caption in own]
     owners, text_owners = groups.tolist(), groups[caption_to_image].tolist()
@@ -69,6 +72,7 @@ def draw_grids(
         "text_to_image": (caption, text_embeds, image, image_embeds, lambda c, i: fits(i, c)),
         "image_to_text": (image, image_embeds, caption, text_embeds, fits),
     }
+    left_out = {}
     for way, (query, queries, answer, index, fits_query) in ways.items():
         tried = torch.tensor(evenly(range(len(queries)), 200), device=index.device)
         found = (queries[tried] @ index.T).topk(min(5, len(index)))
@@ -83,7 +87,8 @@ def draw_grids(
             ]
             for row in chosen
         ]
-        result_grid([query(i) for i in tried[chosen].tolist()], cells, folder / f"{way}.png")
+        left_out[f"{way}.png"] = result_grid([query(i) for i in tried[chosen].tolist()], cells, folder / f"{way}.png")
+    return left_out
 
 
 def evenly(items: Sequence, count: int) -> list:

@@ -26,6 +26,7 @@ class RunFacts:
         baseline: `all_results.json` of the same student trained without a teacher.
         metrics: as in `all_results.json`, once the run is over; until then a card has those of the last evaluation.
         samples: captions of each training image saved as `assets/sample_1.png`, ...
+        beside_grids: of `text_to_image.png` and `image_to_text.png` the texts that their font cannot draw.
         usage: `{"captions": [...], "output": str | None}`: the captions that the code on the card compares with
             `assets/query.png`, and what it printed; None if it was not run.
         temperature: what the student's temperature was fitted to: `scale`, which cosines are multiplied by, and
@@ -46,6 +47,7 @@ class RunFacts:
     baseline: dict[str, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[list[str]] = field(default_factory=list)
+    beside_grids: dict[str, list[str]] = field(default_factory=dict)
     usage: dict | None = None
     temperature: dict[str, float] | None = None
     repo_id: str | None = None

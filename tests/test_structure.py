@@ -39,6 +39,7 @@ HELD_ELSEWHERE = {
     "inference/onnx_graphs.py": "tests/inference/test_onnx_files.py",
     "inference/onnx_search.py": "tests/inference/test_export.py",
     "inference/space/app.py": "tests/inference/test_space.py",
+    "model_cards/front_matter.py": "tests/model_cards/test_model_card.py",
     "model_cards/example.py": "tests/model_cards/test_model_card.py",
     "model_cards/tables.py": "tests/hostile/test_cards.py",
     "teachers/teacher.py": "tests/teachers/test_load_teacher.py",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from model_cards.model_card import usage_code
 from model_cards.pictures import PICTURES_OF_DATA, draw_grids, plot_curves, save_query, save_samples
-from model_cards.tables import across_table, results_table
+from model_cards.tables import SHOWN, across_table, results_table
 from rows.columns import Splits
 from rows.files import write_json
 
@@ -85,7 +85,8 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
     plot_curves(trainer.state.log_history, assets / "curves.png")
     trainer.facts.metrics = metrics
     if trainer.args.card_images:
-        draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
+        grids = draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
+        trainer.facts.beside_grids = {file: [text[:SHOWN] for text in texts] for file, texts in grids.items() if texts}
         trainer.facts.samples = save_samples(rows["train"], assets)
         captions = save_query(rows["test"], assets)
         if captions:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 from model_cards.grid import Cell, result_grid
@@ -44,3 +48,37 @@ def test_grid_frames_right_answers_only(tmp_path):
 def test_grid_refuses_unequal_numbers(queries, rows, tmp_path):
     with pytest.raises(ValueError, match="one row a query"):
         result_grid(queries, rows, tmp_path / "grid.png")
+
+
+def page_of(folder, query: str, cells: list[Cell]) -> tuple[np.ndarray, list[str]]:
+    left_out = result_grid([query], [cells], folder / "grid.png")
+    return np.asarray(Image.open(folder / "grid.png").convert("RGB")), left_out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["猫", "かわいい猫", "고양이", "a cat 🐈", "🏳️‍🌈", "แมว", "बिल्ली", "\udce9.png", "\x07bell", "\U0010ffff", "a\0b"],
+)
+def test_what_the_font_lacks_is_named_beside_the_picture_and_not_drawn(tmp_path, text):
+    shade = Image.new("RGB", (64, 64), "red")
+    drawn, left_out = page_of(tmp_path, text, [Cell(shade, f"0.912  {text}"), Cell(shade, "0.5  b.png")])
+    assert left_out == [f"query 1: {text}", f"no. 1 of query 1: 0.912  {text}"]
+    words = [word if all(char in "a catb" for char in word) else "no. 1" for word in text.split()]
+    expected, nothing = page_of(
+        tmp_path, "query 1", [Cell(shade, f"0.912  {' '.join(words)}"), Cell(shade, "0.5  b.png")]
+    )
+    assert nothing == [] and np.array_equal(drawn, expected)  # no box for a letter that is not there
+    drawn, left_out = page_of(tmp_path, "a query", [Cell(text, "0.9"), Cell("a dog", "0.8")])
+    assert left_out == [f"answer 1 of query 1: {text}"]
+    expected, nothing = page_of(tmp_path, "a query", [Cell("answer 1 of query 1", "0.9"), Cell("a dog", "0.8")])
+    assert nothing == [] and np.array_equal(drawn, expected)
+
+
+@pytest.mark.parametrize("text", ["a cat", "größer, plus âgé", "кошка", "γάτα", "قطة", "חתול", "✓ ♥ 3 × 4 µm", "mèo"])
+def test_what_the_font_has_is_drawn(tmp_path, text):
+    """Letter by letter: none is the box that stands for what a font lacks."""
+    _, left_out = page_of(tmp_path, text, [Cell(text, "0.9")])
+    assert left_out == []
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
+    names = set(TTFont(path).getBestCmap())
+    assert all(char == " " or ord(char) in names for char in text)
