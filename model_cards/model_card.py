@@ -75,7 +75,7 @@ from transformers import AutoModel, AutoProcessor
 {"from transformers.utils import cached_file" + chr(10) if "cached" in image else ""}
 repo = {json.dumps(repo)}
 model = AutoModel.from_pretrained(repo{at}, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(repo, backend="pil", trust_remote_code=False{at})
+processor = AutoProcessor.from_pretrained(repo, backend="pil", trust_remote_code=True{at})
 {UPRIGHT_ON_WHITE.format(file=image)}
 captions = {json.dumps(captions, ensure_ascii=False)}
 inputs = processor(text=captions, images=[image], padding=True, truncation=True, return_tensors="pt")

@@ -2,9 +2,11 @@
 Of the commands that cannot run here every option is one that their program has.
 """
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from datasets_scripts.data_loading import DataArguments
+from model_cards.model_card import usage_code
 from rows.command_line import RENAMED
 from trainers import DSMDTrainingArguments
 from trainers.student_arguments import StudentArguments
@@ -146,6 +149,25 @@ def test_a_page_runs_from_its_top_to_its_end(path, place):
                 check_options(line)
             else:
                 run_in_small(line, place)
+
+
+def code_of_readers() -> dict[str, str]:
+    """The blocks of Python that load a student, and the card's."""
+    pages = {path.as_posix(): blocks((ROOT / path).read_text(encoding="utf-8")) for path in documents()}
+    found = {
+        f"{path}:{block.line}": block.text for path, of in pages.items() for block in of if "AutoModel" in block.text
+    }
+    return {**found, "a new card": usage_code("runs/icons", ["a", "b"])}
+
+
+@pytest.mark.parametrize("name", code_of_readers())
+def test_a_reader_of_ones_own_process_is_warned_of_nothing(name, place):
+    """One that has not imported this project, whose configuration transformers then does not know."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-W", "default", "-c", code_of_readers()[name]]
+    ran = subprocess.run(command, cwd=place, env={**variables, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout, ran.stderr[-3000:]
+    assert not re.search("warn|[[]transformers[]]", ran.stderr, re.IGNORECASE), ran.stderr
 
 
 @pytest.mark.parametrize(
