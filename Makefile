@@ -36,6 +36,7 @@ soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostil
 	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 tests/test_soak.py  # alone: it compares rows per second
 	$(BIN)/python -m pytest -m soak -rP -o faulthandler_timeout=3600 -n logical --maxprocesses 4 --ignore tests/test_soak.py
 	$(BIN)/python tests/lower_bounds.py .venv/bounds
+	$(BIN)/python tests/clean_environments.py .venv/clean
 
 quality: $(INSTALLED)  ## check style, lint and known vulnerabilities (make style mends what it can)
 	$(BIN)/ruff check .
