@@ -35,7 +35,7 @@ class Row:
 
     image_id: str
     captions: list[str]
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] | None  # None: a text without an image, whose `pixels` are a hash of the text
     group_id: str | None = None
     pixels: bytes | None = None
     split_group: str | None = None  # equal for images that must be in one split; not written
@@ -75,8 +75,11 @@ def rgb_file(data: bytes) -> tuple[bytes, bytes]:
     return without_metadata(buffer.getvalue()), pixels.digest()  # Pillow hands a JPEG's comment on
 
 
-def read_images(parts: dict[str | None, list[Row]], broken: list[str]) -> Iterator[tuple[Row, bytes]]:
-    """Rows in order with their RGB files; their `pixels` are set. What cannot be read is added to `broken` instead."""
+def read_images(parts: dict[str | None, list[Row]], broken: list[str]) -> Iterator[tuple[Row, bytes | None]]:
+    """Rows in order with their RGB files; their `pixels` are set. What cannot be read is added to `broken` instead.
+
+    A text without an image has no file.
+    """
     for split, rows in parts.items():
         with ThreadPoolExecutor() as pool, tqdm(total=len(rows), desc=split, unit=" images", disable=None) as bar:
             for start in range(0, len(rows), IMAGES_AT_ONCE):
@@ -95,6 +98,8 @@ def name_of(row: Row, split: str | None) -> str:
 
 
 def _read_image(row: Row) -> tuple[bytes | None, str | None]:
+    if row.read is None:
+        return None, None
     try:
         image, row.pixels = rgb_file(row.read())
         return image, None
@@ -146,10 +151,10 @@ def write_splits(images: Iterable[tuple[Row, bytes]], parts: dict[str, list[Row]
             if split is None:
                 continue
             # A path beside the bytes would win over them where a file of that name lies in the working folder.
-            example = {"image": {"bytes": image, "path": None}}
+            example = {"image": None if image is None else {"bytes": image, "path": None}}
             example |= {column: getattr(row, column) for column in features if column != "image"}
             writers[split].write(example)
-            contents[split].update(image)
+            contents[split].update(image or b"")
             contents[split].update(json.dumps([row.captions, row.image_id, row.group_id]).encode())
         for writer in writers.values():
             writer.finalize()

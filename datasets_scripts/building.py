@@ -12,6 +12,7 @@ from datasets import DatasetDict, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from model_cards.tables import as_text
+from rows.columns import partners
 from rows.command_line import Command
 from rows.files import write_beside
 
@@ -26,7 +27,7 @@ from .duplicates import (
     say_shared_captions,
 )
 from .left_out import LeftOut
-from .splits import assign_splits, given_splits
+from .splits import assign_splits, given_splits, without_held_out_texts
 
 
 def parse_arguments(parser: Command, arguments: list[str] | None) -> argparse.Namespace:
@@ -67,6 +68,7 @@ def build(
     failed: Iterable[str] = (),
     max_skipped: float | None = None,
     duplicates: str = "leave_out",
+    keep_uncaptioned: bool | None = None,
 ) -> DatasetDict:
     """Writes rows as a dataset folder (save_to_disk) of the row contract, with its card, and prints its counts.
 
@@ -90,12 +92,13 @@ def build(
             any.
         duplicates: with `shares`, of pictures in several of the source's own splits: 'leave_out' of train, then of
             validation, or 'keep'.
+        keep_uncaptioned: images without a caption stay; False: an error names the option; None: there is none.
 
     Raises:
         ValueError: an image_id occurs twice, rows cannot be used, a split is left empty.
     """
     out = LeftOut(output.with_name(f"{output.name}.broken.txt"), skip_broken, max_skipped, [*left_out], [*failed])
-    parts = _usable_rows(parts, out.rows)
+    parts = _usable_rows(parts, out, keep_uncaptioned)
     with write_beside(output) as beside:
         # Checked here, before hours of reading.
         out.check(len(_all(parts)))
@@ -116,6 +119,7 @@ def build(
             say_repeated(parts, False)
         else:
             parts, note = _draw_splits(parts, shares, duplicates)
+            parts = without_held_out_texts(parts)
             how_made += note
             write_splits(zip(read, stored_images(stored)), parts, beside, license)
             stored.unlink()
@@ -138,7 +142,8 @@ def counts_table(dataset: DatasetDict) -> str:
     lines = ["| split | images | captions |", "|---|---|---|"]
     for split, part in dataset.items():
         captions = pc.sum(pc.list_value_length(part.data.column("captions"))).as_py()
-        lines.append(f"| {split} | {part.num_rows:,} | {captions or 0:,} |")
+        images = part.num_rows - part.data.column("image").null_count
+        lines.append(f"| {split} | {images:,} | {captions or 0:,} |")
     return "\n".join(lines)
 
 
@@ -150,6 +155,10 @@ def license_fields(license: str) -> dict[str, str]:
 
 def dataset_card(dataset: DatasetDict, title: str, how_made: str, license: str) -> DatasetCard:
     """The card of an image-text dataset: how it was made, its counts and its licence."""
+    lonely_texts, lonely_images = False, False
+    for part in dataset.values():
+        has_image, counts = partners(part)
+        lonely_texts, lonely_images = lonely_texts or not has_image.all(), lonely_images or not counts.all()
     data = DatasetCardData(
         **license_fields(license),
         pretty_name=title,
@@ -167,7 +176,9 @@ def dataset_card(dataset: DatasetDict, title: str, how_made: str, license: str) 
 
 {counts_table(dataset)}
 
-- `image`: RGB; files that were not are converted. `captions`: one string or more. `image_id`: the image's identity.
+- `image`: RGB; files that were not are converted{"; null for a text without an image" * lonely_texts}. `captions`: {
+            "none or more strings" if lonely_images else "one string or more"
+        }. `image_id`: the image's identity.
 
 ## Licence
 
@@ -195,15 +206,17 @@ def _all(parts: dict[str | None, list[Row]]) -> list[Row]:
     return [row for rows in parts.values() for row in rows]
 
 
-def _usable_rows(parts: dict[str | None, list[Row]], left_out: list[str]) -> dict[str | None, list[Row]]:
-    """The rows with their captions folded. Those without a caption are named in `left_out` instead.
+def _usable_rows(
+    parts: dict[str | None, list[Row]], out: LeftOut, keep_uncaptioned: bool | None
+) -> dict[str | None, list[Row]]:
+    """The rows with their captions folded. Those without a caption, unless they are kept, are named in `out` instead.
 
     Raises:
         ValueError: an image_id occurs twice, or text is not Unicode.
     """
     split_of_id: dict[str, str | None] = {}
     usable: dict[str | None, list[Row]] = {split: [] for split in parts}
-    dropped = 0
+    dropped = uncaptioned = 0
     for split, rows in parts.items():
         for row in rows:
             of_split = "" if split is None else f" of {split}"
@@ -218,12 +231,16 @@ def _usable_rows(parts: dict[str | None, list[Row]], left_out: list[str]) -> dic
                 raise ValueError(
                     f"the image {row.image_id!r}{of_split} has text that is not Unicode: {error}"
                 ) from None
-            if not captions:
-                left_out.append(f"{name_of(row, split)}: it has no caption")
+            if not captions and not keep_uncaptioned:
+                out.rows.append(f"{name_of(row, split)}: it has no caption")
+                uncaptioned += 1
                 continue
             dropped += len(row.captions) - len(captions)
             row.captions = captions
             usable[split].append(row)
     if dropped:
         print(f"{dropped:,} empty captions dropped")
+    if uncaptioned and keep_uncaptioned is False:
+        images = "1 image has no caption" if uncaptioned == 1 else f"{uncaptioned:,} images have no caption"
+        out.hint = f"{images}: keep them with --keep_uncaptioned, to learn them from the teacher alone. "
     return usable

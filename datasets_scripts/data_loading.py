@@ -16,6 +16,7 @@ from accelerate import PartialState
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from datasets_scripts.pool import with_pool
 from datasets_scripts.run_splits import open_splits, with_test_split
 from datasets_scripts.teacher_identity import check_same_teachers, shown_name, without_names
 from model_cards import describe_captions
@@ -53,6 +54,13 @@ class DataArguments:
     validation_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Another dataset to validate on, and to test on where dataset_name has no test split."},
+    )
+    pool: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another dataset whose images and texts are trained on too, partners or not: a folder or "
+            "a Hub id, with the same teacher's features where dataset_name has any."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Name of the split that is trained on."})
     validation_split: str = field(
@@ -153,7 +161,13 @@ def load_data(
         print("a stream is not checked for pictures that are in several splits or there under several names")
     # What a distillation learns from; an evaluation compares with the teacher where it can.
     judged = ["train"] if trains else [split for split in rows if split != "train"]
-    if all(set(TEACHER_COLUMNS) <= set(rows[split].column_names) for split in judged):
+    has_features = all(set(TEACHER_COLUMNS) <= set(rows[split].column_names) for split in judged)
+    if args.pool is not None:
+        _check_pool(args, trains)
+    if args.pool is not None and not has_features and args.dataset_name != "icons":
+        with state.main_process_first():  # the teacher runs over the pool too
+            rows = with_pool(rows, args.pool)
+    if has_features:
         rows = _with_own_features(rows, args, teacher_is_demanded)
     elif args.teachers and not args.streaming:
         rows = _with_teacher(rows, args, trust_remote_code, before_teacher if trains else None)
@@ -165,6 +179,9 @@ def load_data(
                 rows = add_icons_features(rows)
     elif trains and args.method == "distillation":
         raise ValueError(_no_features(args))
+    if args.pool is not None and (has_features or args.dataset_name == "icons"):
+        with state.main_process_first():
+            rows = with_pool(rows, args.pool)
     if "train" in rows:
         rows = with_test_split(rows, args.dataset_name)
     if args.test_fold_size and len(rows.get("test", ())) % args.test_fold_size:
@@ -172,6 +189,20 @@ def load_data(
             f"test_fold_size={args.test_fold_size} does not divide the {len(rows['test'])} test images: leave it out."
         )
     return rows
+
+
+def _check_pool(args: DataArguments, trains: bool) -> None:
+    """Refuses a pool where none can be used.
+
+    Raises:
+        ValueError: which setting does not go with it.
+    """
+    if not trains:
+        raise ValueError(f"--pool {args.pool} is for training: leave it out of an evaluation.")
+    if args.streaming:
+        raise ValueError(f"--pool {args.pool} cannot join a stream: leave out --streaming, or stream one dataset.")
+    if args.method == "contrastive":
+        raise ValueError(f"--pool {args.pool}: without a teacher, what has no partner teaches nothing; leave it out.")
 
 
 def _no_features(args: DataArguments) -> str:
@@ -266,7 +297,7 @@ def settings_that_count(args: DataArguments) -> dict[str, object]:
     for name in ("teacher_model_name_or_path", "teacher_revision"):
         if len(settings[name] or ()) == 1:
             settings[name] = settings[name][0]
-    younger = ("validation_dataset_name", "teacher_weights")
+    younger = ("validation_dataset_name", "teacher_weights", "pool")
     return {name: value for name, value in settings.items() if name not in younger or value is not None}
 
 

@@ -34,6 +34,7 @@ class LeftOut:
         most: the largest share of them that is skipped, in [0, 1]; None: any.
         rows: what cannot be used, for any reason but the next two.
         images: missing, or that cannot be decoded.
+        hint: names an option that would keep some of them, with their number.
         failed: that the source itself marks as failed, such as downloads; never an error, and no part of the share.
     """
 
@@ -43,6 +44,7 @@ class LeftOut:
     rows: list[str]
     failed: list[str]
     images: list[str] = field(default_factory=list)
+    hint: str = ""
 
     def check(self, kept: int) -> None:
         """Writes the list, or removes an earlier run's, and refuses what may not be skipped.
@@ -68,7 +70,7 @@ class LeftOut:
         count = len(self.rows) + len(self.images)
         if count and not self.skip:
             elsewhere = "Do they lie in another folder? Name it by --images. " if self.images and not kept else ""
-            raise ValueError(f"{message}\n{elsewhere}Mend them, or leave them out with --skip_broken.")
+            raise ValueError(f"{message}\n{elsewhere}{self.hint}Mend them, or leave them out with --skip_broken.")
         if not kept:
             raise ValueError(f"no row is left: {message}")
         if self.most is not None and count / (count + kept) > self.most:

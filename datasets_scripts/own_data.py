@@ -12,6 +12,8 @@ SOURCE is one of
 - webdataset tars: a file or a glob; each sample an image with .txt (a caption a line) or .json;
 - a dataset: a folder of `save_to_disk`, a folder of parquet files in the Hub's layout, or a Hub id.
 
+`--texts FILE` adds texts without images, `--keep_uncaptioned` keeps images without captions: see docs/no_pairs.md.
+
 Rows of one image become one, captions in order, each once. Without a validation or test split, images go to them by
 a hash of image_id: the same whatever the order of the rows.
 """
@@ -31,6 +33,7 @@ from rows.command_line import Command, run_program
 
 from .building import build, fold, parse_arguments
 from .left_out import share
+from .text_rows import text_rows
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -100,6 +103,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="Stop where --skip_broken would leave out more than this share of rows, such as 0.01 (default: never).",
     )
+    parser.add_argument(
+        "--texts",
+        metavar="SOURCE",
+        help="Texts without images, such as a log of queries: a .txt file (a text a line), a table, or a dataset.",
+    )
+    parser.add_argument("--text_column", help="Column of --texts (default: found by the usual names of captions).")
+    parser.add_flag("--keep_uncaptioned", help="Keep images without a caption, to be learned from the teacher alone.")
     options = parse_arguments(parser, arguments)
     if (options.source is None) == (options.dataset_name is None):
         parser.error("name the source once: --dataset_name SOURCE")
@@ -146,11 +156,17 @@ def main(arguments: list[str] | None = None) -> None:
             revision=options.revision,
             split=options.split,
             rows=options.rows,
+            keep_uncaptioned=options.keep_uncaptioned,
         )
         found = rows_by_split(source.tables())
         for rows in found.parts.values():
             for row in rows:
                 row.captions = list(dict.fromkeys(map(fold, row.captions)))
+        if options.texts is not None:
+            known = {caption for rows in found.parts.values() for row in rows for caption in row.captions}
+            how = (options.text_column, options.encoding, options.delimiter)
+            split = None if set(found.parts) == {None} else "train"
+            found.parts[split] = found.parts.get(split, []) + text_rows(options.texts, *how, Path(cache), known)
         is_on_hub = re.fullmatch(HUB_ID, name) and not Path(name).exists()
         # Of a path, only the last part is published.
         how_made = f"Made from {as_code(name if is_on_hub else Path(name).resolve().name)}."
@@ -168,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
             failed=source.failed,
             max_skipped=options.max_skipped,
             duplicates=options.duplicates,
+            keep_uncaptioned=options.keep_uncaptioned,
         )
 
 

@@ -33,7 +33,7 @@ def read_text_table(file: Path, encoding: str | None, delimiter: str | None) -> 
     Raises:
         ValueError: it is not of that form, with the line; it is not of that encoding, or too large.
     """
-    rows = _rows_of(_text_of(file, encoding), file, delimiter)
+    rows = _rows_of(text_of(file, encoding), file, delimiter)
     if not rows:
         raise ValueError(f"{file} has no rows")
     return rows
@@ -56,7 +56,7 @@ def _rows_of(text: str, file: Path, delimiter: str | None) -> list[dict]:
     return _csv_rows(text, file, delimiter)
 
 
-def _text_of(file: Path, encoding: str | None) -> str:
+def text_of(file: Path, encoding: str | None) -> str:
     with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
         data = stream.read(LARGEST_TABLE + 1)
     if len(data) > LARGEST_TABLE:

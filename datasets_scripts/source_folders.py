@@ -93,6 +93,12 @@ def table_of_sidecars(folder: Path, images: list[Path], failed: list[str]) -> Ta
     return Table(folder.name, Columns("image", ("captions",)), rows, images=ImageFolder(folder), split_by_folder=True)
 
 
+def table_of_images(folder: Path, images: list[Path]) -> Table:
+    """A row for each image, without captions."""
+    rows = [{"image": image.as_posix(), "captions": []} for image in images]
+    return Table(folder.name, Columns("image", ("captions",)), rows, images=ImageFolder(folder), split_by_folder=True)
+
+
 def table_of_classes(folder: Path, images: list[Path], template: str | None) -> Table:
     """A row for each image with the name of its folder as the caption, put into a template.
 
@@ -106,6 +112,8 @@ def table_of_classes(folder: Path, images: list[Path], template: str | None) -> 
         raise ValueError(
             f"{folder} has images and no captions: expected metadata.jsonl or .csv, a .txt or .json beside each "
             "image, a table such as captions.csv, or a folder for each class with --caption_template 'a photo of a {}'"
+            "; "
+            f"--keep_uncaptioned takes the {len(images):,} images as they are, to learn from a teacher alone"
         )
     if template is None:
         shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)

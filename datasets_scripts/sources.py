@@ -19,7 +19,14 @@ from huggingface_hub import constants
 from datasets_scripts.opening import license_on_card, readable
 from datasets_scripts.samples import image_names, place_of_tar, row_of_sample, table_of_tar
 from datasets_scripts.source_files import TEXT_SUFFIXES, read_text_table, suffix_of
-from datasets_scripts.source_folders import has_sidecars, list_images, table_of_classes, table_of_sidecars, tables_in
+from datasets_scripts.source_folders import (
+    has_sidecars,
+    list_images,
+    table_of_classes,
+    table_of_images,
+    table_of_sidecars,
+    tables_in,
+)
 from datasets_scripts.source_rows import Columns, ImageFolder, Table, find_columns
 from datasets_scripts.split_words import SPLIT_OF, split_of_path, split_of_word
 from datasets_scripts.tar_stream import tars_by_split
@@ -44,6 +51,7 @@ class Source:
         ignore_splits: take no notice of folders, files and columns that name a split.
         config_name, revision, split: of a dataset on the Hub.
         rows: read only the first so many of each split of a dataset.
+        keep_uncaptioned: take a folder of images alone.
 
     Attributes:
         failed: lines about what the program that made the source had marked as failed.
@@ -62,6 +70,7 @@ class Source:
     revision: str | None = None
     split: str | None = None
     rows: int | None = None
+    keep_uncaptioned: bool = False
     failed: list[str] = field(default_factory=list)
     decided: dict[str, str] = field(default_factory=dict)
 
@@ -122,6 +131,8 @@ class Source:
             return tables
         if images:
             self._note_folders(images)
+            if self.keep_uncaptioned and self.template is None:
+                return [table_of_images(path, images)]
             return [table_of_classes(path, images, self.template)]
         with readable(self.name):
             loaded = datasets.load_dataset(self.name, self.config_name, cache_dir=str(self.cache))

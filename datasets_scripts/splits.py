@@ -77,6 +77,24 @@ def assign_splits(
     return result
 
 
+def without_held_out_texts(parts: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The splits without the texts without an image that a later split has too; prints how many these are.
+
+    Args:
+        parts: train, validation and test.
+    """
+    later: set[str] = set()
+    kept, dropped = {}, 0
+    for split in reversed(SPLITS):
+        rows = parts[split]
+        kept[split] = [row for row in rows if row.read is not None or row.captions[0] not in later]
+        dropped += len(rows) - len(kept[split])
+        later.update(caption for row in rows for caption in row.captions)
+    if dropped:
+        print(f"{dropped:,} texts without an image are captions of validation or test too: they are left out")
+    return {split: kept[split] for split in parts}
+
+
 def _kept_together(rows: list[Row]) -> list[str]:
     """A name for each row, the same for rows that must be in one split."""
     groups = [row.group_id or row.image_id for row in rows]

@@ -1,0 +1,117 @@
+"""A pool joins the training rows: its teacher, its columns, and what of it is held out."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from conftest import make_rows
+from mixed_rows import without_partners
+from PIL import Image
+
+from datasets_scripts.data_loading import DataArguments, load_data
+from datasets_scripts.pool import without_held_out
+from rows.checks import check_dataset
+from rows.columns import partners
+
+
+def with_teacher(rows, name="tiny"):
+    teacher = json.dumps({"id": name, "revision": "1", "dim": 16})
+    return rows.add_column("teacher", [teacher] * len(rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    parts = {"train": make_rows(6), "validation": make_rows(5, seed=1), "test": make_rows(5, seed=2)}
+    datasets.DatasetDict({split: with_teacher(part) for split, part in parts.items()}).save_to_disk(folder / "data")
+    pool = without_partners(make_rows(12, seed=3), lambda i: i % 2 == 0, lambda i: i % 2 == 1)
+    datasets.DatasetDict({"train": with_teacher(pool)}).save_to_disk(folder / "pool")
+    datasets.DatasetDict({"train": with_teacher(pool, "other")}).save_to_disk(folder / "of another")
+    bare = pool.remove_columns(["teacher_image_embeds", "teacher_text_embeds"])
+    datasets.DatasetDict({"train": bare}).save_to_disk(folder / "bare")
+    return folder
+
+
+def load(folder, pool, **settings):
+    return load_data(DataArguments(dataset_name=str(folder / "data"), pool=str(folder / pool), **settings))
+
+
+def test_its_rows_join_the_training_rows(folder, capsys):
+    rows = load(folder, "pool")
+    assert [len(rows[split]) for split in ("train", "validation", "test")] == [18, 5, 5]
+    check_dataset(rows["train"], "train", 16)
+    has_image, counts = partners(rows["train"])
+    assert has_image.tolist() == [True] * 6 + [True, False] * 6 and (counts[6::2] == 0).all()
+    assert rows["train"]["image_id"][6:8] == ["pool/3/0", "pool/3/1"]
+    texts = sum(counts[6:])
+    assert f"adds 6 images and {texts} texts; 0 images and 0 texts of it are in validation" in capsys.readouterr().out
+    again = load(folder, "pool")
+    assert rows["train"]._fingerprint == again["train"]._fingerprint  # or a checked dataset would be checked again
+
+
+def test_a_pool_without_groups_or_data_without(folder, tmp_path):
+    parts = datasets.load_from_disk(folder / "data")
+    parts.remove_columns("group_id").save_to_disk(tmp_path / "data")
+    assert load(tmp_path, folder / "pool")["train"]["group_id"][:2] == ["0/0", "0/1"]
+    datasets.load_from_disk(folder / "pool").remove_columns("group_id").save_to_disk(tmp_path / "pool")
+    assert load_data(DataArguments(dataset_name=str(folder / "data"), pool=str(tmp_path / "pool")))["train"][
+        "group_id"
+    ][6:8] == ["pool/3/0", "pool/3/1"]
+
+
+def test_a_pool_of_another_teacher_or_none_is_refused(folder):
+    with pytest.raises(
+        ValueError, match="has features of other, and the training rows those of tiny: .*make the pool"
+    ):
+        load(folder, "of another")
+    with pytest.raises(ValueError, match="has no teacher features, .*--teacher_model_name_or_path tiny --output_dir"):
+        load(folder, "bare")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "contrastive"}, "without a teacher, what has no partner teaches nothing"),
+        ({"streaming": True}, "cannot join a stream"),
+    ],
+)
+def test_where_no_pool_can_be_used(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(folder, "pool", **settings)
+
+
+def test_what_is_held_out_is_left_out_and_counted():
+    """The same file, the same pixels in another file, and the same text; nearly the same pixels stay."""
+    held_out, others = make_rows(4, seed=1), make_rows(8, seed=5)
+    rows = []
+    for i, row in enumerate(others):
+        lonely = {"captions": [], "teacher_text_embeds": []}
+        if i in (0, 1, 2):
+            rows.append({**row, **lonely, "image": held_out[i]["image"]})
+            rows[-1]["teacher_image_embeds"] = held_out[i]["teacher_image_embeds"]
+        elif i in (3, 4):
+            rows.append({**row, "image": None, "teacher_image_embeds": None})
+        else:
+            rows.append(row)
+    pixels = np.asarray(rows[2]["image"]).copy()
+    pixels[0, 0] ^= 1
+    rows[2]["image"] = Image.fromarray(pixels)
+    rows[3]["captions"][0] = held_out[2]["captions"][0]
+    rows[5]["captions"][0] = held_out[2]["captions"][0]  # of a pair, which an image stands behind
+    pool = datasets.Dataset.from_list(rows, features=others.features)
+
+    def as_bmp(row, i):
+        if i != 1:
+            return row
+        import io
+
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(row["image"]["bytes"])).save(buffer, "BMP")
+        return {**row, "image": {"bytes": buffer.getvalue(), "path": None}}
+
+    undecoded = pool.cast_column("image", datasets.Image(decode=False))
+    pool = undecoded.map(as_bmp, with_indices=True).cast_column("image", datasets.Image())
+    left, images, texts = without_held_out(pool, [held_out])
+    assert (images, texts) == (2, 1)
+    assert left["image_id"][:] == [f"5/{i}" for i in (2, 4, 5, 6, 7)]
