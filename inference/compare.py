@@ -25,8 +25,7 @@ from datasets_scripts.building import refuse_what_is_there
 from datasets_scripts.feature_job import default_workers
 from datasets_scripts.opening import open_dataset
 from inference.compare_picture import draw_comparison
-from inference.dual_encoders import OnnxEncoder, encode, is_export, load_encoder, onnx_file
-from inference.encoders import RUNTIMES
+from inference.dual_encoders import OnnxEncoder, encode, export_runtimes, is_export, load_encoder
 from model_cards.tables import RECALLS, as_text, markdown_table
 from rows.columns import rows_and_captions, text_ids
 from rows.command_line import Command, run_program
@@ -100,11 +99,10 @@ def _runtimes(name: str, device: str | torch.device):
         size = sum(parameter.nbytes for parameter in encoder.model.parameters())
         yield "torch", encoder, {"parameters": encoder.parameters, "megabytes": size / 1e6}
         return
-    for runtime, ending in RUNTIMES.items():
-        if ending and is_export(folder, ending):
-            size = sum(onnx_file(folder, tower, ending).stat().st_size for tower in ("vision", "text"))
-            encoder = OnnxEncoder(folder, ending, torch.get_num_threads())
-            yield runtime, encoder, {"parameters": None, "megabytes": size / 1e6}
+    for runtime, ending in export_runtimes(folder).items():
+        encoder = OnnxEncoder(folder, ending, torch.get_num_threads())
+        size = sum(file.stat().st_size for file in encoder.files)
+        yield runtime, encoder, {"parameters": None, "megabytes": size / 1e6}
 
 
 def _measure(encoder: Teacher | OnnxEncoder, rows: datasets.Dataset, batch_size: int, shown: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from inference.encoders import encode_by_onnx
+from inference.onnx_files import TOWERS, WEIGHTS
 from rows.images import to_rgb
 from rows.texts import cut
 from teachers import Teacher, load_teacher
@@ -46,20 +47,22 @@ class OnnxEncoder:
 
     Args:
         folder: see [`is_export`].
-        ending: of its files, ".onnx" or "_int8.onnx".
+        ending: of `inference.onnx_files.WEIGHTS`; a tower that has no such file runs in float32.
         threads: of onnxruntime; 0: one for each core.
 
     Raises:
         ImportError: onnxruntime is not installed.
     """
 
-    def __init__(self, folder: Path, ending: str = ".onnx", threads: int = 0):
+    def __init__(self, folder: Path, ending: str = "", threads: int = 0):
         from tokenizers import Tokenizer
 
-        self.settings = json.loads((folder / "image_preprocessing.json").read_text(encoding="utf-8"))
+        self.settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.files = [onnx_file(folder, tower, ending) for tower in ("vision", "text")]
-        self.vision, self.text = (encode_by_onnx(file, threads) for file in self.files)
+        own = [folder / "onnx" / f"{tower}{ending}.onnx" for tower in TOWERS]
+        plain = [folder / "onnx" / f"{tower}.onnx" for tower in TOWERS]
+        self.files = [file if file.is_file() else instead for file, instead in zip(own, plain)]
+        self.text, self.vision = (encode_by_onnx(file, threads) for file in self.files)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "vision": None, "text": None}
@@ -84,18 +87,24 @@ class OnnxEncoder:
 
     @staticmethod
     def _run(encode, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.from_numpy(encode({name: value.numpy() for name, value in prepared.items()}))
+        (embeds,) = encode({name: value.numpy() for name, value in prepared.items()}).values()
+        return torch.from_numpy(embeds).float()
 
 
-def onnx_file(folder: Path, tower: str, ending: str) -> Path:
-    return folder / f"{tower}_model{ending}"
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that `inference.export` wrote: its ONNX files take what its `onnx_search.py` makes."""
+    files = [f"onnx/{tower}.onnx" for tower in TOWERS]
+    needed = ("preprocessor_config.json", "tokenizer.json", "onnx_search.py", *files)
+    return all((folder / name).is_file() for name in needed)
 
 
-def is_export(folder: Path, ending: str = ".onnx") -> bool:
-    """Whether a folder holds a student's ONNX files, as `inference.export` writes them."""
-    needed = (folder / "image_preprocessing.json", folder / "tokenizer.json")
-    files = [onnx_file(folder, tower, ending) for tower in ("vision", "text")]
-    return all(path.is_file() for path in (*needed, *files))
+def export_runtimes(folder: Path) -> dict[str, str]:
+    """Each way that an export runs, such as "onnx int8", and the ending of its files."""
+    return {
+        f"onnx {weights}": ending
+        for ending, weights in WEIGHTS.items()
+        if any((folder / "onnx" / f"{tower}{ending}.onnx").is_file() for tower in TOWERS)
+    }
 
 
 class _Preparation(torch.utils.data.Dataset):

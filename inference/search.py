@@ -4,22 +4,22 @@
     python -m inference.search --model_name_or_path runs/icons --images ~/Pictures --image cup.jpg
 
 The folder is only read. Its index is kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may not
-write to, or that are synced, can be searched too; a later call embeds only what is new or has changed.
+write to, or that are synced, can be searched too; a later call embeds only what is new or has changed. `--index`
+searches the vectors that inference.embed wrote, of any dual encoder; they can be copied, with the images or without.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
-import stat
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -33,15 +33,19 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
+from inference.dual_encoders import load_encoder
+from inference.embed import open_vectors
+from inference.image_files import SUFFIXES, list_images, read_image
+from inference.queries import evaluate_queries, read_queries
+from inference.vectors import Result, VectorIndex
 from model_cards.grid import Cell, check_replaceable, result_grid
 from rows.command_line import Command, run_program
 from rows.files import printable, write_whole
-from rows.images import open_image, to_rgb
+from rows.images import to_rgb
 from rows.teacher_columns import rows_to_numpy
 from rows.texts import cut
 
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 DECODERS = 8  # images decoded at a time, at most: a large one takes half a gigabyte
 PART = 512  # images embedded between two writes: what a killed run loses, at most
 CHUNK = 16_384  # rows that are written, and later searched, at a time
@@ -49,11 +53,6 @@ FAISS_FROM = 1_000_000  # images; up to there, comparing with all of them takes 
 FAISS_PROBES = 32  # cells that are searched; there are about the square root of the number of images
 # Fields of configurations, at any depth, that tell where a model came from; its dtype is that of the weights.
 ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
-
-
-class Result(NamedTuple):
-    path: str  # relative to the folder
-    score: float  # cosine similarity
 
 
 class Index:
@@ -67,7 +66,7 @@ class Index:
         self, model: PreTrainedModel, processor: ProcessorMixin, folder: Path, file: Path, skipped: dict[str, str]
     ):
         self.model, self.processor, self.folder, self.skipped = model, processor, folder, skipped
-        self.rows = datasets.Dataset.from_file(str(file))
+        self.rows, self.file, self.width = datasets.Dataset.from_file(str(file)), file, None
         self.uses_faiss = len(self.rows) >= FAISS_FROM
         if self.uses_faiss:
             self._load_or_build_faiss(file.with_suffix(".faiss"))
@@ -87,6 +86,21 @@ class Index:
         inputs = self.processor(images=[to_rgb(image)], return_tensors="pt").to(self.model.device)
         return self._search(self.model.get_image_features(**inputs).pooler_output, k)
 
+    @property
+    def ids(self) -> list[str]:
+        """The images' paths."""
+        return self.rows.data["path"].to_pylist()
+
+    def truncate(self, width: int) -> None:
+        """From now on the first `width` numbers are compared, of a length of 1 again.
+
+        Raises:
+            ValueError: there are not as many, or FAISS searches the images.
+        """
+        if width > self.rows.features["embeds"].length or self.uses_faiss:
+            raise ValueError(f"--truncate_dim {width}: the index has {self.rows.features['embeds'].length} numbers.")
+        self.width = width
+
     def read_image(self, result: Result) -> Image.Image:
         """The image of a result, in RGB."""
         return read_image(self.folder / result.path)
@@ -99,6 +113,9 @@ class Index:
             scores, found = self.rows.search("embeds", query.numpy(), k=min(k, len(self)))
         else:
             chunks = (torch.tensor(rows_to_numpy(chunk)) for chunk in self.rows.data["embeds"].chunks)
+            if self.width is not None:
+                query = normalize(query[: self.width], dim=0)
+                chunks = (normalize(chunk[:, : self.width].float(), dim=1) for chunk in chunks)
             scores = torch.cat([chunk.float() @ query for chunk in chunks])  # [N]
             scores, found = (values[:k].tolist() for values in scores.sort(descending=True, stable=True))
         paths = self.rows.data["path"]
@@ -193,40 +210,6 @@ def index_folder(
         return Index(model, processor, folder, index, skipped)
 
 
-def list_images(folder: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The image files below a folder, path -> [size, time of change in ns], and what cannot be listed, path -> why."""
-    files, skipped = {}, {}
-
-    def report(error: OSError) -> None:
-        skipped[os.path.relpath(error.filename, folder)] = str(error)
-
-    for parent, folders, names in os.walk(folder, onerror=report):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
-                continue
-            path = os.path.relpath(os.path.join(parent, name), folder)
-            try:
-                path.encode()
-                status = os.lstat(os.path.join(parent, name))
-            except (UnicodeEncodeError, OSError) as error:
-                skipped[repr(path)] = str(error)
-                continue
-            if stat.S_ISREG(status.st_mode):
-                files[path] = [status.st_size, status.st_mtime_ns]
-    return files, skipped
-
-
-def read_image(path: Path) -> Image.Image:
-    """An image file in RGB.
-
-    Raises:
-        Exception: of many types, where the file is broken or refused, see [`open_image`].
-    """
-    with open(path, "rb") as file:
-        return to_rgb(open_image(file))
-
-
 def cut_of(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
     """How much of a text the student reads, in a sentence; None where it reads the whole."""
     tokens, most = len(tokenizer(cut(text), verbose=False)["input_ids"]), tokenizer.model_max_length
@@ -297,23 +280,37 @@ def _write(table: pa.Table, file: Path) -> None:
             writer.write_table(table.slice(start, CHUNK).combine_chunks())
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, str | Image.Image | None]:
+    """The options, and the query."""
     parser = Command("inference.search", __doc__)
     parser.add_argument("query", nargs="?", help="A text to search for.")
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the student.")
-    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="Folder of the images to search.")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="Folder of the images to search.")
+    parser.add_argument(
+        "--index", type=Path, metavar="FOLDER", help="Vectors of inference.embed; with --images, brought up to date."
+    )
     parser.add_argument("--image", type=Path, metavar="FILE", help="An image to search for, in place of a text.")
+    parser.add_argument(
+        "--queries",
+        type=Path,
+        metavar="CSV",
+        help="Columns query and file: how many are answered (instead of a text).",
+    )
     parser.add_argument("--k", type=int, default=10, help="How many results to show (default: %(default)s).")
+    parser.add_argument("--truncate_dim", type=int, metavar="K", help="Compare the first K numbers only.")
     parser.add_argument(
         "--grid", type=Path, default="results.png", help="Picture of the results to write (default: %(default)s)."
     )
     parser.add_argument("--cache_dir", type=Path, help="Where indexes are kept (default: HF_HOME/dsmd_indexes).")
     options = parser.parse_args(arguments)
-    if (options.query is None) == (options.image is None):
-        parser.error("give a text or --image FILE, and not both")
-    if options.k < 1:
-        parser.error(f"--k {options.k}: expected 1 or more")
-    if not options.images.expanduser().is_dir():
+    if sum(given is not None for given in (options.query, options.image, options.queries)) != 1:
+        parser.error("give a text, --image FILE or --queries CSV, and one alone")
+    for name in ("k", "truncate_dim"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected 1 or more")
+    if options.images is None and options.index is None:
+        parser.error("give --images FOLDER, --index FOLDER, or both")
+    if options.images is not None and not options.images.expanduser().is_dir():
         parser.error(f"--images {options.images} is not a folder")
     place = options.grid.resolve().parent
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -326,26 +323,55 @@ def main(arguments: list[str] | None = None) -> None:
         query = options.query if options.image is None else read_image(options.image)
     except Exception as error:  # PIL raises many types on broken files
         parser.error(f"--image {options.image} cannot be read: {error}")
-    try:
-        model = AutoModel.from_pretrained(options.model_name_or_path, trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(options.model_name_or_path, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
-        sys.exit(f"error: {options.model_name_or_path} is no student that can be read: {error}")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        index = index_folder(model, processor, options.images, options.cache_dir)
-    except ImportError as error:
-        sys.exit(f"error: {error}")
+    return options, query
+
+
+def open_index(options: argparse.Namespace) -> tuple[Index | VectorIndex, PreTrainedTokenizerBase]:
+    """What is searched, up to date, and the model's tokenizer; what was left out is printed."""
+    device, name = "cuda" if torch.cuda.is_available() else "cpu", options.model_name_or_path
+    if options.index is not None:
+        index = open_vectors(options.index, load_encoder(name, device), name, options.images)
+        tokenizer = index.encoder.tokenizer
+    else:
+        try:
+            model = AutoModel.from_pretrained(name, trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        except (OSError, ValueError, pickle.UnpicklingError) as error:
+            sys.exit(f"error: {name} is no student that can be read: {error}")
+        try:
+            index = index_folder(model.to(device), processor, options.images, options.cache_dir)
+        except ImportError as error:
+            sys.exit(f"error: {error}")
+        tokenizer = processor.tokenizer
+        print(f"The index of {options.images} is kept in {index.file.parent}; `rm -r` it to clear it.")
     if index.skipped:
         print(f"{len(index.skipped)} files were left out:")
         print("\n".join(f"  {printable(path)}: {reason}" for path, reason in index.skipped.items()))
-    if options.image is None and (cut := cut_of(processor.tokenizer, query)):
+    if options.truncate_dim is not None:
+        index.truncate(options.truncate_dim)
+    return index, tokenizer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, query = parse(arguments)
+    index, tokenizer = open_index(options)
+    if options.queries is not None:
+        queries = read_queries(options.queries, index.ids)
+        print(evaluate_queries(index.search_text, queries, len(index)))
+        return
+    # sentence-transformers and open_clip have tokenizers of their own kinds, which cut in silence
+    if options.image is None and isinstance(tokenizer, PreTrainedTokenizerBase) and (cut := cut_of(tokenizer, query)):
         print(cut)
     search = index.search_text if options.image is None else index.search_image
     results = search(query, options.k)
     print(f"{len(results)} of {len(index):,} images:")
     print("\n".join(f"  {result.score:.3f}  {printable(result.path)}" for result in results))
-    cells = [Cell(index.read_image(result), f"{result.score:.3f}  {Path(result.path).name}") for result in results]
+    if options.images is None:
+        return
+    folder = options.images.expanduser()
+    cells = [
+        Cell(read_image(folder / result.path), f"{result.score:.3f}  {Path(result.path).name}") for result in results
+    ]
     left_out = result_grid([query], [cells], options.grid)
     print(f"A picture of the results: {options.grid}")
     if left_out:

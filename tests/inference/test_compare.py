@@ -70,8 +70,10 @@ def test_every_models_figures_are_those_of_a_plain_computation(place, compared):
     owners = [group for group, own in zip(rows["group_id"], rows["captions"]) for _ in own]
     assert len(set(captions)) < len(captions)
     found = {(row["model"], row["runtime"]): row for row in compared[1]["models"]}
+    runtimes = [*dual_encoders.export_runtimes(place / "exported")]
+    assert runtimes[:2] == ["onnx float32", "onnx float16"]
     in_torch = [(name, "torch") for name in ("student", "clip_alone", "st")]
-    assert [*found] == [*in_torch, ("exported", "onnx"), ("exported", "onnx int8")]
+    assert [*found] == [*in_torch, *(("exported", name) for name in runtimes)]
     for name in ("student", "clip_alone", "st"):
         teacher = load_teacher(str(place / name))
         image, text = teacher.embed_images(list(rows["image"])).numpy(), teacher.embed_texts(captions).numpy()
@@ -82,9 +84,9 @@ def test_every_models_figures_are_those_of_a_plain_computation(place, compared):
         assert row["parameters"] == sum(parameter.numel() for parameter in teacher.model.parameters())
         assert row["megabytes"] == pytest.approx(4 * row["parameters"] / 1e6)
     # The export's own preprocessing and tokenizer give what the student gives.
-    assert found["exported", "onnx"]["rsum"] == pytest.approx(found["student", "torch"]["rsum"], abs=3)
-    files = [place / "exported" / f"{tower}_model_int8.onnx" for tower in ("vision", "text")]
-    assert found["exported", "onnx int8"]["megabytes"] == sum(file.stat().st_size for file in files) / 1e6
+    assert found["exported", "onnx float32"]["rsum"] == pytest.approx(found["student", "torch"]["rsum"], abs=3)
+    files = [place / "exported" / "onnx" / f"{tower}_model_fp16.onnx" for tower in ("vision", "text")]
+    assert found["exported", "onnx float16"]["megabytes"] == sum(file.stat().st_size for file in files) / 1e6
     for row in found.values():
         milliseconds = row["ms_per_image"] + row["ms_per_caption"]
         assert milliseconds > 0 and row["rsum_per_ms"] == pytest.approx(row["rsum"] / milliseconds)
@@ -204,7 +206,7 @@ def test_a_folder_that_is_there_is_not_written_into(place, tmp_path, capsys):
 
 def test_an_export_that_lacks_a_file_is_no_dual_encoder(place, tmp_path):
     shutil.copytree(place / "exported", tmp_path / "half")
-    (tmp_path / "half" / "text_model.onnx").unlink()
+    (tmp_path / "half" / "onnx" / "text_model.onnx").unlink()
     assert not dual_encoders.is_export(Path(tmp_path / "half"))
     with pytest.raises(ValueError, match="half is no dual encoder"):
         run(place, tmp_path / "out", tmp_path / "half")

@@ -20,6 +20,7 @@ COMMANDS = {  # module -> the options that once had another name
     "datasets_scripts.import_teacher_features": {"--dataset", "--teacher", "--output"},
     "datasets_scripts.own_data": {"--dataset", "--output", "--license"},
     "inference.compare": {"--output", "--dataset"},
+    "inference.embed": {"--model", "--output"},
     "inference.export": {"--model", "--output", "--dataset"},
     "inference.search": {"--model"},
     "teachers.icons_towers": {"--output"},

@@ -1,0 +1,364 @@
+"""Writes the vectors of images, and of texts, with ids: resumable, on any number of processes, of any dual encoder.
+
+    python -m inference.embed --model_name_or_path runs/icons --images ~/Pictures --output_dir vectors
+    accelerate launch -m inference.embed --model_name_or_path openai/clip-vit-base-patch32 --images data/mine \\
+        --texts queries.txt --output_dir vectors
+
+Images are a folder of files, or a dataset as train.py takes it (a folder, tars, a Hub id). Stopped at any moment, the
+same command goes on; run again it embeds what is new or has changed and drops what is gone.
+`inference.search --index vectors` searches what it wrote; docs/search.md has other engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import os
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from datasets_scripts.feature_job import default_workers
+from datasets_scripts.opening import open_dataset
+from inference.dual_encoders import encode, load_encoder
+from inference.image_files import list_images, read_image
+from inference.vectors import (
+    INDEX,
+    VectorIndex,
+    embeddings,
+    fingerprint,
+    projection_of,
+    read_facts,
+    read_shard,
+    remove_shard,
+    shards_of,
+    write_facts,
+    write_shard,
+)
+from rows.command_line import Command, run_program
+from rows.files import named, printable, shown_name
+from rows.images import load_rgb
+from teachers import Teacher
+from trainers.run.distributed import agree, run_launched
+
+
+SHARD_ROWS = 4096  # what a killed process loses, at most
+SHOWN = 10  # of the images that could not be read
+
+
+class ImageFolder:
+    """The images of a folder: an id is a path relative to it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen, self.skipped = list_images(folder)  # path -> [size, time of change]
+        self.ids = list(self.seen)
+
+    def read(self, ids: list[str], i: int) -> Image.Image:
+        try:
+            return read_image(self.folder / ids[i])
+        except Exception as error:  # what is published must not name a folder of this machine
+            raise ValueError(str(error).replace(f"{self.folder}{os.sep}", "")) from error
+
+    def columns(self, ids: list[str]) -> dict[str, list]:
+        sizes, times = zip(*(self.seen[own] for own in ids))
+        return {"id": ids, "size": sizes, "mtime_ns": times, "digest": [self._digest(own) for own in ids]}
+
+    def is_current(self, row: dict) -> bool:
+        """Whether a file is as it was: of the same size and time or, copied since, of the same content."""
+        size, time = self.seen.get(row["id"], (None, None))
+        return size == row["size"] and (time == row["mtime_ns"] or self._digest(row["id"]) == row["digest"])
+
+    def _digest(self, own: str) -> str:
+        try:
+            return hashlib.blake2b((self.folder / own).read_bytes(), digest_size=16).hexdigest()
+        except OSError:  # gone meanwhile
+            return ""
+
+
+class ImageRows:
+    """The images of a dataset's splits: an id is an `image_id`, or a split's name and a row's number."""
+
+    def __init__(self, rows: datasets.DatasetDict, name: str):
+        self.parts, self.skipped, self.where = {}, {}, {}
+        for split, part in rows.items():
+            if "image" not in part.column_names:
+                raise ValueError(f"{name} has no column image in its {split} split (it has {part.column_names}).")
+            self.parts[split] = part.cast_column("image", datasets.Image(decode=False))
+            own = part["image_id"] if "image_id" in part.column_names else (f"{split}/{i}" for i in range(len(part)))
+            for i, image_id in enumerate(own):
+                if image_id in self.where:
+                    raise ValueError(f"{name} has the image_id {image_id!r} twice: make it unique.")
+                self.where[image_id] = (split, i)
+        self.ids = list(self.where)
+
+    def read(self, ids: list[str], i: int) -> Image.Image:
+        split, row = self.where[ids[i]]
+        image = self.parts[split][row]["image"]
+        if image is None:
+            raise ValueError("a row without an image")
+        return load_rgb(image)
+
+    def columns(self, ids: list[str]) -> dict[str, list]:
+        return {"id": ids}
+
+    def is_current(self, row: dict) -> bool:
+        return row["id"] in self.where
+
+
+class TextLines:
+    """The lines of a file, but for empty ones: an id is the line's number, from 1."""
+
+    def __init__(self, file: Path):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        self.lines = {str(i): line for i, line in enumerate(lines, start=1) if line.strip()}
+        self.ids, self.skipped = list(self.lines), {}
+
+    def read(self, ids: list[str], i: int) -> str:
+        return self.lines[ids[i]]
+
+    def columns(self, ids: list[str]) -> dict[str, list]:
+        return {"id": ids, "text": [self.lines[own] for own in ids]}
+
+    def is_current(self, row: dict) -> bool:
+        return self.lines.get(row["id"]) == row["text"]
+
+
+def open_images(name: str) -> ImageFolder | ImageRows:
+    """A folder of image files, or a dataset.
+
+    Raises:
+        NotADirectoryError, OSError, ValueError: it is neither, or there are no images in it.
+    """
+    folder = Path(name).expanduser()
+    holds = {path.suffix for path in itertools.chain(folder.glob("*"), folder.glob("*/*"))} if folder.is_dir() else ()
+    if folder.is_dir() and not {".parquet", ".arrow", ".tar"} & set(holds):
+        source = ImageFolder(folder.resolve())
+    else:
+        source = ImageRows(open_dataset(name), name)
+    if not source.ids:
+        raise ValueError(f"{name} holds no images.")
+    return source
+
+
+def embed(
+    encoder: Teacher,
+    source: ImageFolder | ImageRows | TextLines,
+    output: Path,
+    facts: dict,
+    projection: torch.Tensor | None = None,
+    batch_size: int = 64,
+    shard_rows: int = SHARD_ROWS,
+    as_npy: bool = False,
+) -> dict[str, str]:
+    """Brings the vectors of a source up to date. Called on every process; [`finish`] makes the folder whole.
+
+    Args:
+        encoder: on its device.
+        source: what there is now.
+        output: the folder; made where it is missing.
+        facts: `model`, `fingerprint`, `width`, `projection`: whose vectors they are.
+        projection: `[D, k]`, for an index that a student searches and its teacher fills; see [`projection_of`].
+        batch_size: images or texts at a time.
+        shard_rows: in a file.
+        as_npy: vectors into .npy files.
+
+    Returns:
+        What was left out, id -> why.
+
+    Raises:
+        ValueError: the folder holds vectors of another model, width or projection, or other files; or the model gives
+            no numbers.
+    """
+    state, kind = PartialState(), "texts" if isinstance(source, TextLines) else "images"
+    work = [agree(lambda: _take_up(source, output, facts, kind) if state.is_main_process else None)]
+    broadcast_object_list(work)
+    pending, number = work[0]
+    chunks = [range(start, min(start + shard_rows, len(pending))) for start in range(0, len(pending), shard_rows)]
+    own = [(number + i, chunk) for i, chunk in enumerate(chunks) if i % state.num_processes == state.process_index]
+    batches = [list(chunk[i : i + batch_size]) for _, chunk in own for i in range(0, len(chunk), batch_size)]
+
+    def write_own() -> dict[str, str]:
+        skipped, left = {}, sum(len(chunk) for _, chunk in own)
+        found = encode(encoder, kind[:-1], partial(source.read, pending), batches, default_workers())
+        label = f"{kind}, process 1 of {state.num_processes}" if state.num_processes > 1 else kind
+        with tqdm(total=left, desc=label, unit=f" {kind}", disable=None if state.is_main_process else True) as bar:
+            for place, chunk in own:
+                ids, parts, done = [], [], 0
+                while done < len(chunk):
+                    rows, features, unreadable = next(found)
+                    if rows:
+                        ids += [pending[i] for i in rows]
+                        parts.append(embeddings(features, facts["width"], projection).half().numpy())
+                    skipped |= {pending[i]: reason for i, reason in unreadable.items()}
+                    done += len(rows) + len(unreadable)
+                    bar.update(len(rows) + len(unreadable))
+                if ids:
+                    file = output / f"{kind}-{place:05d}.parquet"
+                    write_shard(file, source.columns(ids), np.concatenate(parts), as_npy)
+        return skipped
+
+    skipped = [agree(write_own)]  # a model that gives no numbers on one process ends all
+    if state.num_processes > 1:
+        skipped = gather_object(skipped)
+    state.wait_for_everyone()
+    return source.skipped | {own: reason for part in skipped for own, reason in part.items()}
+
+
+def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], int]:
+    """The ids that are still to be embedded, and the number of the next shard; what is gone or changed is dropped."""
+    before = read_facts(output) if output.is_dir() else None
+    if before is None and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"--output_dir {output} is not empty and has no {INDEX}: name a new folder.")
+    if before is not None and any(before[name] != facts[name] for name in ("fingerprint", "width", "projection")):
+        differs = [name for name in ("fingerprint", "width", "projection") if before[name] != facts[name]]
+        raise ValueError(
+            f"{output} holds vectors of {before['model']} with {before['width']} numbers, which differ in their "
+            f"{named(differs)}: name another --output_dir."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob("*.part"):  # of a run that was killed
+        left.unlink()
+    write_facts(output, {**facts, "complete": False})
+    pending, there = dict.fromkeys(source.ids), shards_of(output, kind)
+    number = 1 + max((int(file.stem.rpartition("-")[2]) for file in there), default=-1)
+    for file in there:
+        table, embeds = read_shard(file)
+        keep = [row["id"] in pending and source.is_current(row) for row in table.to_pylist()]
+        for own, is_kept in zip(table["id"].to_pylist(), keep):
+            if is_kept:
+                del pending[own]
+        if not any(keep):
+            remove_shard(file)
+        elif not all(keep):
+            as_npy = file.with_suffix(".npy").is_file()
+            columns = {name: list(itertools.compress(table[name].to_pylist(), keep)) for name in table.column_names}
+            # Under a new name: the old one goes once the new one is there, and a kill between leaves each row twice,
+            # which the next run sees.
+            write_shard(output / f"{kind}-{number:05d}.parquet", columns, embeds[np.array(keep)], as_npy)
+            remove_shard(file)
+            number += 1
+    return list(pending), number
+
+
+def finish(output: Path, facts: dict, skipped: dict[str, str]) -> dict:
+    """Says in `index.json` which shards make the whole; on the first process.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    counts, shards = {}, {}
+    for kind in ("images", "texts"):
+        shards[kind] = [file.name for file in shards_of(output, kind)]
+        counts[kind] = sum(len(read_shard(output / name)[0]) for name in shards[kind])
+    if not counts["images"]:
+        reasons = "; ".join(f"{printable(own)}: {reason}" for own, reason in list(skipped.items())[:3])
+        raise ValueError(f"None of {len(skipped):,} images can be read: {reasons}")
+    facts = {**facts, **counts, "shards": shards, "skipped": skipped, "complete": True}
+    write_facts(output, facts)
+    return facts
+
+
+def open_vectors(folder: Path, encoder: Teacher, name: str, images: Path | None) -> VectorIndex:
+    """A folder of vectors to search; where its images are given, brought up to date with them first.
+
+    Args:
+        encoder, name: see [`VectorIndex.open`].
+        images: the folder that the vectors are of; None where they are searched as they are.
+
+    Raises:
+        ValueError: see [`VectorIndex.open`] and [`embed`].
+    """
+    facts = read_facts(folder) if folder.is_dir() else None
+    if images is not None and facts is not None and facts["fingerprint"] == fingerprint(encoder):
+        facts = {name: facts[name] for name in ("model", "fingerprint", "width", "projection", "source")}
+        as_npy = any(folder.glob("images-*.npy"))
+        finish(folder, facts, embed(encoder, open_images(str(images)), folder, facts, as_npy=as_npy))
+    return VectorIndex.open(folder, encoder, name)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Command("inference.embed", __doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of any dual encoder.")
+    parser.add_argument("--images", required=True, help="A folder of image files, or a dataset, tars, a Hub id.")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="Also embed the lines of a file.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the vectors; brought up to date.")
+    parser.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="(default: %(default)s)")
+    parser.add_argument(
+        "--truncate_dim", type=int, metavar="K", help="Keep the first K numbers; a rotated student's are its best."
+    )
+    parser.add_argument(
+        "--student",
+        metavar="FOLDER",
+        help="Of the model, the student's teacher, make vectors that this student searches: by its "
+        "teacher_pca.safetensors.",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time (default: %(default)s).")
+    parser.add_argument(
+        "--shard_rows", type=int, default=SHARD_ROWS, help="Rows of a file, which a kill loses (default: %(default)s)."
+    )
+    options = parser.parse_args(arguments)
+    for name in ("truncate_dim", "batch_size", "shard_rows"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected 1 or more")
+    place = options.output_dir.expanduser().resolve()
+    if place.exists() and not place.is_dir():
+        parser.error(f"--output_dir {options.output_dir} is a file: name a folder")
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        parser.error(f"--output_dir {options.output_dir}: {place} is no folder that can be written to")
+    if options.texts is not None and not options.texts.is_file():
+        parser.error(f"--texts {options.texts}: there is no such file")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, state = parse(arguments), PartialState()
+    source = open_images(options.images)
+    texts = None if options.texts is None else TextLines(options.texts)
+    projection = digest = None
+    if options.student is not None:
+        projection, digest = projection_of(options.student)
+        if projection is None:
+            raise ValueError(f"--student {options.student} has no teacher_pca.safetensors: name a rotated student.")
+    encoder = load_encoder(options.model_name_or_path, state.device)
+    if projection is not None and len(projection) != encoder.dim:
+        raise ValueError(
+            f"--student {options.student} learned from a teacher of {len(projection)} numbers, and "
+            f"{options.model_name_or_path} gives {encoder.dim}."
+        )
+    whole = encoder.dim if projection is None else projection.shape[1]
+    if options.truncate_dim is not None and options.truncate_dim > whole:
+        raise ValueError(f"--truncate_dim {options.truncate_dim}: the model gives {whole} numbers.")
+    facts = {
+        "model": shown_name(options.model_name_or_path),
+        "fingerprint": fingerprint(encoder),
+        "width": options.truncate_dim or whole,
+        "projection": digest,
+        "source": shown_name(options.images),
+    }
+    how = (projection, options.batch_size, options.shard_rows, options.format == "npy")
+    skipped = embed(encoder, source, options.output_dir, facts, *how)
+    if texts is not None:
+        embed(encoder, texts, options.output_dir, facts, *how)
+    if not state.is_main_process:
+        return
+    facts = finish(options.output_dir, facts, skipped)
+    if skipped:
+        print(f"{len(skipped):,} images could not be read and were left out, listed in {INDEX}:")
+        print("\n".join(f"  {printable(own)}: {reason}" for own, reason in list(skipped.items())[:SHOWN]))
+    also = f" and {facts['texts']:,} texts" if facts["texts"] else ""
+    print(f"{facts['images']:,} images{also}, {facts['width']} numbers each, in {options.output_dir}")
+
+
+if __name__ == "__main__":
+    run_launched(partial(run_program, main))
