@@ -68,4 +68,13 @@ emoji: $(INSTALLED)  ## make the emoji with a teacher's features, the study's se
 	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset_name runs/emoji \
 		--teacher_model_name_or_path runs/emoji_teacher --output_dir runs/emoji_taught
 
-.PHONY: help install quickstart test browser_test bench soak quality style docs icons_teacher emoji
+clipart: $(INSTALLED)  ## make the clip art with a teacher's features, the third set: runs/clipart_taught (apt-get install openclipart-svg)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[teacher,clipart]"
+	$(BIN)/python -m datasets_scripts.clipart --output_dir runs/clipart
+	$(BIN)/python -m teachers.icons_towers --image_size 64 --output_dir runs/icons_towers
+	$(BIN)/accelerate launch -q train.py --config recipes/icons_teacher.yaml --dataset_name runs/clipart \
+		--output_dir runs/clipart_teacher
+	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset_name runs/clipart \
+		--teacher_model_name_or_path runs/clipart_teacher --output_dir runs/clipart_taught
+
+.PHONY: help install quickstart test browser_test bench soak quality style docs icons_teacher emoji clipart

@@ -6,7 +6,7 @@
 
 Images are a folder of files, or a dataset as train.py takes it (a folder, tars, a Hub id). Stopped at any moment, the
 same command goes on; run again it embeds what is new or has changed and drops what is gone.
-`inference.search --index vectors` searches what it wrote; docs/search.md has other engines.
+`inference.search --index vectors` searches what it wrote; docs/guides/search.md has other engines.
 """
 
 from __future__ import annotations

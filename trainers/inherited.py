@@ -6,9 +6,17 @@ import os
 import re
 from collections.abc import Iterable
 
+import torch
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from modeling_dsmd import DSMDModel
 from rows.files import shown_name
@@ -123,6 +131,44 @@ def cut_to_size(
         tokenizer = trim_tokenizer(tokenizer, kept)
         trim_embeddings(model.text_model, kept)
     return model, tokenizer
+
+
+@torch.no_grad()
+def take_projections(model: DSMDModel, args: StudentArguments, teacher: Source | None) -> list[str]:
+    """Lets the student project as the teacher does, behind each tower that is the teacher's.
+
+    A whole tower then gives the teacher's features from the first step on. It is left out where the teacher (a DSMD
+    student, or of CLIP's kind) pools otherwise, or its projection is of another shape.
+
+    Args:
+        model: the student; its projections are changed in place.
+        args: which towers it has.
+        teacher: the one of the run.
+
+    Returns:
+        The modalities whose projection is the teacher's now.
+    """
+    whose = [modality for modality in MODALITIES if getattr(args, f"{modality}_model_name_or_path") == TEACHER]
+    if not whose:
+        return []
+    name, revision = teacher
+    source = AutoModel.from_pretrained(
+        name, revision=revision, dtype=torch.float32, trust_remote_code=args.trust_remote_code
+    )
+    taken = []
+    for modality in whose:
+        projection = "visual_projection" if modality == "vision" else "text_projection"
+        theirs, own = getattr(source, projection, None), getattr(model, projection)
+        pooling = getattr(source.config, f"{modality}_pooling", None) or "pooler"  # as CLIP pools
+        if (
+            isinstance(theirs, torch.nn.Linear)
+            and theirs.bias is None
+            and theirs.weight.shape == own.weight.shape
+            and pooling == getattr(args, f"{modality}_pooling")
+        ):
+            own.weight.copy_(theirs.weight)
+            taken.append(modality)
+    return taken
 
 
 def describe_origin(args: StudentArguments, teacher: Source | None, model: DSMDModel) -> tuple[list[str], str | None]:

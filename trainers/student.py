@@ -29,7 +29,16 @@ from transformers.trainer_utils import align_special_tokens
 from modeling_dsmd import DSMDModel
 from rows.texts import cut, text_positions
 
-from .inherited import MODALITIES, TEACHER, Source, cut_to_size, load_tokenizer, tower_config, tower_source
+from .inherited import (
+    MODALITIES,
+    TEACHER,
+    Source,
+    cut_to_size,
+    load_tokenizer,
+    take_projections,
+    tower_config,
+    tower_source,
+)
 from .student_arguments import StudentArguments
 
 
@@ -137,6 +146,7 @@ def build_student(
             **fields,
         )
         model, tokenizer = cut_to_size(model, tokenizer, args, captions)
+        take_projections(model, args, teacher)
     elif args.vision_config is not None and args.text_config is not None:
         vision = {"image_size": args.image_size, **args.vision_config}
         text = {**args.text_config, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

@@ -17,7 +17,7 @@ class StudentArguments:
         default=None,
         metadata={
             "help": "Start the vision tower from this pre-trained model: a folder or Hub id, or 'teacher' for the "
-            "teacher's own tower."
+            "teacher's own tower and, where it fits, its projection."
         },
     )
     text_model_name_or_path: str | None = field(

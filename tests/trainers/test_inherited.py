@@ -159,6 +159,34 @@ def test_what_cannot_be_cut_is_refused(folder, settings, teacher, message):
         build_student(arguments(folder, **settings), [], 8, teacher and (str(folder / teacher), None))
 
 
+@pytest.mark.parametrize(("name", "pooling"), [("dsmd", "mean"), ("clip", "pooler")])
+def test_whole_towers_of_the_teacher_give_its_features_at_once(folder, name, pooling):
+    whole = AutoModel.from_pretrained(folder / name).eval()
+    args = arguments(folder, **dict.fromkeys(TEXTS, "teacher"), vision_pooling=pooling, text_pooling=pooling)
+    width = whole.config.projection_dim
+    model, processor = build_student(args, [], width, (str(folder / name), None))
+    inputs = {
+        "pixel_values": torch.rand(3, 3, 32, 32),
+        **processor.tokenizer(["a b", "b"], return_tensors="pt", padding=True),
+    }
+    inputs = {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
+    own, theirs = run(model.eval(), inputs), run(whole, inputs)
+    assert torch.allclose(own.image_embeds, theirs.image_embeds, atol=1e-5)
+    assert torch.allclose(own.text_embeds, theirs.text_embeds, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "width"), [("dsmd", {}, 7), ("clip", {}, None), ("dsmd", {"vision_pooling": "cls"}, None)]
+)
+def test_a_projection_that_does_not_fit_is_a_new_one(folder, name, settings, width):
+    teacher = (str(folder / name), None)
+    whole = AutoModel.from_pretrained(folder / name)
+    args = arguments(folder, **dict.fromkeys(TEXTS, "teacher"), **settings)
+    model, _ = build_student(args, [], width or whole.config.projection_dim, teacher)
+    own, theirs = model.visual_projection.weight, whole.visual_projection.weight
+    assert own.shape != theirs.shape or not torch.equal(own, theirs)
+
+
 def test_the_teacher_is_the_one_of_the_features():
     of_features = {"id": "mine", "revision": "abc"}
     assert teacher_source([], None) is None and teacher_source([("a", None), ("b", None)], None) is None
