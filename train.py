@@ -29,13 +29,12 @@ from datasets_scripts.data_loading import (
     DataArguments,
     data_facts,
     load_data,
-    principal_components,
     read_baseline,
     settings_that_count,
-    teacher_projection,
     training_captions,
 )
 from datasets_scripts.opening import license_of
+from datasets_scripts.projection import principal_components, teacher_projection
 from model_cards import RunFacts
 from rows.columns import Splits
 from rows.files import shown_name

@@ -12,7 +12,8 @@ SOURCE is one of
 - webdataset tars: a file or a glob; each sample an image with .txt (a caption a line) or .json;
 - a dataset: a folder of `save_to_disk`, a folder of parquet files in the Hub's layout, or a Hub id.
 
-`--texts FILE` adds texts without images, `--keep_uncaptioned` keeps images without captions: see docs/guides/no_pairs.md.
+`--texts FILE` adds texts without images, `--keep_uncaptioned` keeps images without captions:
+docs/guides/no_pairs.md.
 
 Rows of one image become one, captions in order, each once. Without a validation or test split, images go to them by
 a hash of image_id: the same whatever the order of the rows.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import datasets
 import pytest
 from conftest import DIM, make_rows
 
@@ -14,7 +13,6 @@ from datasets_scripts.data_loading import (
     load_data,
     read_baseline,
     settings_that_count,
-    teacher_projection,
 )
 from rows.teacher_columns import TEACHER_COLUMNS
 
@@ -124,14 +122,6 @@ def test_the_command_of_an_earlier_release_is_known_again():
     }  # fmt: skip
     changed = DataArguments(teacher_model_name_or_path=["a", "b"], teacher_weights=[1.0, 2.0])
     assert settings_that_count(changed)["teacher_model_name_or_path"] == ["a", "b"]
-
-
-def test_a_projection_that_cannot_be_names_the_way_out(tmp_path):
-    rows = datasets.DatasetDict({"test": make_rows(6)})
-    args = DataArguments(dataset_name=str(tmp_path))
-    assert teacher_projection(rows, args, DIM, None) is None
-    with pytest.raises(ValueError, match="a teacher_pca.safetensors to project with: .* --method contrastive"):
-        teacher_projection(rows, args, DIM - 1, str(tmp_path))
 
 
 def test_a_baseline_that_is_none_is_refused(tmp_path):
