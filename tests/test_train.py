@@ -185,7 +185,7 @@ def test_a_launched_program_leaves_no_process_group(tmp_path):
 
 def test_the_makefile_launches_quietly():
     commands = [line for line in (ROOT / "Makefile").read_text().splitlines() if "accelerate launch" in line]
-    assert len(commands) == 3 and all("accelerate launch -q train.py" in line for line in commands)
+    assert len(commands) == 4 and all("accelerate launch -q train.py" in line for line in commands)
 
 
 @pytest.fixture
