@@ -63,10 +63,10 @@ PARSED = {
 }
 # Commands that are not looked at, and why.
 PASSED_OVER = {r"^rm ": "deletes", r"^(tensorboard|git|cd|sudo|apt-get|docker) ": "not our program"}
-# What the text around a page's Python gives it.
+# What the text around a page's Python gives it, where the page has these words.
 AROUND = {
-    "docs/guides/deploy.md": "from PIL import Image, ImageOps; file = 'arrow.png'",
-    "docs/guides/teachers.md": "embed_image = lambda image: np.asarray(image.resize((4, 4))).ravel() + 1.0\n"
+    "Image.open(file)": "from PIL import Image, ImageOps; file = 'arrow.png'",
+    "embed_image(": "embed_image = lambda image: np.asarray(image.resize((4, 4)).convert('L')).reshape(-1) + 1.0\n"
     "embed_text = lambda text: np.random.default_rng(len(text)).normal(size=16)",
 }
 A_COMMAND = re.compile(r"(python|accelerate|make|pip|hf|train\.py) [^.…]")
@@ -138,8 +138,10 @@ def run_in_small(line: str, place: Path) -> None:
 @pytest.mark.parametrize("path", documents(), ids=str)
 def test_a_page_runs_from_its_top_to_its_end(path, place):
     names = {"np": np, "__name__": "__main__"}
-    exec(AROUND.get(path.as_posix(), ""), names)
-    for block in blocks((ROOT / path).read_text(encoding="utf-8")):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for words, code in AROUND.items():
+        exec(code if words in text else "", names)
+    for block in blocks(text):
         if block.language in ("python", "py") and not block.not_run:
             exec(compile(block.text, f"{path}:{block.line}", "exec"), names)
         for line in command_lines(block) if is_shell(block) else ():
