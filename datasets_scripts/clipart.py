@@ -41,7 +41,8 @@ STAR = re.compile(r"star_\d+pt\d+step")  # 1,375 of one generator
 STARS_KEPT = 20
 LONGEST = 200  # characters of a caption
 ANOTHERS = 3  # drawings that share a description or their keywords: more, and it is their collection's
-TITLE, LICENSE = "Clip art and what it is called", "cc0-1.0"
+TITLE = "Clip art and what it is called"
+LICENSE = "public domain (Creative Commons Public Domain Dedication)"
 HOW_MADE = f"""By `datasets_scripts/clipart.py`, from the SVG files of Debian's package openclipart-svg 0.18 (Open Clip
 Art Library, public domain).
 

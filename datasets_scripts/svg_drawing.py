@@ -7,6 +7,7 @@ it, and is started again where a file has ended it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -170,8 +171,9 @@ def serve(side: int, draw: Callable[[bytes, int], tuple[dict, bytes]]) -> None:
     """In the child: reads files from stdin, `[length, 0, file]` each, and answers `[lengths, JSON, PNG]` on stdout."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # macOS does not bound it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while header := sys.stdin.buffer.read(SIZES.size):
         data = sys.stdin.buffer.read(SIZES.unpack(header)[0])
         signal.alarm(SECONDS)  # whose signal ends the process, wherever it is

@@ -118,7 +118,7 @@ def test_program(folder, tmp_path, capsys):
     left_out = (tmp_path / "clipart.broken.txt").read_text()
     assert "people/empty: it draws nothing" in left_out and "people/broken: ParseError" in left_out
     card = (tmp_path / "clipart" / "README.md").read_text()
-    assert "cc0-1.0" in card and str(tmp_path) not in card
+    assert "public domain" in card and str(tmp_path) not in card
 
 
 def test_the_same_drawings_come_out_again(folder, tmp_path):
