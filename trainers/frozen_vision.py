@@ -58,7 +58,7 @@ def keep_frozen_outputs(
 def pooled_images(
     model: DSMDModel, rows: datasets.Dataset, image_processor, args: RetrievalTrainingArguments
 ) -> torch.Tensor:
-    """What the vision tower makes of each image, `[N, W]` float32 on the CPU; NaN for an image that cannot be read.
+    """What the vision tower makes of each image, `[N, W]` float32 on the CPU; NaN for one that is missing or broken.
 
     Each process computes its share, and all have the whole.
     """
@@ -84,7 +84,9 @@ class ReadableImages:
         images = []
         for row in rows:
             try:
-                images.append(load_rgb(row["image"]))
+                images.append(
+                    None if row["image"] is None else load_rgb(row["image"])
+                )  # None: a text without an image
             except ValueError:  # training names it when it meets it
                 images.append(None)
         readable = [image for image in images if image is not None]

@@ -46,7 +46,8 @@ def test_a_folder_of_images_and_a_log_of_queries(tmp_path, capsys):
     (tmp_path / "queries.txt").write_text(
         "red car\n\n  two dogs  \nred car\n" + "".join(f"q {i}\n" for i in range(30))
     )
-    built = build(source, tmp_path / "data", "--texts", tmp_path / "queries.txt", "--keep_uncaptioned")
+    options = ["--keep_uncaptioned", "--validation_share", "0.3", "--test_share", "0.3"]
+    built = build(source, tmp_path / "data", "--texts", tmp_path / "queries.txt", *options)
     texts, lonely, paired = contents(built)
     assert texts == sorted(["red car", "two dogs", *(f"q {i}" for i in range(30))]) and (lonely, paired) == (30, 0)
     assert "32 different texts in queries.txt" in capsys.readouterr().out

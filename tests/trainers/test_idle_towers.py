@@ -3,7 +3,7 @@
 import torch
 from conftest import make_rows, make_student
 from mixed_rows import without_partners
-from tiny_trainer import make_trainer
+from tiny_trainer import largest_difference, make_trainer
 
 from trainers.idle_towers import inputs_of, one_row
 
@@ -27,6 +27,19 @@ def test_a_tower_without_rows_keeps_its_running_means(tmp_path):
     trainer.train()
     assert before and all(torch.equal(model.vision_model.get_buffer(name), of) for name, of in before.items())
     assert model.vision_model.training
+
+
+def test_a_frozen_tower_sees_no_image_of_a_text_without_one(tmp_path):
+    """Its outputs are kept and given in place of images: with them a run is what it is without."""
+    rows = without_partners(make_rows(16), lambda i: i % 2 == 0, lambda i: i % 4 == 1)
+    students = []
+    for name, settings in (("kept", {}), ("computed", {"random_shift": 1e-9})):
+        model, _ = make_student()
+        trainer = make_trainer(tmp_path / name, rows, model=model, freeze="vision", max_steps=2, **settings)
+        trainer.train()
+        assert (trainer.train_dataset.pooled_images is None) == bool(settings)
+        students.append(model.state_dict())
+    assert largest_difference(*students) < 1e-5
 
 
 def test_images_alone_leave_the_text_tower_as_it_is(tmp_path):

@@ -57,9 +57,12 @@ def test_a_full_projection_changes_no_cosine(wide_rows, components):
     assert retrieval_metrics(image @ components, text @ components, groups, groups[caption_to_image]) == before
 
 
-def test_pca_needs_both_modalities():
-    with pytest.raises(ValueError, match="got 0 and 2"):
-        fit_pca([(torch.empty(0, 3), torch.ones(2, 3))])
+def test_pca_of_one_modality_alone_is_that_of_the_same_rows_twice():
+    rows, nothing = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.empty(0, 3)
+    for alone in ((nothing, rows), (rows, nothing)):
+        assert torch.allclose(fit_pca([alone]), fit_pca([(rows, rows)]), atol=1e-6)
+    with pytest.raises(ValueError, match="there are none of either"):
+        fit_pca([(nothing, nothing)])
 
 
 def test_a_damaged_file_is_named(tmp_path):
