@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 
-from datasets_scripts.pool import with_pool
+from datasets_scripts.pool import say_lonely, with_pool
 from datasets_scripts.run_splits import open_splits, with_test_split
 from datasets_scripts.teacher_identity import check_same_teachers, shown_name, without_names
 from model_cards import describe_captions
@@ -178,6 +178,7 @@ def load_data(
             rows = with_pool(rows, args.pool)
     if "train" in rows:
         rows = with_test_split(rows, args.dataset_name)
+        say_lonely(rows["train"])
     if args.test_fold_size and len(rows.get("test", ())) % args.test_fold_size:
         raise ValueError(
             f"test_fold_size={args.test_fold_size} does not divide the {len(rows['test'])} test images: leave it out."

@@ -74,6 +74,19 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     return datasets.DatasetDict({**rows, "train": joined})
 
 
+def say_lonely(part: datasets.Dataset | datasets.IterableDataset) -> None:
+    """Prints how many training rows have no partner, if any has none; of a stream nobody knows."""
+    if not isinstance(part, datasets.Dataset) or not PartialState().is_main_process:
+        return
+    has_image, counts = partners(part)
+    images, texts = int((has_image & (counts == 0)).sum()), int(counts[~has_image].sum())
+    if images or texts:
+        print(
+            f"{images:,} training images have no caption and {texts:,} texts no image: they are learned from the "
+            "teacher alone"
+        )
+
+
 def _of_the_contract(part: datasets.Dataset, name: str) -> datasets.Dataset:
     missing = [column for column in ("image", "captions", "image_id") if column not in part.column_names]
     if missing:

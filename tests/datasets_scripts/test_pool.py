@@ -45,7 +45,11 @@ def test_its_rows_join_the_training_rows(folder, capsys):
     assert has_image.tolist() == [True] * 6 + [True, False] * 6 and (counts[6::2] == 0).all()
     assert rows["train"]["image_id"][6:8] == ["pool/3/0", "pool/3/1"]
     texts = sum(counts[6:])
-    assert f"adds 6 images and {texts} texts; 0 images and 0 texts of it are in validation" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"adds 6 images and {texts} texts; 0 images and 0 texts of it are in validation" in said
+    assert f"6 training images have no caption and {texts} texts no image" in said
+    load_data(DataArguments(dataset_name=str(folder / "data")))
+    assert "no caption" not in capsys.readouterr().out
     again = load(folder, "pool")
     assert rows["train"]._fingerprint == again["train"]._fingerprint  # or a checked dataset would be checked again
 
