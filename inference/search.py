@@ -304,7 +304,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, str | Image.
     parser.add_argument("--cache_dir", type=Path, help="Where indexes are kept (default: HF_HOME/dsmd_indexes).")
     options = parser.parse_args(arguments)
     if sum(given is not None for given in (options.query, options.image, options.queries)) != 1:
-        parser.error("give a text, --image FILE or --queries CSV, and one alone")
+        parser.error("give a text or --image FILE, or --queries CSV, and not both")
     for name in ("k", "truncate_dim"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: expected 1 or more")
