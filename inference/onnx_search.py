@@ -1,4 +1,7 @@
-"""Searches a folder of images with an exported student: python onnx_search.py EXPORTED IMAGES "a query"."""
+"""Searches a folder of images with an exported student: python onnx_search.py EXPORTED IMAGES "a query" [K].
+
+With K, the first K numbers alone are compared: a student that was rotated keeps most of its recall.
+"""
 
 import json
 import os
@@ -43,27 +46,38 @@ def read_images(folder: Path, settings: dict) -> dict[str, np.ndarray]:
     return read
 
 
-def main(folder: Path, images: Path, query: str) -> None:
+def cut(embeds: np.ndarray, width: int | None) -> np.ndarray:
+    """The first `width` numbers of rows `[N, D]`, of length 1 again."""
+    if width is None:
+        return embeds
+    return embeds[:, :width] / np.linalg.norm(embeds[:, :width], axis=1, keepdims=True)
+
+
+def main(folder: Path, images: Path, query: str, width: int | None = None) -> None:
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     vision, text = (InferenceSession(folder / "onnx" / f"{name}_model.onnx") for name in ("vision", "text"))
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(query)
     if tokens.overflowing:
         print(f"The text is cut: the student reads its first {len(tokens.ids)} tokens.", file=sys.stderr)
-    embedding = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0][0]
+    embedding = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0]
+    if width is not None and not 1 <= width <= embedding.shape[1]:
+        sys.exit(f"error: {width} numbers: the student gives {embedding.shape[1]}.")
+    embedding = cut(embedding, width)[0]
     read = read_images(images, settings)
     if not read:
         sys.exit(f"error: {images} holds no image that can be read ({', '.join(SUFFIXES)}).")
     index = np.concatenate([vision.run(None, {"pixel_values": image})[0] for image in read.values()])
+    index = cut(index, width)
     for i in np.argsort(index @ embedding)[::-1][:10]:
         print(f"{index[i] @ embedding:.4f} {list(read)[i]}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit(f"usage: {__doc__.split(': ')[1]}")
+    if len(sys.argv) not in (4, 5) or not all(width.isdecimal() for width in sys.argv[4:]):
+        sys.exit(f"usage: {__doc__.splitlines()[0].split(': ')[1]}")
     exported, searched = map(Path, sys.argv[1:3])
     if not (exported / "onnx" / "text_model.onnx").is_file():
         sys.exit(f"error: there is no {exported}/onnx/text_model.onnx: name a folder that inference.export wrote.")
     if not searched.is_dir():
         sys.exit(f"error: {searched} is not a folder.")
-    main(exported, searched, sys.argv[3])
+    main(exported, searched, sys.argv[3], *map(int, sys.argv[4:]))

@@ -234,6 +234,10 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
     assert [name for _, name in found] == [paths[i].name for i in scores.argsort(descending=True)]
     for score, name in found:
         assert float(score) == pytest.approx(float(scores[[path.name for path in paths].index(name)]), abs=1e-4)
+    result = subprocess.run([*command, "5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    text, image = (torch.nn.functional.normalize(of[:, :5]) for of in (output.text_embeds, output.image_embeds))
+    best = float((text @ image.T).max())
+    assert float(result.stdout.split()[0]) == pytest.approx(best, abs=1e-4), result.stderr
 
 
 @pytest.mark.parametrize(
@@ -243,6 +247,8 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
         (["{exported}", "{images}"], "usage: python onnx_search.py EXPORTED IMAGES"),
         (["{images}", "{images}", "a"], "error: there is no .*text_model.onnx"),
         (["{exported}", "{images}/none", "a"], "error: .*none is not a folder"),
+        (["{exported}", "{images}", "a", "many"], "usage: python onnx_search.py EXPORTED IMAGES"),
+        (["{exported}", "{images}", "a", "99"], "error: 99 numbers: the student gives 16."),
         (["{exported}", "{images}", "a"], "error: .* holds no image that can be read"),
     ],
 )

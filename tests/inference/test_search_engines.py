@@ -1,0 +1,62 @@
+"""The engines of docs/search.md, by its own snippets, on vectors that inference.embed wrote; and the benchmark's."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows, make_student
+from tiny_towers import scatter
+
+from benchmarks import search_engines
+from inference import embed
+
+
+ROOT = Path(__file__).parents[2]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/search.md").read_text(encoding="utf-8"), re.DOTALL)
+ENGINES = {
+    "plain": "vectors @ query))[:10]",
+    "faiss": "index_factory",
+    "bits": "IndexBinaryFlat",
+    "lancedb": "import lancedb",
+    "qdrant": "import qdrant_edge",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    for part in (scatter(make_student()[0]), make_student()[1]):
+        part.save_pretrained(folder / "student")
+    (folder / "images").mkdir()
+    for i, image in enumerate(make_rows(30)["image"]):
+        image.save(folder / "images" / f"{i}.png")
+    names = ["--model_name_or_path", str(folder / "student"), "--images", str(folder / "images")]
+    embed.main([*names, "--output_dir", str(folder / "vectors"), "--shard_rows", "8"])
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_snippet_finds_what_a_plain_product_finds(place, engine, monkeypatch):
+    monkeypatch.chdir(place)
+    names = {}
+    exec(SNIPPETS[0], names)
+    assert len(names["ids"]) == 30 and names["vectors"].shape == (30, 16)
+    np.testing.assert_allclose(np.linalg.norm(names["vectors"], axis=1), 1, atol=1e-3)
+    query = torch.nn.functional.normalize(torch.randn(16, generator=torch.Generator().manual_seed(0)), dim=0)
+    names["query"] = query.numpy()
+    (snippet,) = [snippet for snippet in SNIPPETS if ENGINES[engine] in snippet]
+    exec(snippet, names)
+    scores = {own: float(vector @ names["query"]) for own, vector in zip(names["ids"], names["vectors"])}
+    right = sorted(scores, key=scores.get, reverse=True)[:10]
+    assert [scores[own] for own in names["found"]] == pytest.approx([scores[own] for own in right], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", search_engines.KINDS)
+def test_the_benchmark_measures_an_engine(tmp_path, kind):
+    queries = search_engines.make_vectors(1000, 16, 5, tmp_path / "v.npy")
+    row = search_engines.measure("FAISS", kind, tmp_path / "v.npy", queries, tmp_path)
+    assert len(row) == len(search_engines.HEADER) and row[:2] == ["FAISS", kind]
+    assert float(row[-1]) > (0.9 if kind != "binary" else 0.5) and float(row[5]) >= 0
+    assert [path.name for path in tmp_path.iterdir()] == ["v.npy"]
