@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from inference.encoders import encode_by_onnx
 from inference.web_pictures import Pictures
+from inference.web_student import onnx_pixels
 
 
 PROGRAM = Path(__file__).with_name("web_check.mjs")
@@ -91,17 +92,16 @@ def run_page(site: Path, texts: list[str], images: list[Image.Image]) -> dict[st
 
 def embed_in_python(site: Path, texts: list[str], images: list[Image.Image]) -> dict[str, np.ndarray]:
     """`texts` `[T, D]` and `pictures` `[P, D]` by onnxruntime from the site's own files, one at a time as the page."""
-    from inference.onnx_search import pixels
-
     about = json.loads((site / "data" / "site.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(site / "data" / "tokenizer.json"))
     text, vision = (encode_by_onnx(site / about["student"][tower]["file"]) for tower in ("text", "vision"))
 
     def encode_text(query: str) -> np.ndarray:
         ids = np.array([tokenizer.encode(query).ids])
-        return text({"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+        return text({"input_ids": ids, "attention_mask": np.ones_like(ids)})["text_embeds"][0]
 
+    images = [onnx_pixels(image, about["image"]) for image in images]
     return {
         "texts": np.stack([encode_text(query) for query in texts]),
-        "pictures": np.stack([vision({"pixel_values": pixels(image, about["image"])})[0] for image in images]),
+        "pictures": np.stack([vision({"pixel_values": image})["image_embeds"][0] for image in images]),
     }

@@ -60,8 +60,12 @@ def runtime_folder() -> Path:
     if not is_whole(folder):
         if folder.is_dir():
             shutil.rmtree(folder)  # ours: a file of it was changed or lost
-        with write_beside(folder) as beside:
-            _fetch(beside)
+        try:
+            with write_beside(folder) as beside:
+                _fetch(beside)
+        except OSError:
+            if not is_whole(folder):  # another process was first
+                raise
     return folder
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +21,9 @@ from transformers import (
 )
 
 import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
-from inference.encoders import Encoder, encode_by_onnx
-from inference.export import export, image_settings
+from inference.encoders import Encoder, encode_by_onnx, encode_by_torch, example_inputs
+from inference.export import image_settings, save_tokenizer
+from inference.onnx_graphs import TextTower, VisionTower, mostly_convolutions, write_dynamic, write_onnx, write_static
 from inference.web_files import Thumbnails
 from inference.web_pictures import Pictures
 from trainers.metrics import retrieval_metrics
@@ -29,6 +32,9 @@ from trainers.metrics import retrieval_metrics
 MOST_BYTES = 200_000_000  # of both towers: the browser of a phone needs about three times as much for a page
 RECALL_KEPT = 0.99  # share of the recalls' sum that int8 has to keep
 NEIGHBOURS_KEPT = 0.9  # without captions: share of the ten best pictures that int8 has to find too
+CALIBRATED_ON = 64  # pictures
+TOLERANCE = 1e-4  # of an entry of an embedding in float32, against torch
+OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 PROBES = 2000  # pictures that the choice is measured on, at most
 
 
@@ -70,29 +76,62 @@ def check_size(size: int) -> None:
 
 
 def tower_file(folder: Path, tower: str, precision: str) -> Path:
-    """A file of [`inference.export.export`]: of tower vision or text, in float32 or int8."""
-    return folder / f"{tower}_model{'_int8' if precision == 'int8' else ''}.onnx"
+    """A file of [`export_towers`]: of the tower vision or text, in float32 or int8."""
+    return folder / f"{tower}_model{'_quantized' if precision == 'int8' else ''}.onnx"
+
+
+def export_towers(student: WebStudent, pictures: Pictures, folder: Path) -> None:
+    """Writes each tower in float32 and in int8, and `tokenizer.json`.
+
+    Unlike [`inference.export.export`], int8 is kept where it is slower: here bytes count. Convolutions are calibrated
+    on the first pictures of the site.
+
+    Raises:
+        ValueError: the tokenizer is written in Python.
+        RuntimeError: a tower in float32 gives other embeddings than torch.
+    """
+    save_tokenizer(student.processor.tokenizer, folder / "tokenizer.json")
+    traced = copy.deepcopy(student.model)
+    traced.set_attn_implementation("eager")  # Swin's shapes cannot be traced otherwise; the others do not care
+    for name, tower in (("text", TextTower(traced).eval()), ("vision", VisionTower(traced).eval())):
+        path = tower_file(folder, name, "float32")
+        examples = example_inputs(tower.graph, student.processor)
+        write_onnx(tower, examples[1], path, None)
+        by_onnx, by_torch = encode_by_onnx(path)(examples[0]), encode_by_torch(student.model, tower.graph)(examples[0])
+        difference = max(np.abs(by_onnx[output] - by_torch[output]).max() for output in by_torch)
+        if not difference <= TOLERANCE:  # NaN too
+            raise RuntimeError(f"{path.name} differs from torch by {difference:.1e}")
+        if mostly_convolutions(path):
+            images = list(islice(pictures, CALIBRATED_ON))
+            pixels = np.concatenate([onnx_pixels(image, student.image_settings) for image in images])
+            write_static(path, tower_file(folder, name, "int8"), "pixel_values", pixels)
+        else:
+            write_dynamic(path, tower_file(folder, name, "int8"))
+
+
+def onnx_pixels(image: Image.Image, settings: dict) -> np.ndarray:
+    """`[1, 3, H, W]` of a picture, by the exported example's own code."""
+    from inference.onnx_search import pixels  # it imports onnxruntime, which may be missing
+
+    return pixels(image, settings)
 
 
 class Towers:
     """The exported towers as encoders of one input at a time, as the page runs them: int8 scales depend on a batch."""
 
     def __init__(self, folder: Path, settings: dict):
-        from inference.onnx_search import pixels
-
         self.folder, self.settings = folder, settings
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._pixels = pixels
         self._encoders: dict[tuple[str, str], Encoder] = {}
 
     def _encode(self, tower: str, precision: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         if (tower, precision) not in self._encoders:
             self._encoders[tower, precision] = encode_by_onnx(tower_file(self.folder, tower, precision))
-        return self._encoders[tower, precision](inputs)[0]
+        return self._encoders[tower, precision](inputs)[OUTPUTS[tower]][0]
 
     def picture(self, image: Image.Image, precision: str) -> np.ndarray:
         """`[D]` of a picture in RGB."""
-        return self._encode("vision", precision, {"pixel_values": self._pixels(image, self.settings)})
+        return self._encode("vision", precision, {"pixel_values": onnx_pixels(image, self.settings)})
 
     def text(self, text: str, precision: str) -> np.ndarray:
         """`[D]` of a text."""
@@ -116,7 +155,7 @@ def write_student(
         What `site.json` says of the towers (`vision` and `text`: file, bytes, precision), and the pictures' embeddings
         `[N, D]` by the vision tower that was written.
     """
-    export(student.model, student.processor, scratch, None)
+    export_towers(student, pictures, scratch)
     towers = Towers(scratch, student.image_settings)
     precisions = choose_precisions(towers, pictures)
     about = {}

@@ -28,9 +28,7 @@ async function load(path, as) {
 
 async function loadText() {
   const [model, tokenizer] = await Promise.all([load(site.student.text.file), load("data/tokenizer.json", "json")]);
-  const encode = await loadTextTower(new Uint8Array(model), tokenizer);
-  await encode("warm up"); // or the first search would be slower than all others
-  return encode;
+  return loadTextTower(new Uint8Array(model), tokenizer);
 }
 
 async function loadVision() {

@@ -101,15 +101,15 @@ export function resize(picture, width, height, resample) {
   return isTall ? across(low, picture.width, height, 3, weightsOf(picture.width, width, resample)) : low;
 }
 
-// `pixel_values` [3, H, W] of a picture, by the settings of image_preprocessing.json.
+// `pixel_values` [3, H, W] of a picture, by the settings of preprocessor_config.json.
 export function pixelValues(picture, settings) {
-  const [width, height] = settings.size;
+  const { width, height } = settings.size;
   const pixels = resize(picture, width, height, settings.resample);
   const values = new Float32Array(3 * height * width);
   for (let channel = 0; channel < 3; channel++) {
     for (let i = 0; i < height * width; i++) {
       const value = pixels[3 * i + channel] * settings.rescale_factor;
-      values[channel * height * width + i] = (value - settings.mean[channel]) / settings.std[channel];
+      values[channel * height * width + i] = (value - settings.image_mean[channel]) / settings.image_std[channel];
     }
   }
   return values;
