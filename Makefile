@@ -22,11 +22,18 @@ install: $(INSTALLED)  ## make .venv and install the project into it
 quickstart: $(INSTALLED)  ## distil a student on the icons and evaluate it
 	$(BIN)/accelerate launch -q train.py --config recipes/icons.yaml
 
+demo:  ## search icons in this machine's browser with the quickstart's student (needs Python and npm alone)
+	$(PYTHON) -m inference.web_open demo
+
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-browser_test: $(INSTALLED)  ## run the demo in a headless Chromium (apt-get install chromium chromium-driver)
+browser_demo:  ## search icons in this machine's browser with the quickstart's student (needs Python and npm alone)
+	$(PYTHON) -m inference.web_open demo
+
+test: $(INSTALLED)  ## run the Space and the page in a headless Chromium (apt-get install chromium chromium-driver)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" "selenium>=4.51"
+	$(BIN)/python -m inference.web_runtime
 	$(BIN)/python -m pytest -m browser
 
 bench: $(INSTALLED)  ## measure what the README claims, on CPU, in under 20 minutes
@@ -77,4 +84,4 @@ clipart: $(INSTALLED)  ## make the clip art with a teacher's features, the third
 	$(BIN)/python -m datasets_scripts.add_teacher_features --dataset_name runs/clipart \
 		--teacher_model_name_or_path runs/clipart_teacher --output_dir runs/clipart_taught
 
-.PHONY: help install quickstart test browser_test bench soak quality style docs icons_teacher emoji clipart
+.PHONY: help install quickstart demo test browser_test bench soak quality style docs icons_teacher emoji clipart

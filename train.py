@@ -46,7 +46,7 @@ from trainers.batches import RetrievalCollator
 from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
 from trainers.inherited import Source, describe_origin, license_of_teacher, teacher_source, tower_source
 from trainers.recipe import as_options, option, read_recipe, without_none
-from trainers.report import RUN_FILES, pin_revision, report, say_what_a_push_shows
+from trainers.report import RUN_FILES, pin_revision, report, say_next, say_what_a_push_shows
 from trainers.run.checkpoints import DISK_ERRORS, NOT_THE_DISKS, NotResumable, discard_replaced
 from trainers.run.distributed import rank_is_first, run_launched, use_the_cores
 from trainers.run.output_dir import (
@@ -332,6 +332,7 @@ def main(argv: list[str]) -> None:
         report(trainer, metrics, trained=trainer.args.do_train, rows=rows)
         if trainer.args.do_train and trainer.is_world_process_zero():
             note_finished(trainer.args, trainer.command)
+            say_next(trainer.args.output_dir, data_args.dataset_name, data_args.test_split)
     except NOT_THE_DISKS:
         raise
     except DISK_ERRORS as error:

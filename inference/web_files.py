@@ -23,12 +23,12 @@ FIRST_SHEETS = 24  # at most so many are loaded for the results that are shown f
 
 
 def write_index(embeds: np.ndarray, path: Path) -> None:
-    """Writes N embeddings `[N, D]` in int8: N scales (float32), then N rows of D numbers in [-127, 127].
+    """Writes the directions of N embeddings `[N, D]` in int8: N scales (float32), then N rows of D in [-127, 127].
 
-    A row times its scale is the embedding; the largest error of an entry is half the scale.
+    A row times its scale has length 1, and nearly the embedding's direction.
     """
-    scales = np.maximum(np.abs(embeds).max(1), 1e-12) / 127  # [N]
-    codes = np.rint(embeds / scales[:, None]).astype(np.int8)  # [N, D]
+    codes = np.rint(127 * embeds / np.maximum(np.abs(embeds).max(1, keepdims=True), 1e-12)).astype(np.int8)  # [N, D]
+    scales = 1 / np.maximum(np.linalg.norm(codes.astype(np.float32), axis=1), 1)  # [N]
     path.write_bytes(scales.astype("<f4").tobytes() + codes.tobytes())
 
 

@@ -77,7 +77,7 @@ class Pictures:
         """Short captions of pictures far from each other; none where captions are not shown."""
         if self.label_kind != "captions":
             return []
-        plain = (label for label in self.labels if len(label.split()) <= 2 and not STYLE_WORDS & set(label.split()))
+        plain = (label for label in self.labels if len(label.split()) == 2 and not STYLE_WORDS & set(label.split()))
         short = list(dict.fromkeys(label for label in plain if label.replace(" ", "").isalpha() and len(label) > 3))
         return short[:: max(1, len(short) // count)][:count]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 from pathlib import Path
 
@@ -97,6 +98,25 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
     record = trainer.write_card(folder)
     (assets / "card.json").write_text(record.to_json(), encoding="utf-8")
     print(f"\nThe student is in {folder}: AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
+
+
+def say_next(output_dir: str, dataset_name: str, split: str) -> None:
+    """Names the one command that shows a finished student in a browser.
+
+    Args:
+        output_dir: the run's folder.
+        dataset_name: as the run was given it.
+        split: whose pictures to search.
+    """
+    parts = [
+        "--model_name_or_path",
+        output_dir,
+        "--dataset_name",
+        dataset_name,
+        *(["--split", split] if split != "test" else []),
+    ]
+    command = shlex.join(["python", "-m", "inference.web", *parts, "--output_dir", f"{output_dir}_site", "--serve"])
+    print(f"Search the pictures of {split} with it in a browser: {command}")
 
 
 def pin_revision(trainer: RetrievalTrainer, repo_id: str, revision: str) -> None:

@@ -1,4 +1,4 @@
-"""The page that inference.web writes, as a person meets it in a browser: searched, offline, hostile names, two widths."""
+"""The page that inference.web writes, as a person meets it in a browser: searches, offline, hostile names, two widths."""
 
 import base64
 import functools
@@ -91,7 +91,9 @@ class Page:
     def run_async(self, code: str, *arguments):
         """What the code returns, in which `await` may stand; an error is its text."""
         self.driver.set_script_timeout(120)
-        body = f"const done = arguments[arguments.length - 1]; (async () => {{{code}}})().then(done, (e) => done(`${{e}}`))"
+        body = (
+            f"const done = [...arguments].pop(); (async () => {{{code}}})().then(done, (error) => done(`${{error}}`))"
+        )
         return self.driver.execute_async_script(body, *arguments)
 
     def wait(self, condition):
@@ -286,7 +288,8 @@ def test_letters_stand_out_from_their_ground(page, serve, site, scheme):
     page.search("arrow")
     colours = page.run(
         """const style = getComputedStyle(document.documentElement);
-        return ["ink", "quiet", "ground", "raised", "mark", "on-mark"].map((name) => style.getPropertyValue(`--${name}`));"""
+        const names = ["ink", "quiet", "ground", "raised", "mark", "on-mark"];
+        return names.map((name) => style.getPropertyValue(`--${name}`));"""
     )
 
     def luminance(colour: str) -> float:
@@ -338,8 +341,8 @@ def test_pillows_filters_to_the_bit(page, serve, site):
     page.open(serve(site))
     rng = np.random.default_rng(0)
     for width, height, to, resample in (
-        (301, 277, (48, 40), 2), (20, 30, (64, 65), 3), (5, 900, (48, 48), 3), (700, 3, (3, 7), 1), (64, 64, (48, 48), 4),
-        (1, 1, (8, 8), 3), (90, 600, (33, 190), 5), (48, 48, (48, 48), 1),
+        (301, 277, (48, 40), 2), (20, 30, (64, 65), 3), (5, 900, (48, 48), 3), (700, 3, (3, 7), 1),
+        (64, 64, (48, 48), 4), (1, 1, (8, 8), 3), (90, 600, (33, 190), 5), (48, 48, (48, 48), 1),
     ):  # fmt: skip
         pixels = rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255
         image = Image.fromarray(pixels)
