@@ -296,3 +296,23 @@ def test_summary_adds_up(built):
         assert whole[column][2] == len(set(part["group_id"]))
     everything = concatenate_datasets(list(built.values()))
     assert sum(cell[1] for cell in whole) == sum(map(len, everything["captions"]))
+
+
+def test_brands_are_known_by_their_names():
+    from datasets_scripts.icon_licences import FONT_NOTICES, is_brand
+    from datasets_scripts.icons import FONTS
+
+    brands = [
+        "github logo bold",
+        "stack overflow fill",
+        "home assistant",
+        "file word",
+        "battery 10 bluetooth",
+        "xbox line",
+    ]
+    assert all(is_brand(["cat", name]) for name in brands)
+    assert not any(
+        is_brand([name]) for name in ("arrow left line", "home", "keyboard", "stack", "password", "airplane")
+    )
+    assert FONT_NOTICES.keys() == FONTS.keys()
+    assert all(version in FONT_NOTICES[font] for font, (_, version) in FONTS.items() if version != "2.0")

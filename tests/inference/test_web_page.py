@@ -1,4 +1,4 @@
-"""The page that inference.web writes, as a person meets it in a browser: searches, offline, hostile names, two widths."""
+"""The page that inference.web writes, as a person meets it in a browser: searched, offline, narrow, with hostile names."""
 
 import base64
 import functools
