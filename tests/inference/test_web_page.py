@@ -1,4 +1,4 @@
-"""The page that inference.web writes, as a person meets it in a browser: searched, offline, narrow, with hostile names."""
+"""The page of inference.web as a person meets it in a browser: searched, offline, narrow, with hostile names."""
 
 import base64
 import functools
