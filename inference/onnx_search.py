@@ -46,13 +46,6 @@ def read_images(folder: Path, settings: dict) -> dict[str, np.ndarray]:
     return read
 
 
-def cut(embeds: np.ndarray, width: int | None) -> np.ndarray:
-    """The first `width` numbers of rows `[N, D]`, of length 1 again."""
-    if width is None:
-        return embeds
-    return embeds[:, :width] / np.linalg.norm(embeds[:, :width], axis=1, keepdims=True)
-
-
 def main(folder: Path, images: Path, query: str, width: int | None = None) -> None:
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     vision, text = (InferenceSession(folder / "onnx" / f"{name}_model.onnx") for name in ("vision", "text"))
@@ -62,14 +55,15 @@ def main(folder: Path, images: Path, query: str, width: int | None = None) -> No
     embedding = text.run(None, {"input_ids": [tokens.ids], "attention_mask": [tokens.attention_mask]})[0]
     if width is not None and not 1 <= width <= embedding.shape[1]:
         sys.exit(f"error: {width} numbers: the student gives {embedding.shape[1]}.")
-    embedding = cut(embedding, width)[0]
     read = read_images(images, settings)
     if not read:
         sys.exit(f"error: {images} holds no image that can be read ({', '.join(SUFFIXES)}).")
     index = np.concatenate([vision.run(None, {"pixel_values": image})[0] for image in read.values()])
-    index = cut(index, width)
-    for i in np.argsort(index @ embedding)[::-1][:10]:
-        print(f"{index[i] @ embedding:.4f} {list(read)[i]}")
+    rows = np.concatenate([embedding, index])[:, :width]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    scores = rows[1:] @ rows[0]
+    for i in np.argsort(scores)[::-1][:10]:
+        print(f"{scores[i]:.4f} {list(read)[i]}")
 
 
 if __name__ == "__main__":
