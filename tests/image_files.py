@@ -33,3 +33,22 @@ def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+def file_of(mode: str) -> bytes:
+    """A picture that is wider than high and whose EXIF tag turns it; what is transparent has colours of its own."""
+    image, settings = picture(3), {}
+    fade = Image.linear_gradient("L").resize(image.size)
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(fade)
+    elif mode == "P, transparent":
+        image, settings = image.quantize(8), {"transparency": bytes(range(0, 256, 32))}
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(fade).astype(np.uint16) * 200 + 37)
+    else:
+        image = image.convert(mode)
+    assert image.mode == mode.split(",")[0]
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    return encoded(image, "JPEG" if mode == "CMYK" else "PNG", exif=exif, **settings)

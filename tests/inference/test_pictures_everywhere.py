@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_student
-from image_files import encoded, picture
+from image_files import file_of, picture
 from PIL import Image, ImageOps
 from sentence_transformers import SentenceTransformer
 from tiny_towers import scatter
@@ -24,25 +24,6 @@ DOCS = (ROOT / "docs" / "guides" / "deploy.md").read_text(encoding="utf-8")
 MODES = ("RGB", "L", "LA", "P", "P, transparent", "1", "CMYK", "I;16", "RGBA")
 # What a cell of the table says; the first that is true.
 CELLS = ("equal", "two lines", "three lines")
-
-
-def file_of(mode: str) -> bytes:
-    """A picture that is wider than high and whose EXIF tag turns it; what is transparent has colours of its own."""
-    image, settings = picture(3), {}
-    fade = Image.linear_gradient("L").resize(image.size)
-    if mode in ("LA", "RGBA"):
-        image = image.convert(mode)
-        image.putalpha(fade)
-    elif mode == "P, transparent":
-        image, settings = image.quantize(8), {"transparency": bytes(range(0, 256, 32))}
-    elif mode == "I;16":
-        image = Image.fromarray(np.asarray(fade).astype(np.uint16) * 200 + 37)
-    else:
-        image = image.convert(mode)
-    assert image.mode == mode.split(",")[0]
-    exif = Image.Exif()
-    exif[Image.ExifTags.Base.Orientation] = 6
-    return encoded(image, "JPEG" if mode == "CMYK" else "PNG", exif=exif, **settings)
 
 
 @pytest.fixture(scope="module")

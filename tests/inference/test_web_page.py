@@ -1,4 +1,4 @@
-"""The page of inference.web as a person meets it in a browser: searched, offline, narrow, with hostile names."""
+"""The page that inference.web writes, as a person meets it in a browser: searched, offline, narrow, hostile names."""
 
 import base64
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import WORDS, make_student
-from image_files import encoded, picture
+from image_files import encoded, file_of, picture
 from PIL import Image
 from tiny_tokenizers import KINDS, full
 from tiny_towers import scatter
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.browser  # Chromium and npm are there only for `make br
 HOSTILE = '<img src=x onerror="document.title=`harmed`">'
 COUNT = 30
 MANY = 10_000  # rows of the search that is timed
+WIDE = 512  # numbers of an embedding
 MOST_MILLISECONDS = 50
 
 
@@ -321,8 +322,6 @@ MODES = {"RGB": 1e-3, "L": 1e-3, "LA": 1e-3, "P": 1e-3, "P, transparent": 1e-3, 
 
 
 def test_pictures_of_every_mode_give_pythons_embedding(page, serve, site, capsys):
-    from test_pictures_everywhere import file_of
-
     page.open(serve(site))
     vision = encode_by_onnx(site / "data/vision_model.onnx")
     assert vision is not None
@@ -431,9 +430,30 @@ def test_ten_thousand_pictures_are_searched_in_fifty_milliseconds(page, serve, s
     for word in WORDS[:9]:
         page.search(word)
         times.append(float(page.run("return document.body.dataset.milliseconds")))
+    # A wide index has more numbers to multiply than this tiny student's.
+    wide = page.run_async(
+        """const { readIndex } = await import("./search.js");
+        const [rows, dim] = arguments;
+        const bytes = new Int8Array(4 * rows + rows * dim).map((_, i) => (i < 4 * rows ? 0 : (i * 7919) % 127));
+        new Float32Array(bytes.buffer, 0, rows).fill(1 / 127);
+        const index = readIndex(bytes.buffer, rows, dim);
+        const query = Float32Array.from({ length: dim }, (_, i) => Math.sin(i));
+        const times = [];
+        for (let i = 0; i < 9; i++) {
+          const start = performance.now();
+          if (index.search(query, rows).length !== rows) throw new Error("not all rows");
+          times.push(performance.now() - start);
+        }
+        return times;""",
+        MANY, WIDE,
+    )  # fmt: skip
+    whole, compared = float(np.median(times)), float(np.median(wide))
     with capsys.disabled():
-        print(f"\n{MANY:,} pictures, {about['index']['dim']} numbers each: {np.median(times):.1f} ms")
-    assert np.median(times) < MOST_MILLISECONDS
+        print(
+            f"\n{MANY:,} pictures: {whole:.1f} ms from the text to the results in the page, with 16 numbers a picture;"
+        )
+        print(f"to compare with {WIDE} numbers a picture: {compared:.1f} ms")
+    assert whole + compared < MOST_MILLISECONDS
 
 
 def test_a_missing_runtime_and_a_missing_server_are_sentences(page, serve, site, tmp_path):
