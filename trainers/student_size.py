@@ -7,6 +7,7 @@ from collections.abc import Sized
 from model_cards.tables import markdown_table
 from modeling_dsmd import DSMDModel
 
+from . import loader_speed, precision
 from .base_trainer import RetrievalTrainer
 from .report import latency
 from .student_arguments import StudentArguments
@@ -52,11 +53,17 @@ def size_table(model: DSMDModel, processor, max_caption_length: int, teacher: di
 
 
 def summary(trainer: RetrievalTrainer, args: StudentArguments) -> str:
-    """What is about to be trained, and what to do instead where there are few images to learn it from."""
-    length, teacher = trainer.args.max_caption_length, trainer.facts.teacher
-    table = size_table(trainer.model, trainer.processing_class, length, teacher)
-    hint = few_pairs_hint(trainer.train_dataset, args)
-    return f"{table}\n\n{hint}\n" if hint else f"{table}\n"
+    """What is about to be trained, in which precision and with how many images/s, and what to do instead where there
+    are few images to learn it from."""
+    settings, teacher = trainer.args, trainer.facts.teacher
+    parts = [size_table(trainer.model, trainer.processing_class, settings.max_caption_length, teacher)]
+    capability = precision.capability_of_gpus(settings.use_cpu)
+    lines = [f"Precision: {precision.describe(settings.mixed_precision, settings.tf32, capability)}."]
+    speed = loader_speed.measure(trainer)
+    if speed is not None:
+        lines.append(loader_speed.describe(speed, settings.dataloader_num_workers, settings.world_size))
+    parts += ["\n".join(lines), few_pairs_hint(trainer.train_dataset, args)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def few_pairs_hint(rows: object, args: StudentArguments) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from . import precision
 from .balancers import BALANCERS
 from .losses import PAIRS, TARGETS
 
@@ -21,7 +22,8 @@ class RetrievalTrainingArguments(TrainingArguments):
     Defaults that differ from `TrainingArguments`: `remove_unused_columns=False` (a batch is no set of model inputs),
     `dataloader_drop_last=True` (accelerate would fill up an uneven last batch with the first rows again),
     `logging_nan_inf_filter=False` (it syncs every step), `accelerator_config` with
-    `non_blocking`, `ddp_find_unused_parameters=False`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`.
+    `non_blocking`, `ddp_find_unused_parameters=False`, `metric_for_best_model="rsum"`, `lr_scheduler_type="cosine"`;
+    and, where nobody has said, `bf16` and `tf32` follow the GPU, see trainers/precision.py.
     """
 
     captions_per_image: int | None = field(
@@ -91,6 +93,13 @@ class RetrievalTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last batch of an epoch if it is not full."}
     )
+    bf16: bool = field(
+        default=None,
+        metadata={
+            "help": "Train in bf16 under autocast (default: on a GPU of compute capability 8 or more, and there with "
+            "tf32, where neither fp16 nor accelerate's configuration says otherwise)."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave losses that are not finite out of the log; makes every step wait for the device."},
@@ -147,7 +156,14 @@ class RetrievalTrainingArguments(TrainingArguments):
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image={self.captions_per_image}: expected 1 or more, or none for all.")
         chosen = self.accelerator_config is not None
+        refused = self.bf16 is False
+        capability = precision.capability_of_gpus(self.use_cpu)
+        self.bf16, self.tf32 = precision.choose(
+            self.bf16, self.fp16, self.tf32, precision.of_this_process(), capability
+        )
         super().__post_init__()
+        if refused and self.mixed_precision == "bf16":  # the setting goes before accelerate's configuration
+            self.mixed_precision = "no"
         if not chosen:  # a batch goes to the device during the step before
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.remove_unused_columns:

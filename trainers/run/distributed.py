@@ -49,13 +49,21 @@ def run_launched(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
-def _launchers_traceback() -> str | None:
-    """What to say of the traceback that the launcher will print; None where it will print none."""
+def launchers_words() -> list[str] | None:
+    """The command line of the `accelerate launch` that started this process; None where none did, or where the system
+    does not say (it does on Linux)."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # not Linux
+    except OSError:
         return None
-    if not any(Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words[:4]):
+    launched = any(Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words[:4])
+    return words if launched else None
+
+
+def _launchers_traceback() -> str | None:
+    """What to say of the traceback that the launcher will print; None where it will print none."""
+    words = launchers_words()
+    if words is None:
         return None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "The traceback that follows is the launcher's, and says no more." if rank_is_first() else None

@@ -81,6 +81,8 @@ def describe_identity(
     free = FREE if not streamed else tuple(name for name in FREE if name not in OF_STREAMS)
     described = {
         **{name: settings[name] for name in settings if name not in free and not name.startswith(FREE_PREFIXES)},
+        # What holds: accelerate's configuration may have said it, and not the setting.
+        **{name: args.mixed_precision == name for name in ("bf16", "fp16") if name in settings},
         **facts,
         "number of processes": args.world_size,
         "device": args.device.type,
