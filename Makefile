@@ -28,10 +28,7 @@ demo:  ## search icons in this machine's browser with the quickstart's student (
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-browser_demo:  ## search icons in this machine's browser with the quickstart's student (needs Python and npm alone)
-	$(PYTHON) -m inference.web_open demo
-
-test: $(INSTALLED)  ## run the Space and the page in a headless Chromium (apt-get install chromium chromium-driver)
+browser_test: $(INSTALLED)  ## run the Space and the page in a headless Chromium (apt-get install chromium chromium-driver)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" "selenium>=4.51"
 	$(BIN)/python -m inference.web_runtime
 	$(BIN)/python -m pytest -m browser
