@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import threading
 
 import datasets
@@ -11,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from test_train import RECIPE
 
 import train
-from trainers.report import run_code
+from trainers.report import run_code, say_next
 
 
 def test_code_that_fails_or_hangs_costs_only_its_output(caplog):
@@ -49,3 +50,17 @@ def test_the_card_of_a_pushed_run_names_the_weights_commit(tmp_path, hub):
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     pushed = json.loads(open(hf_hub_download("user/student", "all_results.json", revision=revision)).read())
     assert pushed == results
+
+
+def test_the_next_command_is_one_that_a_shell_takes(capsys):
+    from inference.web import parse
+
+    say_next("runs/my icons", "icons", "dev")
+    line = capsys.readouterr().out
+    words = shlex.split(line[line.index("python -m") :])
+    assert words[:3] == ["python", "-m", "inference.web"]
+    options = parse(words[3:])
+    assert (options.model_name_or_path, options.dataset_name, options.split) == ("runs/my icons", "icons", "dev")
+    assert str(options.output_dir) == "runs/my icons_site" and options.serve
+    say_next("runs/icons", "icons", "test")
+    assert "--split" not in capsys.readouterr().out
