@@ -406,3 +406,19 @@ def test_chunks_of_an_index_are_one(models, images, tmp_path, monkeypatch):
     assert [result.score for result in chunked] == pytest.approx([result.score for result in whole], abs=1e-6)
     with pytest.raises(ValueError, match="k=0: expected at least 1"):
         index.search_text("a cat", 0)
+
+
+def test_sentence_transformers_cuts_the_same_numbers(models):
+    from sentence_transformers import SentenceTransformer
+
+    whole, cut = (
+        SentenceTransformer(str(models / "student"), device="cpu", trust_remote_code=True, truncate_dim=width)
+        for width in (None, 5)
+    )
+    expected = whole.encode(["a red house", "a cat"])
+    np.testing.assert_allclose(cut.encode(["a red house", "a cat"]), expected[:, :5], atol=1e-6)
+    np.testing.assert_allclose(
+        cut.encode(["a cat"], normalize_embeddings=True)[0],
+        expected[1, :5] / np.linalg.norm(expected[1, :5]),
+        atol=1e-6,
+    )
