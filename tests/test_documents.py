@@ -15,7 +15,7 @@ import pytest
 import torch
 from click import UsageError
 from command_options import check_options, options_of, programs
-from conftest import make_student
+from conftest import WORDS, make_student
 from documents import (
     ROOT,
     blocks,
@@ -45,6 +45,7 @@ from trainers.student_arguments import StudentArguments
 INSTEAD = {
     ("--dataset_name", "icons"): "data/mine_features",
     ("--dataset_name", "SOURCE"): "my_photos",
+    ("--truncate_dim", "64"): "8",
     ("--max_steps", "10000"): "2",
     ("--eval_steps", "1000"): "1",
     ("--save_steps", "1000"): "1",
@@ -59,6 +60,7 @@ PARSED = {
     r"datasets_scripts\.(flickr30k|coco) |recipes/(flickr30k|coco)_": "pictures that do not ship",
     r"recipes/icons": "the quickstart and its teacher: minutes",
     r"teachers\.beit3\.convert": "released weights; tests/teachers/test_beit3_convert.py runs it",
+    r"icons_onnx/onnx_search": "an export; tests/inference/test_export.py runs it",
     r"timm/": "a model of the Hub; tests/teachers/test_open_clip_teacher.py runs the same",
 }
 # Commands that are not looked at, and why.
@@ -85,6 +87,9 @@ def prepared(tmp_path_factory, models):
     folder = tmp_path_factory.mktemp("prepared")
     photos = write_photos(folder / "my_photos", 24)
     shutil.copytree(photos, folder / "Pictures", ignore=shutil.ignore_patterns("*.txt"))
+    (folder / "queries.txt").write_text("".join(f"a {word}\n" for word in WORDS))
+    some = sorted(path.name for path in (folder / "Pictures").iterdir())[:3]
+    (folder / "labelled.csv").write_text("query,file\n" + "".join(f"a picture,{name}\n" for name in some))
     Image.fromarray(np.arange(40 * 48 * 4, dtype=np.uint8).reshape(40, 48, 4)).save(folder / "arrow.png")
     for part in make_student():
         part.save_pretrained(folder / "runs" / "icons")
@@ -96,6 +101,7 @@ def prepared(tmp_path_factory, models):
         patch.chdir(folder)
         patch.setattr(sys, "argv", sys.argv)
         run(shlex.split("python -m datasets_scripts.own_data --dataset_name my_photos --output_dir data/mine"))
+        run(shlex.split("python -m datasets_scripts.own_data --dataset_name more_photos --output_dir data/other"))
         features = "python -m datasets_scripts.add_teacher_features --dataset_name data/mine --output_dir"
         teacher = ["data/mine_features", "--teacher_model_name_or_path", str(models / "beit3_base_coco")]
         run([*shlex.split(features), *teacher])
