@@ -1,4 +1,4 @@
-const VERSION = "361f95b2f14ec089";
+const VERSION = "b175c6de6797792f";
 const FILES = [
  "./",
  "app.js",

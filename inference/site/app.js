@@ -6,6 +6,7 @@ import { readIndex } from "./search.js";
 import { addResults, count, labelOf, megabytes, showAsked, showError, showResults, showSite, showStatus } from "./view.js";
 
 const PAGE = 24; // results shown at a time
+const MOST = 10 * PAGE; // results of a search
 const element = (id) => document.getElementById(id);
 
 let site = null;
@@ -62,7 +63,7 @@ async function search(asked, encode) {
     const { embedding, milliseconds, cut, showsAsked } = await encode();
     if (number !== latest) return;
     const compared = performance.now();
-    results = index.search(embedding, index.rows);
+    results = index.search(embedding, MOST);
     const spent = performance.now() - compared;
     showAsked(site, showsAsked);
     showResults(site, results.slice(0, PAGE), searchLike);
