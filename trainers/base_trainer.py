@@ -22,7 +22,7 @@ from rows.columns import pairs_alone, rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
 from .argument_checks import check_evaluated, check_student, fit_batch_size, taken_arguments
-from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views
+from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views, most_buckets
 from .card import describe_run, write_readme
 from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, leave_out_unused, tiny_batch
@@ -126,7 +126,7 @@ class RetrievalTrainer(ResumableTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=RetrievalCollator(processing_class, args.max_caption_length),
+            data_collator=RetrievalCollator(processing_class, args.max_caption_length, most_buckets(args.device)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -161,7 +161,16 @@ class RetrievalDataset(torch.utils.data.Dataset):
         return list(make_examples(self.rows[list(indices)], int(self.epoch), self.views, self.shared_texts, pooled))
 
 
-def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
+def most_buckets(device: torch.device) -> int:
+    """How many buckets [`text_buckets`] may make for a device.
+
+    Each is a forward of the text tower: a GPU waits for the host to launch its operators, where it would hardly notice
+    the padding; a CPU pays for every padded token.
+    """
+    return 2 if device.type == "cuda" else 32
+
+
+def text_buckets(lengths: np.ndarray, most: int = 32) -> list[tuple[int, int]]:
     """Cuts a batch of captions into buckets of similar length, so that the least of the tokens is padding.
 
     There are 1, 4, 8, 16 or 32 buckets: the first number with which at most a tenth of the tokens is padding, or else
@@ -170,6 +179,7 @@ def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
 
     Args:
         lengths: `[C]`, tokens of each caption, in descending order.
+        most: no more buckets than this; where it is 2, there are 1 or 2.
 
     Returns: (rows, tokens of its longest caption) of each bucket; the rows add up to C.
     """
@@ -187,7 +197,7 @@ def text_buckets(lengths: np.ndarray) -> list[tuple[int, int]]:
                 break
             starts.append(totals.argmin(axis=0))
             fewest = totals.min(axis=0)
-        if number in (1, 4, 8, 16, 32) and lengths.sum() >= 0.9 * fewest[-1]:
+        if number == most or (number in (1, 4, 8, 16, 32) and lengths.sum() >= 0.9 * fewest[-1]):
             break
     buckets, end = [], len(longest)
     for start_of in [*reversed(starts), np.zeros_like(ends)]:
@@ -224,11 +234,13 @@ class RetrievalCollator:
     Args:
         processor: a `VisionTextDualEncoderProcessor` or any with `image_processor` and `tokenizer`.
         max_length: captions are cut at this many tokens.
+        most_buckets: see [`text_buckets`].
     """
 
-    def __init__(self, processor, max_length: int):
+    def __init__(self, processor, max_length: int, most_buckets: int = 32):
         self.processor = processor
         self.max_length = max_length
+        self.most_buckets = most_buckets
 
     def __call__(self, examples: list[dict | None]) -> dict:
         if examples[0] is None:  # a batch of a stream, trained on before the run was resumed
@@ -292,7 +304,7 @@ class RetrievalCollator:
             return_tensors="pt",
         )
         of_text = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
-        return {**of_text, "text_buckets": text_buckets(lengths[order])}, order
+        return {**of_text, "text_buckets": text_buckets(lengths[order], self.most_buckets)}, order
 
     def pixel_values(self, images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
         if isinstance(images[0], torch.Tensor):

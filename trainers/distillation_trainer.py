@@ -150,6 +150,7 @@ class DSMDTrainer(RetrievalTrainer):
             losses = distributed.sum_over_ranks(sum(map(summed, terms)))
             self.balancer.initialise(torch.where(self._has_queries(terms[0])[0], losses, torch.nan))
             self.balancer_is_set = True
+        self.step_weights = self.balancer.weights()  # [n], until `end_step`
 
     def _has_queries(self, terms: dict[str, dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Which losses `[n]`, and which of their pairs `[m]`, have a query in this step, on any rank."""
@@ -244,7 +245,7 @@ class DSMDTrainer(RetrievalTrainer):
         before = self.step_so_far or (torch.zeros_like(losses.detach()), torch.zeros_like(pairs))
         self.step_so_far = before[0] + losses.detach(), before[1] + pairs
         # DDP averages the ranks' gradients; each rank holds a part of one sum.
-        loss = (self.balancer.weights() * losses).sum() * distributed.world_size()
+        loss = (self.step_weights * losses).sum() * distributed.world_size()
         return (loss, None) if return_outputs else loss
 
     def latest_losses(self) -> torch.Tensor:
@@ -256,7 +257,7 @@ class DSMDTrainer(RetrievalTrainer):
         losses, pairs = distributed.sum_over_ranks(torch.cat([losses, pairs])).split([len(losses), len(pairs)])
         # A loss without a query has no value: NaN leaves the balancer's state of it as it is, and the logged means.
         losses, pairs = (torch.where(has, of, torch.nan) for has, of in zip(self._with_queries, (losses, pairs)))
-        self._history.append(torch.stack([losses, self.balancer.weights()]))
+        self._history.append(torch.stack([losses, self.step_weights]))
         self._pair_history.append(pairs)
         self.balancer.update(losses)
         self.step_so_far = None

@@ -30,11 +30,8 @@ def choose(
     """
     fits = capability is not None and capability >= HAS_BOTH
     if bf16 is None:
-        bf16 = fits and not fp16 and of_accelerate is None
-        in_bf16 = bf16 or (not fp16 and of_accelerate == "bf16")
-    else:
-        in_bf16 = bf16
-    return bf16, True if tf32 is None and fits and in_bf16 else tf32
+        bf16 = fits and not fp16 and of_accelerate in (None, "bf16")
+    return bf16, True if tf32 is None and fits and bf16 else tf32
 
 
 def capability_of_gpus(use_cpu: bool) -> tuple[int, int] | None:
@@ -85,8 +82,7 @@ def describe(mixed_precision: str, tf32: bool | None, capability: tuple[int, int
     """
     words = "float32" if mixed_precision == "no" else f"{mixed_precision} autocast of float32 weights"
     if capability is not None:
-        words += (
-            f", float32 products {'in TF32' if tf32 else 'as torch makes them' if tf32 is None else 'not in TF32'}"
-        )
+        products = {None: "as torch makes them", True: "in TF32", False: "not in TF32"}[tf32]
+        words += f", float32 products {products}"
         words += f" (compute capability {capability[0]}.{capability[1]})"
     return words

@@ -11,7 +11,7 @@ from conftest import make_rows, make_student
 from PIL import Image
 
 from rows.columns import id_hash
-from trainers.batches import RetrievalCollator, RetrievalDataset, Views, random_view, text_buckets
+from trainers.batches import RetrievalCollator, RetrievalDataset, Views, most_buckets, random_view, text_buckets
 
 
 VIEWS = Views(captions_per_image=2, random_shift=0.2, random_zoom=0.2, seed=3)
@@ -79,6 +79,29 @@ def test_no_other_cut_into_as_many_buckets_has_less_padding(seed):
 )
 def test_few_or_like_captions_are_one_bucket(lengths, buckets):
     assert text_buckets(np.array(lengths)) == buckets
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_on_a_gpu_a_batch_is_cut_once_at_most_and_where_it_saves_most(seed):
+    rng = np.random.default_rng(seed)
+    lengths = np.sort(rng.integers(2, 60, size=100))[::-1]
+    assert most_buckets(torch.device("cuda", 1)) == 2 and most_buckets(torch.device("cpu")) == 32
+    assert len(text_buckets(lengths)) > 2
+    (first, longest), (second, shorter) = text_buckets(lengths, most=2)
+    assert first + second == 100 and (longest, shorter) == (lengths[0], lengths[first])
+    costs = {cut: cut * lengths[0] + (100 - cut) * lengths[cut] for cut in range(2, 99)}
+    assert costs[first] == min(costs.values())
+    assert text_buckets(np.array([20] * 9 + [19] * 9), most=2) == [(18, 20)]
+    assert text_buckets(np.array([9, 2]), most=2) == [(2, 9)]
+
+
+def test_the_collator_makes_as_many_buckets_as_it_is_told():
+    _, processor = make_student()
+    captions = [" ".join(["word"] * count) for count in range(1, 25)]
+    examples = [{"image_id": "0", "group": 0, "captions": captions, "image": Image.new("RGB", (32, 32))}]
+    batches = [RetrievalCollator(processor, 64, most)(examples) for most in (2, 32)]
+    assert len(batches[0]["text_buckets"]) == 2 < len(batches[1]["text_buckets"])
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
 
 
 def test_draws_depend_on_seed_epoch_and_image_alone():

@@ -115,6 +115,21 @@ def test_random_weights_are_others_for_another_seed(tmp_path, rows):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_the_balancer_is_asked_for_its_weights_once_a_step(tmp_path, rows, monkeypatch):
+    trainer = make_trainer(tmp_path, rows, max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=8)
+    asked, weights = [], trainer.balancer.weights
+
+    def counted():
+        asked.append(weights())
+        return asked[-1]
+
+    monkeypatch.setattr(trainer.balancer, "weights", counted)
+    trainer.train()
+    assert len(asked) == 3
+    logged = [log["weight_feature"] for log in trainer.state.log_history if "weight_feature" in log]
+    assert logged == pytest.approx([of_step[1].item() for of_step in asked])
+
+
 def test_resume_without_balancer_and_queue_is_refused(tmp_path, rows):
     trainer = make_trainer(tmp_path, rows, max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()

@@ -32,8 +32,8 @@ AMPERE, VOLTA = (8, 0), (7, 0)
         ({"tf32": True, "bf16": False}, AMPERE, (False, True)),
         ({"of_accelerate": "no"}, AMPERE, (False, None)),
         ({"of_accelerate": "fp16"}, AMPERE, (False, None)),
-        ({"of_accelerate": "bf16"}, AMPERE, (False, True)),  # the setting stays: accelerate's makes it bf16
-        ({"of_accelerate": "bf16"}, None, (False, None)),
+        ({"of_accelerate": "bf16"}, AMPERE, (True, True)),
+        ({"of_accelerate": "bf16"}, None, (False, None)),  # the setting stays: accelerate's makes it bf16
         ({"of_accelerate": "bf16", "bf16": False}, AMPERE, (False, None)),
         ({"of_accelerate": "no", "bf16": True}, AMPERE, (True, True)),
     ],
