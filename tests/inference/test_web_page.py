@@ -19,7 +19,7 @@ from tiny_towers import scatter
 
 from inference import web
 from inference.encoders import encode_by_onnx
-from inference.web_check import embed_in_python
+from inference.web_check import embed_in_python, run_page
 from inference.web_open import make_server
 
 
@@ -466,3 +466,24 @@ def test_a_missing_runtime_and_a_missing_server_are_sentences(page, serve, site,
     with socket.create_connection(("127.0.0.1", int(serve(site).split(":")[2].strip("/")))) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
         assert b" 403 " in connection.recv(100)
+
+
+def test_a_student_with_operators_that_the_runtime_lacks_is_refused(page, serve, site, tmp_path):
+    """When the site is written, and by the page."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    other = tmp_path / "other"
+    shutil.copytree(site, other)
+    ids, mask = (
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["C", "L"]) for name in ("input_ids", "attention_mask")
+    )
+    output = helper.make_tensor_value_info("text_embeds", TensorProto.FLOAT, ["C", "D"])
+    node = helper.make_node("NeverHeardOf", ["input_ids", "attention_mask"], ["text_embeds"], domain="com.example")
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)]
+    graph = helper.make_graph([node], "text", [ids, mask], [output])
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), other / "data/text_model.onnx")
+    with pytest.raises(ValueError, match="The runtime cannot run this student: .*NeverHeardOf"):
+        run_page(other, ["a"], [picture(1)])
+    page.open(serve(other))
+    assert "The runtime cannot run this student" in page.text("#status")
