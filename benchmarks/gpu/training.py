@@ -181,9 +181,7 @@ def synchronisations(run: Callable[[], None]) -> list[str]:
     return [f"{'/'.join(warning.filename.split('/')[-2:])}:{warning.lineno}" for warning in waits]
 
 
-def mode_figures(
-    mode: str, tiny: bool, start: int, steps: int, flops_per_image: float | None
-) -> Generator[tuple[str, str], None, tuple[int, float]]:
+def mode_figures(mode: str, tiny: bool, start: int, steps: int) -> Generator[tuple[str, str], None, int]:
     """Yields the table's rows of one mode.
 
     Args:
@@ -191,9 +189,8 @@ def mode_figures(
         tiny: small towers and few rows.
         start: images of the smallest batch.
         steps: steps timed for each batch size.
-        flops_per_image: FLOPs of an image with its captions; None counts them, which needs the eager model.
 
-    Returns: the number of images of the fastest batch, and `flops_per_image`.
+    Returns: the number of images of the fastest batch.
     """
     settings = {"contrastive_pairs": list(PAIRS), "torch_compile": mode == "compiled"}
     if tiny and mode == "compiled":
@@ -217,9 +214,8 @@ def mode_figures(
             yield f"{mode}, {name}", f"{1000 * seconds[name]:.2f} ms"
         share = sum(seconds[name] for name in OUTSIDE) / sum(seconds.values())
         yield f"{mode}, share of the step outside the student", f"{100 * share:.1f} %"
-        if flops_per_image is None:
-            flops_per_image = student_flops(trainer, model, batches[0]) / best.images
-            yield "student, forward and backward", f"{flops_per_image / 1e9:,.3g} GFLOP an image with its captions"
+        flops_per_image = student_flops(trainer, trainer.model, batches[0]) / best.images  # the model itself is eager
+        yield f"{mode}, forward and backward", f"{flops_per_image / 1e9:,.3g} GFLOP an image with its captions"
         if torch.cuda.is_available():
             yield f"{mode}, peak memory", f"{best.memory / 2**30:.1f} GiB"
             peak = DENSE_BF16_PEAK.get(device_name())
@@ -228,16 +224,19 @@ def mode_figures(
                 yield f"{mode}, model FLOP utilisation", f"{100 * share:.1f} % of {peak / 1e12:.0f} TFLOP/s"
             waits = synchronisations(lambda: step(trainer, model, batches[0]))
             yield f"{mode}, host synchronisations in a step", f"{len(waits)} {' '.join(sorted(set(waits)))}".strip()
-        return best.images, flops_per_image
+        return best.images
+
+
+def free_memory() -> None:
+    gc.collect()  # trainer and callbacks refer to each other, and hold device memory
+    torch.cuda.empty_cache()
 
 
 def figures(tiny: bool, start: int, steps: int) -> Iterator[tuple[str, str]]:
     """Rows of the table; the compiled model's smallest batch is the eager one's fastest."""
-    flops_per_image = None
     for mode in ("eager", "compiled"):
-        start, flops_per_image = yield from mode_figures(mode, tiny, start, steps, flops_per_image)
-        gc.collect()  # trainer and callbacks refer to each other, and hold device memory
-        torch.cuda.empty_cache()
+        start = yield from mode_figures(mode, tiny, start, steps)
+        free_memory()
 
 
 def main() -> None:

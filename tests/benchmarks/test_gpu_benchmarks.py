@@ -1,12 +1,15 @@
 """The GPU programs on a CPU, with tiny towers."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from transformers import set_seed
 
 from benchmarks import teacher_features
-from benchmarks.gpu import loader, training
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import loader, training, whole_run
 from benchmarks.gpu.common import CAPTIONS, Clock, make_rows, make_trainer, print_table
 
 
@@ -80,17 +83,99 @@ def test_batches_double_until_the_memory_is_out(trainer, model, monkeypatch):
         training.double(trainer, model, 16, steps=1)
 
 
-def test_training_prints_a_table(capsys):
-    with torch._dynamo.config.patch(recompile_limit=1):  # one graph for each batch size; tracing takes seconds
-        print_table(training.figures(tiny=True, start=16, steps=2))
+def test_a_part_prints_a_table(capsys):
+    print_table(iter([("a", "1 s")]))
     printed = capsys.readouterr().out
-    rows = dict(line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| "))
-    assert "No GPU here" in printed and "torch" in printed
+    assert "No GPU here" in printed and "torch" in printed and "commit" in printed and "\n| a | 1 s |\n" in printed
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> dict[str, str]:
+    """All the programs, each in a process of its own, as `python -m benchmarks.gpu --device cpu` runs them."""
+    path = tmp_path_factory.mktemp("gpu") / "new" / "gpu.md"
+    assert gpu.main(["--device", "cpu", "--output", str(path)]) == 0
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    assert "say nothing" in path.read_text()
+    return dict(line.strip("| ").split(" | ") for line in lines[1:])
+
+
+def test_the_paper_s_student_is_timed_eager_and_compiled(table):
     for mode in ("eager", "compiled"):
-        assert float(rows[f"{mode}, captions/s"].replace(",", "")) > 0
-        assert 0 < float(rows[f"{mode}, share of the step outside the student"].strip(" %")) < 100
-    assert float(rows["student, forward and backward"].split()[0]) > 0
-    assert not any("memory" in name or "utilisation" in name or "host" in name for name in rows)
+        name = f"the paper's student, {mode}"
+        assert number(table[f"{name}, captions/s in `trainer.train()`"]) > 0
+        assert 0 <= number(table[f"{name}, of it the loader was waited for"]) < 100
+        assert number(table[f"{name}, student's FLOP/s"]) > 0
+        assert number(table[f"{mode}, captions/s"]) > 0
+        assert 0 < number(table[f"{mode}, share of the step outside the student"]) < 100
+        assert number(table[f"{mode}, forward and backward"]) > 0
+    assert table["eager, forward and backward"] == table["compiled, forward and backward"]
+    assert number(table["the paper's student, compiled, compiled graphs"]) >= 1
+    assert "the paper's student, eager, compiled graphs" not in table
+    assert not any("utilisation" in name or "host" in name for name in table)
+
+
+def test_the_other_parts_have_figures(table):
+    name = "the quickstart's student"
+    assert number(table[f"{name}, captions/s in `trainer.train()`"]) == pytest.approx(
+        number(table[f"{name}, images/s"]), abs=1
+    )  # a caption for each image
+    assert number(table["FSDP 2, 2 processes of 4 images, captions/s"]) > 0
+    assert table["resumed after 2 of 4 steps of 4 images, largest difference of a weight"] == "0 (bit for bit)"
+    assert number(table["a checkpoint, written"]) > 0
+    assert any(measure.startswith("bare forward, CLIP tiny") for measure in table)
+    assert number(table["step, 8 images"]) > 0
+
+
+def number(figure: str) -> float:
+    return float(figure.split()[0].replace(",", ""))
+
+
+def test_a_part_that_fails_leaves_the_rows_of_the_others(tmp_path, monkeypatch):
+    parts = {
+        "broken": "print('| a | 1 |', flush=True); raise ValueError('no | memory')",
+        "slow": "print('| b | 2 |', flush=True); import time; time.sleep(600)",
+        "well": "print('| c | 3 |')",
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "command_of", lambda name: [sys.executable, "-c", parts[name]])
+    path = tmp_path / "gpu.md"
+    assert gpu.main(["--device", "cpu", "--seconds", "3", "--output", str(path)]) == 1
+    assert path.read_text().splitlines()[-5:] == [
+        "| a | 1 |",
+        "| broken | failed (1): ValueError: no / memory |",
+        "| b | 2 |",
+        "| slow | failed (longer than 3 s): no word |",
+        "| c | 3 |",
+    ]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cpu"):
+        gpu.main([])
+
+
+def test_a_training_is_timed_from_step_to_step(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "disable_tqdm": True, "save_strategy": "no"}
+    trainer = make_trainer(str(tmp_path), 64, tiny=True, max_steps=1 + 3 + whole_run.WATCHED, **settings)
+    fetch = trainer.get_batch_samples
+    timed = whole_run.time_training(trainer, warm_up=1, steps=3)
+    assert (timed.steps, timed.images, timed.captions) == (3, 12, 60)
+    assert 0 < timed.waited < timed.seconds and timed.memory > 2**20
+    assert trainer.state.global_step == 9 and trainer.get_batch_samples == fetch
+    with pytest.raises(ValueError, match="max_steps=9 is less than 15"):
+        whole_run.time_training(trainer, warm_up=5, steps=5)
+
+
+def test_padding_of_the_gpus_buckets_is_no_work(trainer):
+    own = trainer.data_collator.most_buckets
+    flops = []
+    for most in (1, 32):
+        trainer.data_collator.most_buckets = most
+        flops.append(whole_run.flops_of_an_image(trainer))
+        assert trainer.data_collator.most_buckets == most
+    trainer.data_collator.most_buckets = own
+    assert flops[0] == flops[1] > 0
 
 
 def test_the_loader_is_timed_after_its_start(trainer):
