@@ -9,11 +9,29 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from . import cached_teacher, captions_per_second, loader, retrieval_speed, start_up, step_cost, teacher_features
+from . import (
+    cached_teacher,
+    captions_per_second,
+    loader,
+    retrieval_speed,
+    start_up,
+    step_cost,
+    teacher_features,
+    training_views,
+)
 from .common import Row, measured, print_table
 
 
-PROGRAMS = (captions_per_second, step_cost, cached_teacher, teacher_features, loader, retrieval_speed, start_up)
+PROGRAMS = (
+    captions_per_second,
+    step_cost,
+    cached_teacher,
+    teacher_features,
+    training_views,
+    loader,
+    retrieval_speed,
+    start_up,
+)
 
 
 def rows() -> Iterator[Row]:

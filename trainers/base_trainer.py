@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,7 @@ from rows.columns import pairs_alone, rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
 from .argument_checks import check_evaluated, check_student, fit_batch_size, taken_arguments
-from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views, most_buckets
+from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views, most_buckets, size_of_all
 from .card import describe_run, write_readme
 from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, leave_out_unused, tiny_batch
@@ -107,6 +108,8 @@ class RetrievalTrainer(ResumableTrainer):
             shared = find_shared_texts(known, where, "none of these is a negative for another")
             seed = args.data_seed if args.data_seed is not None else args.seed
             views = Views(args.captions_per_image, args.random_shift, args.random_zoom, seed)
+            if (size := size_of_all(processing_class.image_processor)) is not None:
+                views = replace(views, size=size, resample=processing_class.image_processor.resample)
             if streamed:
                 share = (args.process_index, args.world_size)
                 train_dataset = StreamedRetrievalDataset(

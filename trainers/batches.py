@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -30,12 +31,25 @@ class Views:
         captions_per_image: how many captions to draw for each image; None for all.
         random_shift, random_zoom: see [`random_view`].
         seed: of all random choices.
+        size: width and height in pixels that the processor brings every image to: an augmented view is resampled
+            once, from its image straight to this size, and a JPEG decoded no larger than that needs. None: a view
+            has its image's size, and the processor resamples it again.
+        resample: filter of that one resampling, the processor's.
     """
 
     captions_per_image: int | None = None
     random_shift: float = 0.0
     random_zoom: float = 0.0
     seed: int = 42
+    size: tuple[int, int] | None = None
+    resample: int = Image.Resampling.BILINEAR
+
+    @property
+    def least_side(self) -> int | None:
+        """The shortest side that an image must be decoded with, so that no view of it is enlarged for that."""
+        if self.size is None or not (self.random_shift or self.random_zoom):
+            return None
+        return math.ceil(max(self.size) / (1 - self.random_zoom))
 
 
 AS_THEY_ARE = Views()  # all captions, images not augmented
@@ -106,8 +120,9 @@ def make_examples(
             if not has_image[i]:
                 example["image"] = None
             elif pooled_images is None or pooled_images[i].isnan().all():
-                image = load_rgb(table["image"][i].as_py())
-                example["image"] = random_view(image, rng, views.random_shift, views.random_zoom)
+                image = load_rgb(table["image"][i].as_py(), views.least_side)
+                size = {"size": views.size, "resample": views.resample}
+                example["image"] = random_view(image, rng, views.random_shift, views.random_zoom, **size)
             if pooled_images is not None and has_image[i]:
                 example["image"] = pooled_images[i]
         except ValueError as error:
@@ -312,14 +327,36 @@ class RetrievalCollator:
         return self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
-def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: float) -> Image.Image:
-    """A shifted and zoomed view of the same size; what lies outside the image repeats its edge.
+def size_of_all(image_processor) -> tuple[int, int] | None:
+    """Width and height in pixels that a processor brings every image to by one resize; None where it does other."""
+    size = getattr(image_processor, "size", None)
+    width, height = (getattr(size, side, None) for side in ("width", "height"))
+    resizes = getattr(image_processor, "do_resize", False) and isinstance(
+        getattr(image_processor, "resample", None), int
+    )
+    others = any(getattr(image_processor, name, None) for name in ("do_center_crop", "do_pad", "crop_pct"))
+    return (width, height) if resizes and width and height and not others else None
+
+
+def random_view(
+    image: Image.Image,
+    rng: random.Random,
+    shift: float,
+    zoom: float,
+    size: tuple[int, int] | None = None,
+    resample: int = Image.Resampling.BILINEAR,
+) -> Image.Image:
+    """A shifted and zoomed view; what lies outside the image repeats its edge.
+
+    Without shift and zoom it is the image itself, of its own size.
 
     Args:
         image: RGB.
         rng: the generator that shift and zoom are drawn from.
         shift: largest shift in each direction, as a fraction of the side, in [0, 1).
         zoom: the side of the view is the image's times a factor in [1 - zoom, 1 + zoom], zoom in [0, 1).
+        size: width and height of the result, in pixels; the image's by default.
+        resample: the filter that the view is brought to its size with.
     """
     if not shift and not zoom:
         return image
@@ -338,4 +375,4 @@ def random_view(image: Image.Image, rng: random.Random, shift: float, zoom: floa
     down = max(0, int(np.ceil(max(-box[1], box[3] - height))))
     padded = Image.fromarray(np.pad(np.asarray(image), ((down, down), (across, across), (0, 0)), mode="edge"))
     box = [side + pad for side, pad in zip(box, (across, down, across, down))]
-    return padded.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return padded.resize(size or (width, height), resample, box=box)

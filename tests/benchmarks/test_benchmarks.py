@@ -22,6 +22,7 @@ from benchmarks import (
     start_up,
     step_cost,
     teacher_features,
+    training_views,
 )
 from benchmarks.gpu.common import make_trainer
 from rows.checks import check_dataset
@@ -116,6 +117,16 @@ def test_cached_teacher():
 
 def test_teacher_features():
     check(teacher_features.measure("tiny", rows=3, rounds=1, batch_size=2, num_workers=0))
+
+
+def test_training_views(monkeypatch):
+    monkeypatch.setattr(training_views, "IMAGES", (("PNG", (20, 16), 12), ("JPEG", (600, 450), 48)))
+    rows = training_views.measure(rounds=1)
+    check(rows)
+    assert ["PNG of 20 x 16" in rows[0].claim, "JPEG of 600 x 450" in rows[1].claim] == [True, True]
+    once, twice = (way(training_views.stored("JPEG", (600, 450)), 1) for way in training_views.ways(48))
+    assert once.shape == twice.shape == (3, 48, 48)
+    assert 0 < np.abs(once - twice).mean() < 0.1  # the same part of the picture, by other roundings
 
 
 def test_loader(tmp_path, rows, validation_rows, monkeypatch):

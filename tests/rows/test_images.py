@@ -105,6 +105,30 @@ def test_images_are_turned_upright(orientation):
     assert np.asarray(file).tolist() == stored.tolist()  # the caller's image is left alone
 
 
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+@pytest.mark.parametrize(
+    "at_least, side", [(None, 1), (9000, 1), (161, 1), (160, 2), (81, 2), (80, 4), (41, 4), (40, 8), (1, 8)]
+)
+def test_a_jpeg_may_be_decoded_smaller_but_not_too_small(at_least, side, orientation):
+    image = picture(0, size=(640, 320))
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[Image.ExifTags.Base.Orientation] = orientation
+    data = {"bytes": encoded(image, "JPEG", exif=exif, quality=95), "path": None}
+    whole, small = load_rgb(data), load_rgb(data, at_least)
+    assert small.size == tuple(-(-length // side) for length in whole.size)
+    expected = np.asarray(whole.reduce(side)).astype(int)
+    assert np.abs(np.asarray(small) - expected).mean() < 2
+    if side == 1:
+        assert np.array_equal(np.asarray(small), np.asarray(whole))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF"])
+def test_other_files_are_decoded_whole(file_format):
+    data = {"bytes": encoded(picture(0), file_format), "path": None}
+    assert np.array_equal(np.asarray(load_rgb(data, 8)), np.asarray(load_rgb(data)))
+
+
 @pytest.mark.parametrize("file_format", ["AVIF", "GIF", "WEBP", "PNG", "TIFF"])
 def test_of_an_animation_the_first_frame_is_read(file_format):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue", "lime")]

@@ -1,6 +1,9 @@
 """Batches: who belongs to whom, and draws that depend on nothing but seed, epoch and image."""
 
+import io
 import itertools
+import math
+import random
 from dataclasses import replace
 
 import datasets
@@ -8,10 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, make_student
-from PIL import Image
+from PIL import Image, JpegImagePlugin
+from tiny_trainer import make_trainer
+from transformers import CLIPImageProcessorPil, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from rows.columns import id_hash
-from trainers.batches import RetrievalCollator, RetrievalDataset, Views, most_buckets, random_view, text_buckets
+from trainers.batches import (
+    RetrievalCollator,
+    RetrievalDataset,
+    Views,
+    most_buckets,
+    random_view,
+    size_of_all,
+    text_buckets,
+)
 
 
 VIEWS = Views(captions_per_image=2, random_shift=0.2, random_zoom=0.2, seed=3)
@@ -144,9 +157,79 @@ def test_an_unreadable_image_is_left_out_and_named():
 
 
 def test_random_view_repeats_the_edge_and_keeps_the_size():
-    import random
-
     image = Image.new("RGB", (40, 20), (10, 20, 30))
     view = random_view(image, random.Random(0), 0.4, 0.4)
     assert view.size == (40, 20) and set(view.get_flattened_data()) == {(10, 20, 30)}
     assert random_view(image, random.Random(0), 0.0, 0.0) is image
+
+
+def picture_bytes(image: Image.Image, file_format: str, **settings) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **settings)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_a_view_of_another_size_shows_the_same_part():
+    """A ramp is one after any resampling: what a view shows can be read from its colours."""
+    across, down = np.meshgrid(np.linspace(0, 255, 400), np.linspace(0, 255, 300))
+    ramp = Image.fromarray(np.stack([across, down, np.zeros_like(across)], axis=-1).round().astype(np.uint8))
+    for seed in range(5):
+        own = random_view(ramp, random.Random(seed), 0.05, 0.2).resize((40, 30), Image.Resampling.BILINEAR)
+        for resample in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
+            once = random_view(ramp, random.Random(seed), 0.05, 0.2, (40, 30), resample)
+            assert once.size == (40, 30)
+            inner = (np.asarray(view)[2:-2, 2:-2].astype(int) for view in (once, own))
+            assert np.abs(np.subtract(*inner)).max() <= 2
+
+
+@pytest.mark.parametrize("processor, size", [
+    (ViTImageProcessorPil(size={"height": 20, "width": 30}), (30, 20)),
+    (ViTImageProcessorPil(size={"height": 20, "width": 30}, do_resize=False), None),
+    (CLIPImageProcessorPil(), None),  # the shortest side, then a crop
+    (ConvNextImageProcessorPil(), None),
+    (object(), None),
+])  # fmt: skip
+def test_views_are_made_small_where_the_processor_squashes_all_images_to_one_size(processor, size):
+    assert size_of_all(processor) == size
+
+
+def test_the_processor_leaves_a_view_of_its_size_as_it_is(tmp_path):
+    rows = make_rows(8).cast_column("image", datasets.Image(decode=False))
+    png = picture_bytes(Image.effect_noise((60, 45), 80).convert("RGB"), "PNG")
+    rows = rows.map(lambda row: {"image": png}).cast_column("image", datasets.Image())
+    trainer = make_trainer(tmp_path, rows, random_shift=0.1, random_zoom=0.2)
+    (example,) = trainer.train_dataset.__getitems__([3])
+    processor = trainer.processing_class.image_processor
+    size = (processor.size.width, processor.size.height)
+    assert example["image"].size == size == trainer.train_dataset.views.size != rows[3]["image"].size
+    pixels = trainer.data_collator([example])["pixel_values"][0].numpy()
+    mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    expected = (np.asarray(example["image"]).transpose(2, 0, 1) / 255 - mean) / std
+    assert np.abs(pixels - expected).max() < 1e-6
+
+
+def test_without_augmentation_an_image_is_given_whole(tmp_path):
+    """And so the student is trained on the pixels that it is evaluated on, bit for bit."""
+    rows = make_rows(8)
+    trainer = make_trainer(tmp_path, rows)
+    assert trainer.train_dataset.views.least_side is None
+    (example,) = trainer.train_dataset.__getitems__([3])
+    assert np.array_equal(np.asarray(example["image"]), np.asarray(rows[3]["image"].convert("RGB")))
+
+
+def test_only_training_decodes_a_jpeg_small(tmp_path, monkeypatch):
+    rows = make_rows(4).cast_column("image", datasets.Image(decode=False))
+    jpeg = picture_bytes(Image.new("RGB", (600, 400), "red"), "JPEG")
+    rows = rows.map(lambda row: {"image": jpeg}).cast_column("image", datasets.Image())
+    drafts, draft = [], JpegImagePlugin.JpegImageFile.draft
+    monkeypatch.setattr(
+        JpegImagePlugin.JpegImageFile, "draft", lambda self, mode, size: [drafts.append(size), draft(self, mode, size)]
+    )
+    trainer = make_trainer(tmp_path, rows, eval_dataset=rows, random_zoom=0.2)
+    trainer.evaluate()
+    trainer.encode(rows)
+    RetrievalDataset(rows, True).__getitems__([0])
+    assert drafts == []
+    trainer.train_dataset.__getitems__([0])
+    side = math.ceil(trainer.train_dataset.views.size[0] / 0.8)
+    assert drafts == [(side, side)]

@@ -159,9 +159,9 @@ def test_skipped_batches_are_not_decoded_and_nothing_else_changes(tmp_path, monk
     decoded = torch.zeros((), dtype=torch.int64).share_memory_()
     load_rgb = trainers.batches.load_rgb
 
-    def counted(image):
+    def counted(image, *more):
         decoded.add_(1)
-        return load_rgb(image)
+        return load_rgb(image, *more)
 
     def batches(skip: int) -> list[list]:
         dataset = StreamedRetrievalDataset(stream, 6, DIM, views=VIEWS)
