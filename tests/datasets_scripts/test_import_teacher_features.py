@@ -301,7 +301,7 @@ def test_the_docs_example_and_commands_end_in_a_student(keyed, monkeypatch):
     script.main(shlex.split(imports.replace("\\\n", " ")))
     check(folder / "data" / "mine_features", parts)
     # Split names: these rows have no validation split.
-    command = shlex.split(trains.replace("\\\n", " ").replace("recipes", str(DOCS.parents[1] / "recipes")))
+    command = shlex.split(trains.replace("\\\n", " ").replace("recipes", str(DOCS.parents[2] / "recipes")))
     train.main([*command, "--validation_split", "test", *small_run("towers")])
     results = json.loads(Path("runs/mine/all_results.json").read_text())
     assert results["test_images"] == 4 and results["teacher_test_rsum"] > 0
