@@ -155,7 +155,8 @@ def uneven_batches() -> dict[str, torch.Tensor]:
     text_groups = distributed.gather_rows(groups[caption_to_image], counts[1])
     step = TeacherRows(step_images, image_groups, step_captions, text_groups)
     own = TeacherRows(teacher_image, groups, teacher_text, groups[caption_to_image])
-    batch = {"teacher_rows": own, "caption_to_image": caption_to_image, "row_counts": counts}
+    row_counts = [*counts, counts[1], [0] * len(counts[0])]  # every caption has its image, no image is alone
+    batch = {"teacher_rows": own, "caption_to_image": caption_to_image, "row_counts": row_counts}
     dictionaries = {
         "step": step,
         "queue": TeacherRows(queue, torch.arange(20) % 7, queue.flip(0), torch.arange(20) % 9),
