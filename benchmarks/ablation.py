@@ -101,7 +101,11 @@ class Ablation:
 
 
 def key_of(settings: dict) -> str:
-    """The name of a run in lines and folders: a hash of all its settings, the recipe's included."""
+    """The name of a run in lines and folders: a hash of all its settings, the recipe's included.
+
+    The licence that a recipe states changes no run, and is no part of it.
+    """
+    settings = {name: value for name, value in settings.items() if name != "license"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -151,7 +151,7 @@ def memory_mb() -> float:
 
 def measure(engine: str, kind: str, file: Path, queries: np.ndarray, scratch: Path) -> list[str]:
     """A row of the table."""
-    vectors, before, built = np.load(file, mmap_mode="r"), memory_mb(), []
+    vectors, before, built = np.load(file, mmap_mode="r", allow_pickle=False), memory_mb(), []
     folder = Path(tempfile.mkdtemp(dir=scratch))
     seconds = seconds_of(lambda: built.append(ENGINES[engine](vectors, kind, folder)))
     (search,), times, hits = built, {"engine": [], "plain": []}, 0

@@ -68,6 +68,7 @@ PASSED_OVER = {r"^rm ": "deletes", r"^(tensorboard|git|cd|sudo|apt-get|docker) "
 # What the text around a page's Python gives it, where the page has these words.
 AROUND = {
     "Image.open(file)": "from PIL import Image, ImageOps; file = 'arrow.png'",
+    "vectors @ query": "query = np.eye(1, 16, dtype=np.float32)[0]",
     "embed_image(": "embed_image = lambda image: np.asarray(image.resize((4, 4)).convert('L')).reshape(-1) + 1.0\n"
     "embed_text = lambda text: np.random.default_rng(len(text)).normal(size=16)",
 }

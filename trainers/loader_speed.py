@@ -55,7 +55,7 @@ def measure(trainer: RetrievalTrainer) -> LoaderSpeed | None:
     seconds = min(seconds_of(make) for _ in range(2))  # the first one opens files
     batch = send_to_device(made[-1], args.device)
     read = len(batch["image_ids"])
-    inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
     was_training = model.training
     model.eval()
     with trainer.compute_loss_context_manager():

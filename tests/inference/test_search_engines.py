@@ -1,4 +1,4 @@
-"""The engines of docs/search.md, by its own snippets, on vectors that inference.embed wrote; and the benchmark's."""
+"""The engines of docs/guides/search.md, by its snippets, on vectors that inference.embed wrote; the benchmark's."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from inference import embed
 
 
 ROOT = Path(__file__).parents[2]
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/search.md").read_text(encoding="utf-8"), re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/search.md").read_text(encoding="utf-8"), re.DOTALL)
 ENGINES = {
     "plain": "vectors @ query))[:10]",
     "faiss": "index_factory",

@@ -8,6 +8,7 @@ import torch
 from loss_references import Batch, contrast, gradients, hinge, teacher_rows
 from torch._subclasses import FakeTensorMode
 
+from trainers.loss_inputs import Partners
 from trainers.losses import (
     PAIRS,
     OtherStudents,
@@ -44,6 +45,9 @@ def test_nothing_waits_for_the_device():
     texts = {name: mode.from_tensor(t) for name, t in batch.text_settings().items()}
     rows = TeacherRows(**{name: mode.from_tensor(t) for name, t in vars(teacher_rows(batch)).items()})
     with mode:
+        nobody = inputs[5][:0]
+        pairs = Partners.of(inputs[5], torch.arange(len(inputs[5])), nobody, nobody)  # a trainer has counted them
+        texts["partners"] = pairs
         others = OtherStudents(*inputs, world_size=2, **texts)
         for losses in (
             contrastive_distillation(*inputs, dictionary=rows, pairs=PAIRS, **texts),
