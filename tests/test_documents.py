@@ -74,7 +74,7 @@ AROUND = {
 }
 A_COMMAND = re.compile(r"(python|accelerate|make|pip|hf|train\.py) [^.…]")
 # Options that sentences name, of accelerate and of tests/lower_bounds.py; and --config, which train.py reads first.
-OF_OTHERS = {"--config", "--num_processes", "--ends"}
+OF_OTHERS = {"--mixed_precision", "--config", "--num_processes", "--ends"}
 
 
 @pytest.fixture(scope="module")
