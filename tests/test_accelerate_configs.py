@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_trainer import largest_difference
 
 from modeling_dsmd import DSMDModel
+from trainers.teacher_pca import load_pca
 
 
 ROOT = Path(__file__).parents[1]
@@ -225,4 +226,8 @@ def test_a_sharded_run_leaves_the_files_of_any_other(ddp, fsdp, run):
     states = [student.state_dict(), DSMDModel.from_pretrained(step).state_dict()]
     temperatures = [state.pop("logit_scale").item() for state in states]  # fitted in the finished student alone
     assert (temperatures[0] == temperatures[1]) == ("checkpoint" in run)
+    rotation = load_pca(other)  # of the finished student alone
+    assert (rotation is None) == ("checkpoint" in run)
+    for name in ("visual_projection.weight", "text_projection.weight") if rotation is not None else ():
+        states[1][name] = (rotation.double().T @ states[1][name].double()).float()
     assert largest_difference(*states) == 0.0

@@ -10,6 +10,7 @@ from torch import nn
 from .base_trainer import RetrievalTrainer
 from .metrics import retrieval_metrics
 from .run import distributed
+from .run.sharding import show_shards
 
 
 PROJECTIONS = ("visual_projection", "text_projection")
@@ -46,6 +47,7 @@ def rotate(trainer: RetrievalTrainer, components: Callable[[], torch.Tensor | No
         return False
     # Each process may have fitted its own; on unlike machines they differ in the last digits.
     rotation = distributed.from_first_rank(rotation.to(trainer.args.device))
+    show_shards(trainer.model)
     for layer in layers:
         weight = layer.weight  # [D, W]
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP's is in shards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 from transformers import PreTrainedModel
 
@@ -39,3 +40,14 @@ def prepare_sharding(plugin: FullyShardedDataParallelPlugin, model: PreTrainedMo
     plugin.mixed_precision_policy = None
     for tensor in model.state_dict().values():
         distributed.from_first_rank(tensor)
+
+
+def show_shards(model: nn.Module) -> None:
+    """Lets the model's parameters be the shards that FSDP 2 keeps; of a model that is not sharded nothing changes.
+
+    After a forward pass without a backward one the outermost module still has its parameters whole, and what is
+    written into these is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
