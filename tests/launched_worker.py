@@ -8,23 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-
 import train
+from benchmarks.gpu.sharded import shard_on_cpu
 from trainers.run.distributed import run_launched
 from trainers.student import build_student
-
-
-def shard_on_cpu() -> None:
-    init = PartialState.__init__
-
-    def init_as_gpu(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = init_as_gpu
 
 
 def build_other_student(*args):

@@ -237,3 +237,23 @@ def reference_hinge(batch, columns, pair, margin, kind, hardest):
 
 def gradients(losses, student):
     return torch.autograd.grad(sum(losses.values()), student, allow_unused=True)
+
+
+def check_gradients(gradients, batch, value, pair: str) -> None:
+    """The gradients of student images and captions are the differences of `value(batch)`, a reference in numpy.
+
+    Args:
+        gradients: of `student_image` `[N, D]` and `student_text` `[C, D]`, None for the side that `pair` does not ask.
+    """
+    for side, gradient in zip(("student_image", "student_text"), gradients, strict=True):
+        if gradient is None:
+            assert side[8] != pair[0].lower()
+            continue
+        rows = getattr(batch, side)
+        expected = np.zeros_like(rows)
+        for place in np.ndindex(*rows.shape):
+            moved = np.zeros_like(rows)
+            moved[place] = 1e-6
+            up, down = value(batch.copy(**{side: rows + moved})), value(batch.copy(**{side: rows - moved}))
+            expected[place] = (up - down) / 2e-6
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-5)
