@@ -23,7 +23,8 @@ quickstart: $(INSTALLED)  ## distil a student on the icons and evaluate it
 	$(BIN)/accelerate launch -q train.py --config recipes/icons.yaml
 
 demo:  ## search icons in this machine's browser with the quickstart's student (needs Python and npm alone)
-	$(PYTHON) -m inference.web_open demo
+	$(PYTHON) -m inference.web_page demo build/demo
+	$(PYTHON) -m inference.web_open build/demo
 
 test: $(INSTALLED)  ## run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile

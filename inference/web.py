@@ -24,7 +24,8 @@ from huggingface_hub.errors import HTTPError
 from datasets_scripts.building import refuse_what_is_there
 from inference import web_open, web_runtime
 from inference.web_check import compare_with_python
-from inference.web_files import Thumbnails, add_sizes, copy_page, space_readme, write_index, write_worker
+from inference.web_files import Thumbnails, add_sizes, space_readme, write_index
+from inference.web_page import copy_page, write_worker
 from inference.web_pictures import Pictures, pictures_of_dataset, pictures_of_folder
 from inference.web_student import WebStudent, check_size, load_student, write_student
 from rows.command_line import Command, run_program

@@ -1,11 +1,8 @@
-"""The files of a site: the index, the thumbnails, the list of files to keep offline, the Space's front matter."""
+"""The files of a site beside the page: the index, the thumbnails, their sizes, the Space's front matter."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +10,11 @@ import yaml
 from PIL import Image
 
 from inference import web_runtime
+from inference.web_page import UNSEEN
 from model_cards.tables import as_text
 
 
-PAGE = Path(__file__).with_name("site")  # the page itself, which is copied as it is
 SHEET = 512  # pixels: side of a file of thumbnails, at most
-OFFLINE = 20_000_000  # bytes of thumbnails that are kept offline unseen, at most
 FIRST_SHEETS = 24  # at most so many are loaded for the results that are shown first, one for each
 
 
@@ -81,45 +77,18 @@ def _smallest(image: Image.Image) -> bytes:
     return min(files, key=len)
 
 
-def copy_page(folder: Path) -> None:
-    for path in PAGE.iterdir():
-        shutil.copyfile(path, folder / path.name)
-
-
 def add_sizes(folder: Path, about: dict) -> dict:
     """`about` (what `data/site.json` is to hold) with the bytes that a visitor loads first, and later."""
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     sheets = {name: sizes[f"data/{name}"] for name in about["thumbnails"]["sheets"]}
     vision = sizes[about["student"]["vision"]["file"]]
     later = vision + sum(list(sheets.values())[FIRST_SHEETS:])
-    unseen = ("README.md", "NOTICE", "runtime/LICENSE", "sw.js")
     runtime = sum(sizes[f"runtime/{name}"] for name in web_runtime.FILES)
-    total = sum(size for name, size in sizes.items() if name not in unseen)
+    total = sum(size for name, size in sizes.items() if name not in UNSEEN)
     return about | {
         "runtime": {"name": f"{web_runtime.NAME} {web_runtime.VERSION}", "bytes": runtime},
         "bytes": {"first": total - later, "later": later},
     }
-
-
-def write_worker(folder: Path, sheets: list[str]) -> None:
-    """Puts into `sw.js`, which keeps the site offline, the list of its files and a name of their state.
-
-    Args:
-        sheets: names of the files of thumbnails; where they are large, only those that are seen are kept.
-    """
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    names = sorted(name for name in names if name not in ("README.md", "NOTICE", "runtime/LICENSE", "sw.js"))
-    state = hashlib.sha256()
-    for name in names:
-        state.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
-    sheets = [f"data/{name}" for name in sheets]
-    if sum((folder / name).stat().st_size for name in sheets) > OFFLINE:
-        names = [name for name in names if name not in sheets]
-    constants = (
-        f'const VERSION = "{state.hexdigest()[:16]}";\nconst FILES = {json.dumps(["./", *names], indent=1)};\n\n'
-    )
-    worker = (PAGE / "sw.js").read_text(encoding="utf-8")
-    (folder / "sw.js").write_text(constants + worker, encoding="utf-8")
 
 
 def space_readme(title: str, hub_id: str | None) -> str:

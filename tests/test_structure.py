@@ -47,6 +47,7 @@ HELD_ELSEWHERE = {
     "inference/web_check.py": "tests/inference/test_web_page.py",
     "inference/web_files.py": "tests/inference/test_web.py",
     "inference/web_open.py": "tests/inference/test_web.py",
+    "inference/web_page.py": "tests/inference/test_web.py",
     "inference/web_pictures.py": "tests/inference/test_web.py",
     "inference/web_runtime.py": "tests/inference/test_web.py",
     "inference/web_student.py": "tests/inference/test_web.py",

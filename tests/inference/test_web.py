@@ -18,10 +18,10 @@ import yaml
 from image_files import picture
 from PIL import Image
 
-from inference import web, web_files, web_open, web_pictures, web_runtime, web_student
+from inference import web, web_files, web_open, web_page, web_pictures, web_runtime, web_student
 
 
-PAGE = web_files.PAGE
+PAGE = web_page.PAGE
 
 
 def test_index_rows_have_length_one_and_the_embeddings_direction(tmp_path):
@@ -59,7 +59,7 @@ def test_the_worker_lists_the_files_and_names_their_state(tmp_path):
         (tmp_path / name).write_text(name)
 
     def written() -> tuple[str, list[str]]:
-        web_files.write_worker(tmp_path, ["sheet-0.webp"])
+        web_page.write_worker(tmp_path, ["sheet-0.webp"])
         version, files = re.match(r'const VERSION = "(\w+)";\nconst FILES = (.*?);\n', text(), re.DOTALL).groups()
         return version, json.loads(files)
 
@@ -71,7 +71,7 @@ def test_the_worker_lists_the_files_and_names_their_state(tmp_path):
     assert written() == first
     (tmp_path / "index.html").write_text("another")
     assert written()[0] != first[0]
-    (tmp_path / "data/sheet-0.webp").write_bytes(bytes(web_files.OFFLINE + 1))
+    (tmp_path / "data/sheet-0.webp").write_bytes(bytes(web_page.OFFLINE + 1))
     assert written()[1] == ["./", "index.html"]
 
 
@@ -239,6 +239,19 @@ def test_the_runtime_is_fetched_once_and_again_where_it_was_changed(npm):
     (npm / "gone").rename(npm / "npm")
     web_runtime.add_runtime(npm)
     assert (npm / "runtime" / name).read_bytes() == (folder / name).read_bytes() == name.encode()
+
+
+def test_the_demo_is_completed_with_the_page_and_the_runtime(npm):
+    for _ in range(2):  # an earlier one is written over
+        web_page.main([str(PAGE.parents[1] / "demo"), str(npm / "site")])
+        constants = (npm / "site/sw.js").read_text()
+        files = json.loads(re.search(r"const FILES = (.*?);\n", constants, re.DOTALL)[1])
+        assert {"index.html", "app.js", "data/text_model.onnx", "data/sheet-24.webp"} < set(files)
+        assert all((npm / "site" / name).exists() for name in files)
+        assert {f"runtime/{name}" for name in web_runtime.FILES} < set(files)
+        (npm / "site/app.js").write_text("of an earlier release")
+    with pytest.raises(SystemExit, match="has no data/site.json"):
+        web_page.main([str(npm), str(npm / "other")])
 
 
 def test_another_package_than_the_pinned_one_is_refused(npm):
