@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import itertools
 import os
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -322,7 +323,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, state = parse(arguments), PartialState()
+    options = parse(arguments)
+    # Without a GPU torchrun's processes know of each other only so; the first of them waits for the slowest.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     source = open_images(options.images)
     texts = None if options.texts is None else TextLines(options.texts)
     projection = digest = None
