@@ -5,7 +5,5 @@ author = copyright = "the DSMD authors"
 extensions = ["myst_parser"]
 html_theme = "furo"
 html_title = "DSMD"
-exclude_patterns = []
 myst_heading_anchors = 3  # headings are anchors, as on code hosts
-myst_enable_extensions = ["dollarmath"]
 suppress_warnings = ["myst.header"]  # a page may start with a table's heading

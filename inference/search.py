@@ -37,7 +37,7 @@ from inference.dual_encoders import load_encoder
 from inference.embed import open_vectors
 from inference.image_files import SUFFIXES, list_images, read_image
 from inference.queries import evaluate_queries, read_queries
-from inference.vectors import Result, VectorIndex
+from inference.vectors import Result, VectorIndex, read_weights
 from model_cards.grid import Cell, check_replaceable, result_grid
 from rows.command_line import Command, run_program
 from rows.files import printable, write_whole
@@ -225,9 +225,7 @@ def student_fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> st
     settings = (model.config.to_json_string(use_diff=False), processor.image_processor.to_json_string())
     settings = [json.loads(text, object_hook=without_origin) for text in settings]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    read_weights(model, digest)
     return digest.hexdigest()
 
 

@@ -42,10 +42,15 @@ def fingerprint(encoder: Teacher) -> str:
     """What a dual encoder's features depend on, hashed: weights, preprocessing and how texts are cut."""
     described = {name: value for name, value in encoder.describe().items() if name not in ("id", "revision")}
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted(encoder.model.state_dict().items()):
+    read_weights(encoder.model, digest)
+    return digest.hexdigest()
+
+
+def read_weights(model: torch.nn.Module, digest) -> None:
+    """Lets a digest of hashlib read a model's weights, with their names, types and shapes."""
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def projection_of(student: str) -> tuple[torch.Tensor, str] | tuple[None, None]:

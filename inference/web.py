@@ -108,7 +108,6 @@ def write_site(student: WebStudent, pictures: Pictures, folder: Path, title: str
         "examples": pictures.examples(EXAMPLES),
         "notices": pictures.notices,
     }
-    (data / "site.json").write_text("", encoding="utf-8")
     (data / "site.json").write_text(json.dumps(add_sizes(folder, about), indent=1), encoding="utf-8")
     if pictures.notices:
         (folder / "NOTICE").write_text("\n".join(pictures.notices) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from PIL import Image
 from datasets_scripts.icon_licences import DRAWN, FONT_NOTICES, is_brand
 from datasets_scripts.icons import STYLE_WORDS
 from datasets_scripts.opening import open_dataset
-from inference.search import list_images, read_image
+from inference.image_files import list_images, read_image
 from rows.images import load_rgb
 
 
