@@ -59,6 +59,7 @@ PARSED = {
     r"accelerate_configs/": "several GPUs or machines; tests/test_accelerate_configs.py runs the same on CPU",
     r"datasets_scripts\.(flickr30k|coco) |recipes/(flickr30k|coco)_": "pictures that do not ship",
     r"recipes/icons": "the quickstart and its teacher: minutes",
+    r"teachers\.icons_towers": "weights of the teacher extra; tests/teachers/test_icons_towers.py runs it",
     r"teachers\.beit3\.convert": "released weights; tests/teachers/test_beit3_convert.py runs it",
     r"icons_onnx/onnx_search": "an export; tests/inference/test_export.py runs it",
     r"timm/": "a model of the Hub; tests/teachers/test_open_clip_teacher.py runs the same",
