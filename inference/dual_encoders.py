@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from inference.encoders import encode_by_onnx
 from inference.onnx_files import TOWERS, WEIGHTS
-from rows.images import to_rgb
 from rows.texts import cut
 from teachers import Teacher, load_teacher
 from trainers.run.loader_workers import name_killed_workers, shielded
@@ -118,7 +117,7 @@ class _Preparation(torch.utils.data.Dataset):
         for i in batch:
             try:
                 content = self.read(i)
-                contents.append(to_rgb(content) if self.kind == "image" else content)
+                contents.append(content)
                 own.append(i)
             except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
                 unreadable[i] = str(error) or type(error).__name__
@@ -138,7 +137,7 @@ def encode(
     Args:
         encoder: it only embeds.
         kind: "image" or "text".
-        read: gives an item by its number; what it raises leaves the item out.
+        read: gives an item by its number, an image in RGB; what it raises leaves the item out.
         batches: the items' numbers.
         num_workers: processes that read and prepare.
 
@@ -161,7 +160,7 @@ def encode(
         for own, prepared, unreadable in shielded(loader):
             features = torch.empty(0, 0) if prepared is None else run(prepared).cpu()
             if prepared is not None and not (torch.isfinite(features).all(1) & (features != 0).any(1)).all():
-                raise ValueError(f"The model gives features of an {kind} that are NaN, infinite or zero.")
+                raise ValueError(f"The model gives features of {kind}s that are NaN, infinite or zero.")
             yield own, features, unreadable
 
 

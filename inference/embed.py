@@ -48,7 +48,7 @@ from rows.command_line import Command, run_program
 from rows.files import named, printable, shown_name
 from rows.images import load_rgb
 from teachers import Teacher
-from trainers.run.distributed import agree, run_launched
+from trainers.run.distributed import agree, run_launched, use_the_cores
 
 
 SHARD_ROWS = 4096  # what a killed process loses, at most
@@ -226,10 +226,16 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
             f"{named(differs)}: name another --output_dir."
         )
     output.mkdir(parents=True, exist_ok=True)
+    pending, there = dict.fromkeys(source.ids), shards_of(output, kind)
+    stored = [own for file in there for own in read_shard(file)[0]["id"].to_pylist()]
+    if stored and pending.keys().isdisjoint(stored):
+        raise ValueError(
+            f"{output} holds vectors of {len(stored):,} {kind}, such as {printable(stored[0])}, none of which is in "
+            f"{facts['source']}: name the images that it is of, or another folder for the vectors."
+        )
     for left in output.glob("*.part"):  # of a run that was killed
         left.unlink()
     write_facts(output, {**facts, "complete": False})
-    pending, there = dict.fromkeys(source.ids), shards_of(output, kind)
     number = 1 + max((int(file.stem.rpartition("-")[2]) for file in there), default=-1)
     for file in there:
         table, embeds = read_shard(file)
@@ -279,11 +285,16 @@ def open_vectors(folder: Path, encoder: Teacher, name: str, images: Path | None)
         ValueError: see [`VectorIndex.open`] and [`embed`].
     """
     facts = read_facts(folder) if folder.is_dir() else None
-    if images is not None and facts is not None and facts["fingerprint"] == fingerprint(encoder):
+    source = None if images is None else open_images(str(images))
+    # Vectors in a student's space need the teacher and the projection, which only their own command has.
+    is_own = facts is not None and facts["projection"] is None and facts["fingerprint"] == fingerprint(encoder)
+    if source is not None and is_own:
         facts = {name: facts[name] for name in ("model", "fingerprint", "width", "projection", "source")}
         as_npy = any(folder.glob("images-*.npy"))
-        finish(folder, facts, embed(encoder, open_images(str(images)), folder, facts, as_npy=as_npy))
-    return VectorIndex.open(folder, encoder, name)
+        finish(folder, facts, embed(encoder, source, folder, facts, as_npy=as_npy))
+    index = VectorIndex.open(folder, encoder, name)
+    index.read = None if source is None else lambda own: source.read([own], 0)
+    return index
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -326,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # Without a GPU torchrun's processes know of each other only so; the first of them waits for the slowest.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    use_the_cores(state.device, state.num_processes)
     source = open_images(options.images)
     texts = None if options.texts is None else TextLines(options.texts)
     projection = digest = None

@@ -49,9 +49,10 @@ def rank_of(results: list[Result], right: set[str]) -> int:
     """1 + the number of wrong files that score at least as much as the best right one.
 
     Args:
-        results: all files, best first.
+        results: all files, best first; of an approximate search those that it found, and a right one that is not
+            among them comes after all of these.
     """
-    best = max(result.score for result in results if result.path in right)
+    best = max((result.score for result in results if result.path in right), default=float("-inf"))
     return 1 + sum(result.score >= best - EQUAL and result.path not in right for result in results)
 
 

@@ -366,10 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"  {result.score:.3f}  {printable(result.path)}" for result in results))
     if options.images is None:
         return
-    folder = options.images.expanduser()
-    cells = [
-        Cell(read_image(folder / result.path), f"{result.score:.3f}  {Path(result.path).name}") for result in results
-    ]
+    cells = [Cell(index.read_image(result), f"{result.score:.3f}  {Path(result.path).name}") for result in results]
     left_out = result_grid([query], [cells], options.grid)
     print(f"A picture of the results: {options.grid}")
     if left_out:

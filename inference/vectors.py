@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -143,12 +144,14 @@ class VectorIndex:
         ids: of the N images.
         embeds: float16 `[N, width]`, of length 1.
         skipped: what was left out, id -> why.
+        read: gives the image of an id, in RGB; None where the images are not at hand.
     """
 
     encoder: Teacher
     ids: list[str]
     embeds: np.ndarray
     skipped: dict[str, str]
+    read: Callable[[str], Image.Image] | None = None
 
     @classmethod
     def open(cls, folder: Path, encoder: Teacher, name: str) -> VectorIndex:
@@ -165,13 +168,17 @@ class VectorIndex:
             raise ValueError(f"{folder} has no {INDEX}: name a folder that inference.embed wrote.")
         if not facts["complete"]:
             raise ValueError(f"{folder} is not finished: the inference.embed command that began it goes on with it.")
-        if facts["fingerprint"] != fingerprint(encoder):
-            asked = projection_of(name)[1]
-            if asked is None or facts["projection"] != asked:
-                raise ValueError(
-                    f"{folder} holds vectors of {facts['model']}, and {name} has other weights or preprocessing: "
-                    "search it with its own model, or embed the images with this one into another folder."
-                )
+        is_own = facts["fingerprint"] == fingerprint(encoder)
+        if is_own and facts["projection"] is not None:
+            raise ValueError(
+                f"{folder} holds vectors of {facts['model']} that were brought to a student's space: search it with "
+                "that student, or embed the images without --student into another folder."
+            )
+        if not is_own and (facts["projection"] is None or facts["projection"] != projection_of(name)[1]):
+            raise ValueError(
+                f"{folder} holds vectors of {facts['model']}, and {name} has other weights or preprocessing: "
+                "search it with its own model, or embed the images with this one into another folder."
+            )
         if facts["width"] > encoder.dim:
             raise ValueError(
                 f"{folder} holds vectors of {facts['width']} numbers, and {name} gives {encoder.dim}: embed the "
@@ -185,6 +192,10 @@ class VectorIndex:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def read_image(self, result: Result) -> Image.Image:
+        """The image of a result, in RGB."""
+        return self.read(result.path)
 
     def truncate(self, width: int) -> None:
         """From now on the first `width` numbers are compared, of a length of 1 again.

@@ -36,6 +36,7 @@ class Pictures:
     read: Callable[[int], Image.Image]
     label_kind: str  # names, captions or none
     notices: list[str]
+    unlisted: dict[str, str] = field(default_factory=dict)  # what the folder has and could not be listed, and why
     kept: list[int] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -48,7 +49,7 @@ class Pictures:
         Raises:
             ValueError: there is none.
         """
-        self.kept, self.left_out = [], {}
+        self.kept, self.left_out = [], dict(self.unlisted)
         for number, name in enumerate(self.names):
             try:
                 image = self.read(number)
@@ -63,7 +64,7 @@ class Pictures:
 
     def first_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of the first pictures that can be read."""
-        return [image.size for image in islice(self, FIRST)] or [(1, 1)]
+        return [image.size for image in islice(self, FIRST)]
 
     @property
     def labels(self) -> list[str] | None:
@@ -93,7 +94,7 @@ def pictures_of_folder(folder: Path, label_kind: str, notices: list[str]) -> Pic
     check_count(len(names), str(folder))
     return Pictures(
         names, [[] for _ in names], names, lambda number: read_image(folder / names[number]), label_kind, notices,
-        left_out=skipped,
+        unlisted=skipped,
     )  # fmt: skip
 
 

@@ -239,6 +239,24 @@ def test_search_brings_the_index_up_to_date_where_images_are_given(models, image
     assert (tmp_path / "grid.png").is_file()
 
 
+def test_another_folder_than_the_indexs_drops_nothing(models, images, tmp_path):
+    run(models / "student", images, tmp_path / "vectors")
+    before = contents(tmp_path / "vectors")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/x.png").write_bytes(encoded(picture(99), "PNG"))
+    with pytest.raises(ValueError, match=f"vectors of {COUNT} images, such as .*, none of which is in other"):
+        run(models / "student", tmp_path / "other", tmp_path / "vectors")
+    assert read_facts(tmp_path / "vectors")["complete"] and contents(tmp_path / "vectors").keys() == before.keys()
+
+
+def test_results_of_a_dataset_are_drawn_from_its_rows(models, tmp_path, capsys):
+    datasets.DatasetDict(test=make_rows(5)).save_to_disk(tmp_path / "rows")
+    run(models / "student", tmp_path / "rows", tmp_path / "vectors")
+    names = ["--model_name_or_path", str(models / "student"), "--index", str(tmp_path / "vectors")]
+    search.main([*names, "--images", str(tmp_path / "rows"), "a", "--grid", str(tmp_path / "grid.png")])
+    assert len(found(capsys)) == 5 and (tmp_path / "grid.png").is_file()
+
+
 def test_search_says_where_its_index_is(models, images, tmp_path, capsys):
     names = ["--model_name_or_path", str(models / "student"), "--images", str(images), "a"]
     more = ["--grid", str(tmp_path / "grid.png"), "--cache_dir", str(tmp_path / "cache")]
@@ -280,6 +298,8 @@ def test_a_student_searches_what_its_teacher_embedded(models, images, tmp_path):
     best = index.search_text("a cat", 1)[0]
     scores = {k: float(v @ query / np.linalg.norm(v) / np.linalg.norm(query)) for k, v in teacher.items()}
     assert best.score == pytest.approx(max(scores.values()), abs=2e-3)
+    with pytest.raises(ValueError, match="were brought to a student's space: search it with that student"):
+        embed.open_vectors(tmp_path / "vectors", load_teacher(str(models / "clip_alone")), "clip_alone", images)
     save_pca(components.flip(1).contiguous(), tmp_path / "student")
     with pytest.raises(ValueError, match="other weights"):
         VectorIndex.open(tmp_path / "vectors", student, str(tmp_path / "student"))
@@ -355,6 +375,7 @@ def test_a_damaged_shard_is_named(models, images, tmp_path):
 def test_the_rank_of_a_query_counts_ties_against_the_model():
     results = [Result("a", 0.9), Result("b", 0.5), Result("c", 0.5), Result("d", 0.1)]
     assert [rank_of(results, right) for right in ({"a"}, {"b"}, {"c", "d"}, {"d"}, {"a", "d"})] == [1, 3, 3, 4, 1]
+    assert rank_of(results, {"e"}) == 5  # an approximate search has not found it
 
 
 def test_queries_of_a_table_are_evaluated(models, images, tmp_path, capsys):
