@@ -19,7 +19,6 @@ from datasets_scripts import feature_job
 from rows.teacher_columns import TEACHER_COLUMNS
 from trainers import RetrievalTrainingArguments
 from trainers.run import hub_push
-from trainers.run.distributed import run_launched
 from trainers.teacher_pca import load_pca
 
 
@@ -174,13 +173,6 @@ def test_what_a_user_sees_of_an_error_under_the_launcher(tmp_path, launcher, pro
         assert lines[place + 2].startswith("Traceback") and "CalledProcessError" in lines[-1]
     else:
         assert lines[-1] == sentence and "Traceback" not in seen.stderr
-
-
-def test_a_launched_program_leaves_no_process_group(tmp_path):
-    """Its threads would now and then abort a process that is done, at the interpreter's end."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    run_launched(lambda: torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1))
-    assert not torch.distributed.is_initialized()
 
 
 def test_the_makefile_launches_quietly():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -44,9 +46,25 @@ def run_launched(main: Callable[[], None]) -> None:
             raise
         print(*([stop.code] if isinstance(stop.code, str) else []), line, sep="\n", file=sys.stderr)
         sys.exit(2 if stop.code == 2 else 1)
-    # Gloo's threads, if they live until the interpreter ends, now and then abort a process that is done.
     if dist.is_available() and dist.is_initialized():
+        among_others = dist.get_world_size() > 1
         dist.destroy_process_group()
+        if among_others:
+            _end_as_a_child()
+
+
+def _end_as_a_child() -> None:
+    """Ends this process as multiprocessing ends its own: with what was registered for the end, without dismantling the
+    interpreter.
+
+    Under DDP Gloo's threads outlive their process group, and now and then abort an interpreter that is dismantled
+    around them: the launcher then reports a program that is done as one that has failed.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def launchers_words() -> list[str] | None:
