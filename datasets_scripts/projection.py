@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from datasets_scripts.data_loading import DataArguments
 from rows.columns import Splits
 from rows.teacher_columns import teacher_batches, teacher_width
-from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca
+from trainers.teacher_pca import PCA_FILE, fit_pca, projection_of_student, stored_pca
 
 
 def teacher_projection(
@@ -39,7 +34,7 @@ def teacher_projection(
         raise ValueError(
             f"projection_dim={projection_dim} is more than the {width} of the teacher's features: {way_out}."
         )
-    components = None if saved is None else _stored_pca(saved, "model")
+    components = None if saved is None else projection_of_student(saved, projection_dim, width)
     if components is None and projection_dim == width:
         return None
     if components is None:
@@ -68,16 +63,7 @@ def principal_components(rows: Splits, args: DataArguments) -> torch.Tensor | No
 
     None of a stream, or of a dataset without a training split, that brings none.
     """
-    components = None if args.dataset_name == "icons" else _stored_pca(args.dataset_name, "dataset")
+    components = None if args.dataset_name == "icons" else stored_pca(args.dataset_name, "dataset")
     if components is None and not args.streaming and "train" in rows:
         components = fit_pca(teacher_batches(rows["train"]))
     return components
-
-
-def _stored_pca(name: str, repo_type: str) -> torch.Tensor | None:
-    if Path(name).is_dir():
-        return load_pca(name)
-    try:
-        return load_pca(os.path.dirname(hf_hub_download(name, PCA_FILE, repo_type=repo_type)))
-    except EntryNotFoundError:
-        return None

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -70,3 +72,41 @@ def load_pca(folder: str | os.PathLike) -> torch.Tensor | None:
         return load_file(path)["components"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the projection is fitted again.") from error
+
+
+def stored_pca(name: str | os.PathLike, repo_type: str = "model") -> torch.Tensor | None:
+    """The components `[D, k]` that a folder or a repository of the Hub holds; None where it holds none.
+
+    Args:
+        name: a folder, or a Hub id.
+        repo_type: of a Hub id: "model" or "dataset".
+
+    Raises:
+        ValueError, OSError: the file is there and cannot be read.
+    """
+    if Path(name).is_dir():
+        return load_pca(name)
+    try:
+        return load_pca(os.path.dirname(hf_hub_download(str(name), PCA_FILE, repo_type=repo_type)))
+    except EntryNotFoundError:
+        return None
+
+
+def projection_of_student(name: str | os.PathLike, projection_dim: int, width: int | None) -> torch.Tensor | None:
+    """What a saved student brings to project its teacher's features with, `[D, projection_dim]`; None for nothing.
+
+    None too where the features in hand are as wide as the student and its matrix is not square: it learned from a
+    wider teacher before, and this one's features need no projection. A square one is its rotation.
+
+    Args:
+        name: folder or Hub id of the student.
+        projection_dim: the student's width.
+        width: of the features in hand; None where there are none.
+
+    Raises:
+        ValueError, OSError: see [`stored_pca`].
+    """
+    components = stored_pca(name)
+    if components is not None and width == projection_dim and len(components) != width:
+        return None
+    return components
