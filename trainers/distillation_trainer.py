@@ -34,7 +34,7 @@ from .run import distributed
 from .run.checkpoints import NotResumable
 from .step_rows import other_students, partners_of, rows_of_the_step, teacher_rows_of
 from .student import as_student
-from .teacher_pca import load_pca, save_pca
+from .teacher_pca import load_pca, projection_of_student, save_pca, width_in_hand
 from .training_args import DSMDTrainingArguments
 from .widths import figures_by_width
 
@@ -55,7 +55,7 @@ class DSMDTrainer(RetrievalTrainer):
             teacher's features after `teacher_projection`.
         args: [`DSMDTrainingArguments`].
         teacher_projection: `[D, projection_dim]`, where the student is narrower than the teacher's D, or was rotated;
-            see [`fit_pca`].
+            see [`fit_pca`]. Default: what a student that is given by its name brings, see [`projection_of_student`].
         train_dataset: rows with `teacher_image_embeds` and `teacher_text_embeds`.
         eval_dataset, processing_class, **kwargs: see [`RetrievalTrainer`].
     """
@@ -72,9 +72,13 @@ class DSMDTrainer(RetrievalTrainer):
         processing_class=None,
         **kwargs,
     ):
+        name = model
         model, processing_class = as_student(model, processing_class)
         check_student(model)
         dim = teacher_dim = model.config.projection_dim
+        if teacher_projection is None and name is not model:
+            width = width_in_hand(train_dataset, kwargs.get("eval_dataset"))
+            teacher_projection = distributed.decided_by_first_rank(lambda: projection_of_student(name, dim, width))
         if teacher_projection is not None:
             if teacher_projection.shape[1] != dim:
                 raise ValueError(

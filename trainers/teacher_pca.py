@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rows.files import write_whole
+from rows.teacher_columns import teacher_width
 
 
 PCA_FILE = "teacher_pca.safetensors"
@@ -110,3 +111,10 @@ def projection_of_student(name: str | os.PathLike, projection_dim: int, width: i
     if components is not None and width == projection_dim and len(components) != width:
         return None
     return components
+
+
+def width_in_hand(train, evaluated) -> int | None:
+    """The width of the teacher's features that a trainer is given: its training rows', or those that it evaluates."""
+    parts = [train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+    given = [part for part in parts if part is not None]
+    return teacher_width({"first": given[0]}) if given else None

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DIM, make_student
+from conftest import DIM, make_rows, make_student
 from tiny_towers import scatter
 from tiny_trainer import make_trainer
 from torch import nn
@@ -12,7 +12,7 @@ from rows.columns import rows_and_captions
 from rows.teacher_columns import teacher_rows
 from trainers import DSMDTrainer
 from trainers.report import results_table
-from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca
+from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca, save_pca
 from trainers.widths import figures_by_width, is_rotation, rotate
 
 
@@ -58,6 +58,32 @@ def test_every_figure_stays_and_the_numbers_are_the_rotated(trainer, validation_
     )
     loaded = figures(again.evaluate(validation_rows))
     assert {name: loaded[name] for name in after} == pytest.approx(after, abs=1e-4)
+
+
+def test_a_rotated_student_that_is_named_brings_its_rotation(trainer, rows, validation_rows, components, tmp_path):
+    """Without it, its teacher's features would be those of another space: figures across were by chance."""
+    assert rotate(trainer, lambda: components)
+    expected = figures(trainer.evaluate(validation_rows))
+    trainer.save_model(str(tmp_path / "saved"))
+    for given in ({"train_dataset": rows}, {"eval_dataset": {"a": rows}}, {}):
+        again = DSMDTrainer(str(tmp_path / "saved"), trainer.args, **given)
+        assert torch.equal(again.teacher_projection, components)
+        assert figures(again.evaluate(validation_rows)) == pytest.approx(expected, abs=1e-4)
+    again = DSMDTrainer(tmp_path / "saved", trainer.args, train_dataset=rows)
+    again.train()
+    again.save_model(str(tmp_path / "on"))
+    assert torch.equal(load_pca(tmp_path / "on"), components)
+    other = components.flip(1)  # what is given wins
+    assert torch.equal(DSMDTrainer(tmp_path / "saved", trainer.args, None, other).teacher_projection, other)
+
+
+def test_a_named_student_of_a_wider_teacher_projects_no_narrower_ones_features(trainer, rows, tmp_path):
+    trainer.save_model(str(tmp_path / "saved"))
+    save_pca(torch.eye(DIM + 8)[:, :DIM], tmp_path / "saved")
+    for given in ({"train_dataset": rows}, {"eval_dataset": {"a": rows}}, {"eval_dataset": rows}):
+        assert DSMDTrainer(str(tmp_path / "saved"), trainer.args, **given).teacher_projection is None
+    wide = DSMDTrainer(str(tmp_path / "saved"), trainer.args, train_dataset=make_rows(32, dim=DIM + 8))
+    assert torch.equal(wide.teacher_projection, torch.eye(DIM + 8)[:, :DIM])
 
 
 def test_training_on_from_a_rotated_student_is_training_on_from_it_unrotated(trainer, rows, components, tmp_path):
