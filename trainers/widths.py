@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,11 @@ from torch import nn
 from .base_trainer import RetrievalTrainer
 from .metrics import retrieval_metrics
 from .run import distributed
+from .run.checkpoints import error_line
 from .run.sharding import show_shards
 
+
+logger = logging.getLogger(__name__)
 
 PROJECTIONS = ("visual_projection", "text_projection")
 WIDTHS = (512, 256, 128, 64, 32, 16, 8)  # the table's, as far as they are below the student's own
@@ -28,8 +32,9 @@ def rotate(trainer: RetrievalTrainer, components: Callable[[], torch.Tensor | No
 
     Args:
         trainer: a DSMDTrainer; its model is the finished student.
-        components: gives `[D, D]`, orthonormal columns, the most important first, or None; called where the student
-            is to be rotated, after hours of training: what is wrong with them is no reason to stop.
+        components: gives `[D, D]`, orthonormal columns, the most important first, or None; called on the first
+            process alone, where the student is to be rotated, after hours of training: what is wrong with them, and
+            what it raises, is warned of and no reason to stop.
 
     Returns:
         Whether the student was rotated: not where its projections are no linear layers without a bias, nor where it
@@ -39,15 +44,16 @@ def rotate(trainer: RetrievalTrainer, components: Callable[[], torch.Tensor | No
     plain = all(isinstance(layer, nn.Linear) and layer.bias is None for layer in layers)
     if not plain or trainer.teacher_projection is not None:
         return False
-    rotation = components()
     dim = trainer.model.config.projection_dim
-    if rotation is None or rotation.shape != (dim, dim) or not is_rotation(rotation):
+    # The first process decides: each might fit its own, or fail alone, and the others would wait for it for ever.
+    rotation, failure = distributed.decided_by_first_rank(lambda: _usable(components, dim))
+    if rotation is None:
         if trainer.is_world_process_zero():
-            print(f"There are no principal components [{dim}, {dim}] of the teacher's features: not rotated.")
+            logger.warning(f"The student is not rotated: {failure}.")
         return False
-    # Each process may have fitted its own; on unlike machines they differ in the last digits.
-    rotation = distributed.from_first_rank(rotation.to(trainer.args.device))
+    rotation = rotation.to(trainer.args.device)
     show_shards(trainer.model)
+    rotated = []  # both are computed before either is changed
     for layer in layers:
         weight = layer.weight  # [D, W]
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP's is in shards
@@ -56,9 +62,22 @@ def rotate(trainer: RetrievalTrainer, components: Callable[[], torch.Tensor | No
             from torch.distributed.tensor import distribute_tensor
 
             turned = distribute_tensor(turned, weight.device_mesh, weight.placements)
+        rotated.append((weight, turned))
+    for weight, turned in rotated:
         weight.copy_(turned)
     trainer.teacher_projection = rotation
     return True
+
+
+def _usable(components: Callable[[], torch.Tensor | None], dim: int) -> tuple[torch.Tensor | None, str | None]:
+    """The components, if they are a rotation `[dim, dim]`, on the CPU; else why there is none."""
+    try:
+        rotation = components()
+        if rotation is not None and rotation.shape == (dim, dim) and is_rotation(rotation):
+            return rotation.cpu(), None
+    except Exception as error:  # of the Hub, of a damaged file, of memory: nothing may cost the trained student
+        return None, f"the principal components of the teacher's features cannot be had ({error_line(error)})"
+    return None, f"there are no principal components [{dim}, {dim}] of the teacher's features"
 
 
 def is_rotation(matrix: torch.Tensor) -> bool:

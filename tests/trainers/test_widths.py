@@ -12,6 +12,7 @@ from rows.columns import rows_and_captions
 from rows.teacher_columns import teacher_rows
 from trainers import DSMDTrainer
 from trainers.report import results_table
+from trainers.run import distributed
 from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca, save_pca
 from trainers.widths import figures_by_width, is_rotation, rotate
 
@@ -111,12 +112,39 @@ def test_training_on_from_a_rotated_student_is_training_on_from_it_unrotated(tra
 @pytest.mark.parametrize(
     "given", [None, torch.eye(DIM)[:, :8], torch.eye(DIM + 1), 2 * torch.eye(DIM), torch.full((DIM, DIM), torch.nan)]
 )
-def test_without_a_rotation_the_student_stays_as_it_is(trainer, given, capsys):
+def test_without_a_rotation_the_student_stays_as_it_is(trainer, given, caplog):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     assert not rotate(trainer, lambda: given)
-    assert f"no principal components [{DIM}, {DIM}]" in capsys.readouterr().out
+    assert f"The student is not rotated: there are no principal components [{DIM}, {DIM}]" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert trainer.teacher_projection is None
+
+
+@pytest.mark.parametrize("error", [ValueError("damaged"), OSError("the Hub"), RuntimeError("memory")], ids=repr)
+def test_components_that_cannot_be_had_cost_no_student(trainer, error, caplog, tmp_path):
+    def components():
+        raise error
+
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert not rotate(trainer, components)
+    why = f"the principal components of the teacher's features cannot be had ({type(error).__name__}: {error})"
+    assert f"The student is not rotated: {why}." in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_pca(tmp_path / "saved") is None
+    saved = type(trainer.model).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in saved.items())
+
+
+def test_another_process_asks_for_no_components_and_does_what_the_first_does(trainer, components, monkeypatch, caplog):
+    """It neither fits its own nor waits for the first process where that one has none."""
+    told = iter([(None, "the Hub is down"), (components, None)])
+    monkeypatch.setattr(distributed, "decided_by_first_rank", lambda decide: next(told))
+    weight = trainer.model.text_projection.weight.clone()
+    assert not rotate(trainer, pytest.fail) and "not rotated: the Hub is down" in caplog.text
+    assert torch.equal(trainer.model.text_projection.weight, weight)
+    assert rotate(trainer, pytest.fail)
+    torch.testing.assert_close(trainer.model.text_projection.weight, components.T @ weight)
+    assert torch.equal(trainer.teacher_projection, components)
 
 
 def test_a_projection_with_a_bias_cannot_be_rotated(trainer, components):
