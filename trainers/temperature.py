@@ -7,6 +7,8 @@ import math
 import datasets
 import torch
 
+from rows.columns import pairs_of
+
 from .base_trainer import RetrievalTrainer
 
 
@@ -29,7 +31,7 @@ def fit_temperature(trainer: RetrievalTrainer, rows: datasets.Dataset) -> dict[s
         `scale`, which cosines are multiplied by, and `candidates`, the number of pairs that each was told from; None,
         and the student as it was, where there are fewer than two pairs.
     """
-    pairs = pairs_of(rows)
+    pairs = pairs_of_own_groups(rows)
     if len(pairs) < 2:
         return None
     image_embeds, text_embeds = trainer.encode(pairs)
@@ -42,19 +44,16 @@ def fit_temperature(trainer: RetrievalTrainer, rows: datasets.Dataset) -> dict[s
     return {"scale": scale, "candidates": len(pairs)}
 
 
-def pairs_of(rows: datasets.Dataset) -> datasets.Dataset:
+def pairs_of_own_groups(rows: datasets.Dataset) -> datasets.Dataset:
     """Up to `MOST_PAIRS` rows that have an image and a caption, at even distances, no two of one group."""
-    groups = rows["group_id" if "group_id" in rows.column_names else "image_id"]
-    first = {}  # group -> its first row with a caption
-    for i, (group, captions) in enumerate(zip(groups, rows["captions"])):
-        if captions:
-            first.setdefault(group, i)
+    group = "group_id" if "group_id" in rows.column_names else "image_id"
+    pairs = pairs_of(rows)
+    first = {}  # group -> its first pair
+    for row, own in zip(pairs.tolist(), rows.select(pairs)[group]):
+        first.setdefault(own, row)
     found = list(first.values())
     most = min(len(found), MOST_PAIRS)
-    chosen = rows.select([found[(2 * i + 1) * len(found) // (2 * most)] for i in range(most)])
-    images = chosen.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    has_image = [image is not None for image in images["image"]]
-    return chosen.select([i for i, has in enumerate(has_image) if has])
+    return rows.select([found[(2 * i + 1) * len(found) // (2 * most)] for i in range(most)])
 
 
 def likeliest_scale(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> float:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, make_student
+from mixed_rows import without_partners
 from scipy.optimize import minimize_scalar
 
 from trainers import DSMDTrainer, DSMDTrainingArguments, temperature
-from trainers.temperature import fit_temperature, likeliest_scale, pairs_of
+from trainers.temperature import fit_temperature, likeliest_scale, pairs_of_own_groups
 
 
 def embeds(noise: float, count: int = 40, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,15 +44,27 @@ def test_the_ends_of_the_range():
 def test_pairs_have_a_group_of_their_own_and_both_halves(monkeypatch):
     rows = make_rows(20)
     groups = rows["group_id"]
-    assert len(set(groups)) == 16 and pairs_of(rows)["group_id"] == list(dict.fromkeys(groups))
+    assert len(set(groups)) == 16 and pairs_of_own_groups(rows)["group_id"] == list(dict.fromkeys(groups))
     monkeypatch.setattr(temperature, "MOST_PAIRS", 5)
-    assert pairs_of(rows)["image_id"] == [f"0/{i}" for i in (1, 5, 10, 13, 17)]
+    assert pairs_of_own_groups(rows)["image_id"] == [f"0/{i}" for i in (1, 5, 10, 13, 17)]
     captions = [[] if i < 18 else own for i, own in enumerate(rows["captions"])]
     images = [None if i == 19 else row["bytes"] and row for i, row in enumerate(undecoded(rows)["image"])]
     half = datasets.Dataset.from_dict(
         {"image": images, "captions": captions, "image_id": rows["image_id"]}
     ).cast_column("image", datasets.Image())
-    assert pairs_of(half)["image_id"] == ["0/18"]
+    assert pairs_of_own_groups(half)["image_id"] == ["0/18"]
+
+
+def test_what_has_no_partner_stands_in_no_pairs_way(monkeypatch):
+    """Rows 0 and 1, and 2 and 3, are of one group each; the first of both has no partner, and so have 30 texts."""
+    rows = without_partners(make_rows(34), lambda i: i == 2, lambda i: i == 0 or i > 3)
+    groups = ["a", "a", "b", "b", *(f"text {i}" for i in range(30))]
+    feature = datasets.Value("string")
+    rows = rows.remove_columns("group_id").add_column("group_id", groups, feature=feature)
+    assert pairs_of_own_groups(rows)["image_id"] == ["0/1", "0/3"]
+    monkeypatch.setattr(temperature, "MOST_PAIRS", 3)  # the texts would take their places
+    assert pairs_of_own_groups(rows)["image_id"] == ["0/1", "0/3"]
+    assert len(pairs_of_own_groups(rows.select(range(4, 34)))) == 0
 
 
 def undecoded(rows):
