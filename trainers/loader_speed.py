@@ -36,32 +36,39 @@ class LoaderSpeed:
 
 @torch.no_grad()
 def measure(trainer: RetrievalTrainer) -> LoaderSpeed | None:
-    """Measures on a few rows of the training split; weights and random numbers stay as they are.
+    """Measures on a few rows of the training split, at even distances; weights and random numbers stay as they are.
 
     Returns:
-        None for a stream, whose rows would be taken from it, and where a frozen tower leaves no image to load.
+        None for a stream, whose rows would be taken from it, where a frozen tower leaves no image to load, and where
+        there is no image among these rows or none that can be read: training leaves such images out.
     """
     rows, model, args = trainer.train_dataset, trainer.model, trainer.args
     if not isinstance(rows, RetrievalDataset) or (
         args.freeze == "vision" and not (args.random_shift + args.random_zoom)
     ):
         return None
-    images = min(32 if args.device.type == "cuda" else 4, len(rows))
+    few = min(32 if args.device.type == "cuda" else 4, len(rows))
+    chosen = [(2 * i + 1) * len(rows) // (2 * few) for i in range(few)]
     made = []
 
     def make() -> None:
-        made.append(trainer.data_collator(rows.__getitems__(list(range(images)))))
+        made.append(trainer.data_collator(rows.__getitems__(chosen)))
 
-    seconds = min(seconds_of(make) for _ in range(2))  # the first one opens files
+    try:
+        seconds = min(seconds_of(make) for _ in range(2))  # the first one opens files
+    except ValueError:
+        return None
     batch = send_to_device(made[-1], args.device)
-    read = len(batch["image_ids"])
+    images = len(batch["image_groups"])
+    if not images:
+        return None
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
     was_training = model.training
     model.eval()
     with trainer.compute_loss_context_manager():
         forward = min(seconds_of(lambda: model(**inputs)) for _ in range(2))
     model.train(was_training)
-    return LoaderSpeed(asked=read / (FORWARDS * forward), by_worker=read / seconds)
+    return LoaderSpeed(asked=images / (FORWARDS * forward), by_worker=images / seconds)
 
 
 def describe(speed: LoaderSpeed, workers: int, processes: int) -> str:
