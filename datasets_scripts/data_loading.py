@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 
-from datasets_scripts.pool import say_lonely, with_pool
+from datasets_scripts.pool import say_lonely, with_pool, without_alike
 from datasets_scripts.run_splits import open_splits, with_test_split
 from datasets_scripts.teacher_identity import check_same_teachers, shown_name, without_names
 from model_cards import describe_captions
@@ -158,13 +158,18 @@ def load_data(
     has_features = all(set(TEACHER_COLUMNS) <= set(rows[split].column_names) for split in judged)
     if args.pool is not None:
         _check_pool(args, trains)
+    added: set[str] = set()  # image_ids of the pool's rows that the teacher runs over too
     if args.pool is not None and not has_features and args.dataset_name != "icons":
-        with state.main_process_first():  # the teacher runs over the pool too
+        own = len(rows["train"])
+        with state.main_process_first():
             rows = with_pool(rows, args.pool)
+        added = set(rows["train"]["image_id"][own:])
     if has_features:
         rows = _with_own_features(rows, args, teacher_is_demanded)
     elif args.teachers and not args.streaming:
         rows = _with_teacher(rows, args, trust_remote_code, before_teacher if trains else None)
+        if added:
+            rows = without_alike(rows, added, args.pool)
     elif args.dataset_name == "icons" and not args.streaming:
         from datasets_scripts.icons_teacher import add_icons_features, features_file
 

@@ -15,6 +15,7 @@ from datasets_scripts.teacher_identity import without_names
 from rows.columns import partners, text_id
 from rows.images import load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_description, teacher_tensors, teacher_width
+from trainers.run import distributed
 
 
 OF_ROWS = ("image", "captions", "image_id", "group_id", *TEACHER_COLUMNS, *TEACHER_SCALES, "teacher")
@@ -26,6 +27,7 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     """The splits, of which `train` has the rows of all splits of another dataset too.
 
     An image of the pool that is in validation or test, and a text that is a caption there, are left out and counted.
+    Where the features are not made yet, see [`without_alike`] too.
 
     Args:
         rows: the run's splits; where its training rows have a teacher's features, the pool must have this teacher's.
@@ -72,6 +74,30 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
             f"and {texts:,} texts of it are in validation or test too and left out"
         )
     return datasets.DatasetDict({**rows, "train": joined})
+
+
+def without_alike(rows: datasets.DatasetDict, added: set[str], name: str) -> datasets.DatasetDict:
+    """The splits; of a pool's rows in `train` those with a picture of validation or test are left out and counted.
+
+    For features that a run makes of the pool too: without them [`with_pool`] knows an image by its file alone. To be
+    called on every process.
+
+    Args:
+        rows: the run's splits, with the teacher's features.
+        added: the image_ids of the pool's rows in `train`.
+        name: the pool's, for the message.
+    """
+    train, held_out = rows["train"], [part for split, part in rows.items() if split != "train"]
+    of_pool = [row for row, image_id in enumerate(train["image_id"]) if image_id in added]
+    alike = distributed.decided_by_first_rank(lambda: _alike(train.select(of_pool), held_out))
+    if not alike:
+        return rows
+    out = {of_pool[row] for row in alike}
+    if PartialState().is_main_process:
+        print(
+            f"{len(out):,} more images of the pool {name} are in validation or test too, as other files, and left out"
+        )
+    return datasets.DatasetDict({**rows, "train": train.select([row for row in range(len(train)) if row not in out])})
 
 
 def say_lonely(part: datasets.Dataset | datasets.IterableDataset) -> None:

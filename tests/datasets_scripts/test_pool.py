@@ -1,5 +1,6 @@
 """A pool joins the training rows: its teacher, its columns, and what of it is held out."""
 
+import io
 import json
 
 import datasets
@@ -8,11 +9,13 @@ import pytest
 from conftest import make_rows
 from mixed_rows import without_partners
 from PIL import Image
+from tiny_features import save_teacher
 
 from datasets_scripts.data_loading import DataArguments, load_data
 from datasets_scripts.pool import without_held_out
 from rows.checks import check_dataset
 from rows.columns import partners
+from rows.teacher_columns import TEACHER_COLUMNS
 
 
 def with_teacher(rows, name="tiny"):
@@ -73,6 +76,39 @@ def test_a_pool_of_another_teacher_or_none_is_refused(folder):
         load(folder, "bare")
 
 
+def as_bmp(rows, which):
+    """The rows, the picture of one of them in a file of another format."""
+
+    def change(row, i):
+        if i != which:
+            return row
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(row["image"]["bytes"])).save(buffer, "BMP")
+        return {**row, "image": {"bytes": buffer.getvalue(), "path": None}}
+
+    undecoded = rows.cast_column("image", datasets.Image(decode=False))
+    return undecoded.map(change, with_indices=True).cast_column("image", datasets.Image())
+
+
+def test_held_out_pictures_in_other_files_are_left_out_where_the_run_makes_the_features(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parts = {"train": make_rows(6), "validation": make_rows(5, seed=1), "test": make_rows(5, seed=2)}
+    parts = {split: part.remove_columns(TEACHER_COLUMNS) for split, part in parts.items()}
+    parts["train"] = as_bmp(datasets.concatenate_datasets([parts["train"], parts["test"].select([3])]), 6)
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "data")  # its own row of the test split is its own business
+    others = make_rows(4, seed=5).remove_columns(TEACHER_COLUMNS)
+    pool = datasets.concatenate_datasets([others, as_bmp(parts["validation"].select([2]), 0)])
+    datasets.DatasetDict({"train": pool}).save_to_disk(tmp_path / "pool")
+    teacher = [str(save_teacher(tmp_path / "teacher", 1))]
+    for _ in range(2):  # features that are made, and features that were kept
+        rows = load(tmp_path, "pool", teacher_model_name_or_path=teacher)
+        assert rows["train"]["image_id"][6:] == ["2/3", *(f"pool/5/{i}" for i in range(4))]
+        said = capsys.readouterr().out
+        assert "adds 5 images" in said and "0 images and 0 texts of it are in validation or test" in said
+        assert "1 more images of the pool" in said and "as other files, and left out" in said
+    check_dataset(rows["train"], "train", 16)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -105,17 +141,6 @@ def test_what_is_held_out_is_left_out_and_counted():
     rows[5]["captions"][0] = held_out[2]["captions"][0]  # of a pair, which an image stands behind
     pool = datasets.Dataset.from_list(rows, features=others.features)
 
-    def as_bmp(row, i):
-        if i != 1:
-            return row
-        import io
-
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(row["image"]["bytes"])).save(buffer, "BMP")
-        return {**row, "image": {"bytes": buffer.getvalue(), "path": None}}
-
-    undecoded = pool.cast_column("image", datasets.Image(decode=False))
-    pool = undecoded.map(as_bmp, with_indices=True).cast_column("image", datasets.Image())
-    left, images, texts = without_held_out(pool, [held_out])
+    left, images, texts = without_held_out(as_bmp(pool, 1), [held_out])
     assert (images, texts) == (2, 1)
     assert left["image_id"][:] == [f"5/{i}" for i in (2, 4, 5, 6, 7)]
