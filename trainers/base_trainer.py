@@ -22,6 +22,7 @@ from model_cards.pictures import PICTURES_OF_DATA
 from rows.columns import pairs_alone, rows_and_captions, text_ids
 from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
+from .agreement import TeachersFirst, agreement_with_teacher
 from .argument_checks import check_evaluated, check_student, fit_batch_size, taken_arguments
 from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views, most_buckets, size_of_all
 from .card import describe_run, write_readme
@@ -31,7 +32,7 @@ from .equal_texts import SharedTexts, find_shared_texts
 from .frozen_vision import keep_frozen_outputs
 from .idle_towers import idle_towers, inputs_of, one_row
 from .parameter_groups import parameter_groups
-from .retrieval_evaluation import agreement_figures, encode, recall_figures
+from .retrieval_evaluation import encode, recall_figures, teachers_first_of
 from .row_checks import check_together
 from .run.callbacks import SetEpoch
 from .run.loader_workers import shielded
@@ -144,6 +145,7 @@ class RetrievalTrainer(ResumableTrainer):
         self.facts = RunFacts()  # for the card
         self.command: str | None = None  # of train.py: a digest of all that the run follows from
         self._teacher_figures: dict[tuple, dict[str, float]] = {}
+        self._teachers_first: dict[str, TeachersFirst] = {}  # on the splits that were evaluated, by fingerprint
         self._shared_texts: dict[str, SharedTexts] = {}  # of the splits that were evaluated, by fingerprint
         self._signs: set[str] = set()  # of collapse, those that were warned of
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
@@ -318,7 +320,10 @@ class RetrievalTrainer(ResumableTrainer):
             share = 100 * of_student["rsum"] / teacher_rsum if teacher_rsum else float("nan")
             metrics[f"{metric_key_prefix}_share_of_teacher"] = share
         if has_teacher:
-            figures = agreement_figures(dataset, image_embeds, text_embeds, self.args.recall_by_index)
+            if (split := dataset._fingerprint) not in self._teachers_first:
+                by_index = self.args.recall_by_index
+                self._teachers_first[split] = teachers_first_of(dataset, image_embeds.device, by_index)
+            figures = agreement_with_teacher(image_embeds, text_embeds, self._teachers_first[split])
             metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=len(dataset)))
         self.log(metrics)

@@ -18,7 +18,7 @@ from rows.images import load_rgb
 from rows.teacher_columns import teacher_rows
 from rows.texts import cut
 
-from .agreement import agreement_with_teacher
+from .agreement import TeachersFirst, teachers_first
 from .metrics import fold_metrics, retrieval_metrics
 from .run import distributed
 from .run.loader_workers import name_killed_workers, shielded
@@ -167,18 +167,15 @@ def recall_figures(
     return figures
 
 
-def agreement_figures(
-    dataset: datasets.Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, by_index: bool
-) -> dict[str, float]:
-    """The student's agreement with the teacher on a split, see [`agreement_with_teacher`].
+def teachers_first_of(dataset: datasets.Dataset, device: torch.device, by_index: bool) -> TeachersFirst:
+    """What the teacher finds first on a split, for [`agreement_with_teacher`].
 
     Args:
-        image_embeds, text_embeds: the student's, as [`encode`] gives them.
+        device: of the student's embeddings.
         by_index: equal texts are different candidates.
     """
-    teacher = (features.to(image_embeds.device) for features in teacher_rows(dataset))
-    texts = None if by_index else text_ids(dataset)
-    return agreement_with_teacher(image_embeds, text_embeds, *teacher, text_ids=texts)
+    teacher = (features.to(device) for features in teacher_rows(dataset))
+    return teachers_first(*teacher, text_ids=None if by_index else text_ids(dataset))
 
 
 def across_figures(

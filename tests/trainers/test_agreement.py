@@ -5,9 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_towers import scatter
+from tiny_trainer import make_trainer
 
 from trainers import agreement
-from trainers.agreement import agreement_with_teacher
+from trainers.agreement import agreement_with_teacher, teachers_first
+
+
+def figures_of(image, text, teacher_image, teacher_text, text_ids=None):
+    return agreement_with_teacher(image, text, teachers_first(teacher_image, teacher_text, text_ids))
 
 
 def unit(rows):
@@ -47,7 +53,7 @@ def test_against_loops(monkeypatch, images, texts, at_once):
         "text_to_image_agreement": reference(text, image, teacher_text, teacher_image),
     }
     expected = {name: value for name, value in expected.items() if value is not None}
-    figures = agreement_with_teacher(*rows)
+    figures = figures_of(*rows)
     found = {name: figures[name] for name in figures if name.endswith("_agreement")}
     assert found == pytest.approx(expected)
     assert 0 < figures["agreement"] < 100
@@ -58,37 +64,37 @@ def test_against_loops(monkeypatch, images, texts, at_once):
 
 def test_the_teacher_agrees_with_itself_and_a_random_student_by_chance():
     _, _, image, text = problem(0, 200, 300)
-    assert agreement_with_teacher(image, text, image * 3, text * 0.1)["agreement"] == 100
+    assert figures_of(image, text, image * 3, text * 0.1)["agreement"] == 100
     generator = torch.Generator().manual_seed(1)
     random = [torch.randn(len(rows), 8, generator=generator) for rows in (image, text)]
-    figures = agreement_with_teacher(*random, image, text)
+    figures = figures_of(*random, image, text)
     assert abs(figures["agreement"] - figures["agreement_by_chance"]) < 1.5
 
 
 def test_ties_count_against_the_student():
     _, _, image, text = problem(0, 30, 40)
     constant = torch.ones(30, 5), torch.ones(40, 5)
-    assert agreement_with_teacher(*constant, image, text)["agreement"] == 0
+    assert figures_of(*constant, image, text)["agreement"] == 0
     # The teacher's first answer to the only query is a; the student holds a and b for equally good.
     teacher = torch.eye(20)[:1], torch.eye(20)
     query, answers = torch.eye(3)[:1], torch.eye(3)[[0, 1, *[2] * 18]]
-    assert agreement_with_teacher(query, answers, *teacher)["image_to_text_agreement"] == 50  # k is 2
+    assert figures_of(query, answers, *teacher)["image_to_text_agreement"] == 50  # k is 2
     answers = torch.eye(3)[[0, 0, 0, *[2] * 17]]
-    assert agreement_with_teacher(query, answers, *teacher)["image_to_text_agreement"] == 0
+    assert figures_of(query, answers, *teacher)["image_to_text_agreement"] == 0
 
 
 def test_of_equal_texts_the_first_counts_alone():
     rows = problem(3, 40, 30)
     ids = torch.cat([torch.arange(30), torch.arange(7)])
     doubled = [rows[0], rows[1][ids], rows[2], rows[3][ids]]
-    assert agreement_with_teacher(*doubled, text_ids=ids) == agreement_with_teacher(*rows)
-    assert agreement_with_teacher(*doubled) != agreement_with_teacher(*rows)
+    assert figures_of(*doubled, text_ids=ids) == figures_of(*rows)
+    assert figures_of(*doubled) != figures_of(*rows)
 
 
 def test_too_few_candidates_give_no_figure():
-    assert agreement_with_teacher(*problem(0, 19, 19)) == {}
-    assert agreement_with_teacher(*[of[:0] if i % 2 else of for i, of in enumerate(problem(0, 30, 30))]) == {}
-    assert list(agreement_with_teacher(*problem(0, 1, 20))) == [
+    assert figures_of(*problem(0, 19, 19)) == {}
+    assert figures_of(*[of[:0] if i % 2 else of for i, of in enumerate(problem(0, 30, 30))]) == {}
+    assert list(figures_of(*problem(0, 1, 20))) == [
         "image_to_text_agreement",
         "agreement",
         "agreement_by_chance",
@@ -98,7 +104,22 @@ def test_too_few_candidates_give_no_figure():
 def test_what_cannot_be_compared_is_refused():
     rows = problem(0, 30, 40)
     with pytest.raises(ValueError, match="30 images and 40 texts, the teacher 29 and 40"):
-        agreement_with_teacher(*rows[:2], rows[2][1:], rows[3])
+        figures_of(*rows[:2], rows[2][1:], rows[3])
     rows[1][3, 2] = math.nan
     with pytest.raises(ValueError, match="text_embeds must be finite"):
-        agreement_with_teacher(*rows)
+        figures_of(*rows)
+
+
+def test_a_trainer_asks_the_teacher_once_for_each_split(tmp_path, rows, validation_rows, monkeypatch):
+    """The student, which changes, is asked each time."""
+    asked = []
+    normalised = agreement._normalised
+    monkeypatch.setattr(agreement, "_normalised", lambda of, name: asked.append(name) or normalised(of, name))
+    trainer = make_trainer(tmp_path, rows)
+    figures = []
+    for _ in range(2):
+        scatter(trainer.model)
+        figures += [trainer.evaluate(split)["eval_agreement"] for split in (validation_rows, rows, validation_rows)]
+    assert asked.count("image_embeds") == 6 and asked.count("teacher_image") == asked.count("teacher_text") == 2
+    assert figures[0] == figures[2] != figures[3]
+    assert make_trainer(tmp_path, rows, model=trainer.model).evaluate(rows)["eval_agreement"] == figures[4]
