@@ -161,8 +161,7 @@ def load_data(
     added: set[str] = set()  # image_ids of the pool's rows that the teacher runs over too
     if args.pool is not None and not has_features and args.dataset_name != "icons":
         own = len(rows["train"])
-        with state.main_process_first():
-            rows = with_pool(rows, args.pool)
+        rows = with_pool(rows, args.pool)
         added = set(rows["train"]["image_id"][own:])
     if has_features:
         rows = _with_own_features(rows, args, teacher_is_demanded)
@@ -179,8 +178,7 @@ def load_data(
     elif trains and args.method == "distillation":
         raise ValueError(_no_features(args))
     if args.pool is not None and (has_features or args.dataset_name == "icons"):
-        with state.main_process_first():
-            rows = with_pool(rows, args.pool)
+        rows = with_pool(rows, args.pool)
     if "train" in rows:
         rows = with_test_split(rows, args.dataset_name)
         say_lonely(rows["train"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import datasets
@@ -27,7 +28,7 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     """The splits, of which `train` has the rows of all splits of another dataset too.
 
     An image of the pool that is in validation or test, and a text that is a caption there, are left out and counted.
-    Where the features are not made yet, see [`without_alike`] too.
+    Where the features are not made yet, see [`without_alike`] too. To be called on every process.
 
     Args:
         rows: the run's splits; where its training rows have a teacher's features, the pool must have this teacher's.
@@ -37,7 +38,9 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
         ValueError: the pool has features of another teacher, or none, or nothing is left of it.
     """
     train = rows["train"]
-    opened = open_dataset(name, None, False)
+    state = PartialState()
+    with state.main_process_first():  # what one process has prepared, the others find
+        opened = open_dataset(name, None, False)
     pool = datasets.concatenate_datasets([_of_the_contract(part, name) for part in opened.values()])
     has_features = set(TEACHER_COLUMNS) <= set(train.column_names)
     if has_features:
@@ -65,9 +68,10 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
             f"--pool {name}: {stored[0]} is {pool.features.get(stored[0])}, and that of the training rows "
             f"{train.features[stored[0]]}: make both with the same settings of add_teacher_features."
         )
-    joined = datasets.concatenate_datasets([train, pool.select_columns(names).cast(train.features)])
+    with state.main_process_first():
+        joined = datasets.concatenate_datasets([train, pool.select_columns(names).cast(train.features)])
     joined.info.license = rows["train"].info.license
-    if PartialState().is_main_process:
+    if state.is_main_process:
         has_image, counts = partners(pool)
         print(
             f"the pool {name} adds {int(has_image.sum()):,} images and {int(counts.sum()):,} texts; {images:,} images "
@@ -146,25 +150,31 @@ def without_held_out(pool: datasets.Dataset, held_out: list[datasets.Dataset]) -
 
     Images are equal where their files are, or where the teacher's features are nearly equal and all their pixels are.
     A row with an image goes as a whole; a text counts only without one, since a caption may stand for many images.
+    To be called on every process: the first reads all images, and tells the others.
 
     Returns:
         The rows that are left, and how many images and texts are not.
     """
+    out, images, texts = distributed.decided_by_first_rank(lambda: _held_out(pool, held_out))
+    return pool.select(np.setdiff1d(np.arange(len(pool)), out)), images, texts
+
+
+def _held_out(pool: datasets.Dataset, held_out: list[datasets.Dataset]) -> tuple[list[int], int, int]:
+    """The rows of a pool that are held out, and how many images and texts these are."""
     files, texts = set(), set()
     for part in held_out:
         files |= {digest for digest in _file_digests(part) if digest is not None}
         texts |= {text_id(text) for own in part["captions"] for text in own}
     has_image, _ = partners(pool)
     is_out = np.array([digest in files for digest in _file_digests(pool)], bool)
-    for row in _alike(pool, held_out):
-        is_out[row] = True
+    is_out[_alike(pool, held_out)] = True
     images = int(is_out.sum())
     captions, dropped = pool["captions"][:], 0
     for row in np.flatnonzero(~has_image):
         equal = sum(text_id(text) in texts for text in captions[row])
         dropped += equal
         is_out[row] |= equal > 0
-    return pool.select(np.flatnonzero(~is_out)), images, dropped
+    return np.flatnonzero(is_out).tolist(), images, dropped
 
 
 def _file_digests(part: datasets.Dataset) -> list[bytes | None]:
@@ -180,19 +190,22 @@ def _file_digests(part: datasets.Dataset) -> list[bytes | None]:
 
 def _alike(pool: datasets.Dataset, held_out: list[datasets.Dataset]) -> list[int]:
     """Rows of the pool with the picture of a row that is held out, found by the teacher's features."""
-    found = []
-    for part in held_out:
-        if not all("teacher_image_embeds" in of.column_names for of in (pool, part)):
-            continue
-        features, rows = _image_features(part)
-        for start in range(0, len(pool), ROWS_AT_ONCE):
-            some, places = _image_features(pool.select(range(start, min(start + ROWS_AT_ONCE, len(pool)))))
+    parts = [part for part in held_out if "teacher_image_embeds" in part.column_names]
+    if "teacher_image_embeds" not in pool.column_names:
+        return []
+    known = [_image_features(part) for part in parts]
+    pixels_of = functools.cache(lambda part, row: _pixels(pool if part is None else parts[part], row))
+    found = set()
+    for start in range(0, len(pool), ROWS_AT_ONCE):
+        some, places = _image_features(pool.select(range(start, min(start + ROWS_AT_ONCE, len(pool)))))
+        for part, (features, rows) in enumerate(known):
             if some.shape[1] != features.shape[1]:
-                break
+                continue
             for i, j in (some @ features.T > ALIKE).nonzero().tolist():
-                if _pixels(pool, start + places[i]) == _pixels(part, rows[j]):
-                    found.append(start + places[i])
-    return found
+                row = start + places[i]
+                if row not in found and pixels_of(None, row) == pixels_of(part, rows[j]) is not None:
+                    found.add(row)
+    return sorted(found)
 
 
 def _image_features(part: datasets.Dataset) -> tuple[torch.Tensor, list[int]]:
@@ -203,11 +216,11 @@ def _image_features(part: datasets.Dataset) -> tuple[torch.Tensor, list[int]]:
     return torch.nn.functional.normalize(image, dim=1), np.flatnonzero(partners(part)[0]).tolist()
 
 
-def _pixels(part: datasets.Dataset, row: int) -> tuple | None:
-    """Size and RGB pixels of a row's image; None where it cannot be read."""
+def _pixels(part: datasets.Dataset, row: int) -> bytes | None:
+    """A hash of the size and the RGB pixels of a row's image; None where it cannot be read."""
     cell = part.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))[row]["image"]
     try:
         image = load_rgb(cell)
     except ValueError:
         return None
-    return image.size, image.tobytes()
+    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()

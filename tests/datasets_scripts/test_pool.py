@@ -11,11 +11,13 @@ from mixed_rows import without_partners
 from PIL import Image
 from tiny_features import save_teacher
 
+from datasets_scripts import pool
 from datasets_scripts.data_loading import DataArguments, load_data
 from datasets_scripts.pool import without_held_out
 from rows.checks import check_dataset
 from rows.columns import partners
 from rows.teacher_columns import TEACHER_COLUMNS
+from trainers.run import distributed
 
 
 def with_teacher(rows, name="tiny"):
@@ -144,3 +146,28 @@ def test_what_is_held_out_is_left_out_and_counted():
     left, images, texts = without_held_out(as_bmp(pool, 1), [held_out])
     assert (images, texts) == (2, 1)
     assert left["image_id"][:] == [f"5/{i}" for i in (2, 4, 5, 6, 7)]
+
+
+def test_the_first_process_looks_for_what_is_held_out_and_tells_the_others(folder, monkeypatch, capsys):
+    """Another process reads no image, and leaves out what it is told."""
+    asked = []
+    monkeypatch.setattr(distributed, "decided_by_first_rank", lambda decide: asked.append(decide) or ([0, 3], 1, 2))
+    monkeypatch.setattr(pool, "_file_digests", pytest.fail)
+    monkeypatch.setattr(pool, "_pixels", pytest.fail)
+    rows = load(folder, "pool")
+    assert rows["train"]["image_id"][6:] == [f"pool/3/{i}" for i in range(12) if i not in (0, 3)]
+    assert len(asked) == 1 and "1 images and 2 texts of it are in validation or test" in capsys.readouterr().out
+
+
+def test_an_image_with_many_that_are_alike_is_decoded_once(monkeypatch):
+    """All have one feature: 6 x 8 pairs to compare, of which none is equal, in either of two parts."""
+    held_out, of_pool = make_rows(8, seed=1), make_rows(6, seed=5)
+    same = held_out[0]["teacher_image_embeds"]
+    held_out, of_pool = (
+        rows.map(lambda row: {"teacher_image_embeds": same}, features=rows.features) for rows in (held_out, of_pool)
+    )
+    decoded, pixels = [], pool._pixels
+    monkeypatch.setattr(pool, "_pixels", lambda part, row: decoded.append((len(part), row)) or pixels(part, row))
+    left, images, _ = without_held_out(of_pool, [held_out, held_out.select(range(7))])
+    assert len(left) == 6 and images == 0
+    assert sorted(decoded) == [(count, row) for count in (6, 7, 8) for row in range(count)]
