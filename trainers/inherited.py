@@ -152,20 +152,19 @@ def take_projections(model: DSMDModel, args: StudentArguments, teacher: Source |
     if not whose:
         return []
     name, revision = teacher
-    source = AutoModel.from_pretrained(
-        name, revision=revision, dtype=torch.float32, trust_remote_code=args.trust_remote_code
-    )
+    origin = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **origin)  # first, a small file: the weights may be gigabytes
+    pooling = {modality: getattr(config, f"{modality}_pooling", None) or "pooler" for modality in whose}  # as CLIP
+    whose = [modality for modality in whose if pooling[modality] == getattr(args, f"{modality}_pooling")]
+    if not whose or getattr(config, "projection_dim", None) not in (None, model.config.projection_dim):
+        return []
+    source = AutoModel.from_pretrained(name, dtype=torch.float32, **origin)
     taken = []
     for modality in whose:
         projection = "visual_projection" if modality == "vision" else "text_projection"
         theirs, own = getattr(source, projection, None), getattr(model, projection)
-        pooling = getattr(source.config, f"{modality}_pooling", None) or "pooler"  # as CLIP pools
-        if (
-            isinstance(theirs, torch.nn.Linear)
-            and theirs.bias is None
-            and theirs.weight.shape == own.weight.shape
-            and pooling == getattr(args, f"{modality}_pooling")
-        ):
+        plain = isinstance(theirs, torch.nn.Linear) and theirs.bias is None
+        if plain and theirs.weight.shape == own.weight.shape:
             own.weight.copy_(theirs.weight)
             taken.append(modality)
     return taken

@@ -1,6 +1,7 @@
 """Students whose towers are cut from others, the teacher's among them, from folders as the Hub has them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from conftest import make_student
 from huggingface_hub import HfApi
 from tiny_tokenizers import LEARNED, TRAINING, full
 from tiny_towers import NO_DROPOUT, SMALL, assert_clean, assert_same, clip, make_processor, run, scatter
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, BertConfig, ViTConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, BertConfig, ViTConfig
 
 import teachers.beit3  # noqa: F401  (registers the class)
 from teachers.beit3.configuration_beit3 import Beit3Config
-from trainers.inherited import describe_origin, model_license, teacher_source
+from trainers import inherited
+from trainers.inherited import describe_origin, model_license, take_projections, teacher_source
 from trainers.student import build_student
 from trainers.student_arguments import StudentArguments
 
@@ -185,6 +187,27 @@ def test_a_projection_that_does_not_fit_is_a_new_one(folder, name, settings, wid
     model, _ = build_student(args, [], width or whole.config.projection_dim, teacher)
     own, theirs = model.visual_projection.weight, whole.visual_projection.weight
     assert own.shape != theirs.shape or not torch.equal(own, theirs)
+
+
+def test_weights_are_read_only_of_a_teacher_whose_projection_may_fit(folder, monkeypatch):
+    width = AutoConfig.from_pretrained(folder / "clip").projection_dim
+    pooled = arguments(folder, **dict.fromkeys(TEXTS, "teacher"), vision_pooling="pooler", text_pooling="pooler")
+    models = {dim: build_student(pooled, [], dim, (str(folder / "clip"), None))[0] for dim in (width, width + 1)}
+    read, load = [], inherited.AutoModel.from_pretrained
+    monkeypatch.setattr(
+        inherited,
+        "AutoModel",
+        SimpleNamespace(from_pretrained=lambda *of, **more: read.append(of) or load(*of, **more)),
+    )
+    of_means = arguments(folder, **dict.fromkeys(TEXTS, "teacher"))
+    assert take_projections(models[width], of_means, (str(folder / "clip"), None)) == []
+    assert take_projections(models[width + 1], pooled, (str(folder / "clip"), None)) == []
+    assert take_projections(models[width], pooled, (str(folder / "dsmd"), None)) == []  # which takes means
+    assert not read
+    half = arguments(folder, **dict.fromkeys(TEXTS, "teacher"), text_pooling="pooler")
+    assert take_projections(models[width], half, (str(folder / "clip"), None)) == ["text"]
+    assert take_projections(models[width], pooled, (str(folder / "clip"), None)) == ["vision", "text"]
+    assert len(read) == 2
 
 
 def test_the_teacher_is_the_one_of_the_features():
