@@ -33,6 +33,8 @@ def idle_towers(student: nn.Module, batch: dict) -> Iterator[None]:
     idle = [tower for tower in (getattr(student, name) for name in missing) if tower.training]
     for tower in idle:
         tower.eval()
-    yield
-    for tower in idle:
-        tower.train()
+    try:
+        yield
+    finally:
+        for tower in idle:
+            tower.train()

@@ -1,11 +1,12 @@
 """A tower without rows in a batch: nothing of it changes."""
 
+import pytest
 import torch
 from conftest import make_rows, make_student
 from mixed_rows import without_partners
 from tiny_trainer import largest_difference, make_trainer
 
-from trainers.idle_towers import inputs_of, one_row
+from trainers.idle_towers import idle_towers, inputs_of, one_row
 
 
 NEVER = lambda i: False  # noqa: E731
@@ -27,6 +28,18 @@ def test_a_tower_without_rows_keeps_its_running_means(tmp_path):
     trainer.train()
     assert before and all(torch.equal(model.vision_model.get_buffer(name), of) for name, of in before.items())
     assert model.vision_model.training
+
+
+def test_a_forward_that_fails_leaves_no_tower_in_evaluation_mode():
+    """Who catches it, such as a search for a batch size that fits the memory, trains on."""
+    model, _ = make_student()
+    model.train()
+    model.vision_model.eval()  # frozen: it was so before, and stays so
+    for batch, idle in (({"input_ids": 0}, []), ({"pixel_values": 0}, ["text_model"])):
+        with pytest.raises(torch.OutOfMemoryError), idle_towers(model, batch):
+            assert all(not getattr(model, name).training for name in idle)
+            raise torch.OutOfMemoryError
+        assert model.text_model.training and not model.vision_model.training
 
 
 def test_a_frozen_tower_sees_no_image_of_a_text_without_one(tmp_path):
