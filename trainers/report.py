@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Files that a run leaves in its folder beside those of any student.
 RUN_FILES = (
-    PCA_FILE, "all_results.json", "eval_results.json", "assets/card.json", "assets/curves.png",
-    "assets/text_to_image.png", "assets/image_to_text.png", "assets/query.png", "assets/sample_[1-3].png",
+    PCA_FILE, "all_results.json", "eval_results.json", "assets/card.json", "assets/curves.png", *PICTURES_OF_DATA,
 )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from huggingface_hub import hf_hub_download
 from test_train import RECIPE
 
 import train
-from trainers.report import run_code, say_next
+from model_cards.pictures import PICTURES_OF_DATA
+from trainers.report import RUN_FILES, run_code, say_next
 
 
 def test_code_that_fails_or_hangs_costs_only_its_output(caplog):
@@ -50,6 +51,11 @@ def test_the_card_of_a_pushed_run_names_the_weights_commit(tmp_path, hub):
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     pushed = json.loads(open(hf_hub_download("user/student", "all_results.json", revision=revision)).read())
     assert pushed == results
+
+
+def test_every_picture_of_data_is_a_runs_own_file_by_its_name():
+    assert {*PICTURES_OF_DATA} < {*RUN_FILES} and len({*RUN_FILES}) == len(RUN_FILES)
+    assert not [name for name in RUN_FILES if "[" in name]
 
 
 def test_the_next_command_is_one_that_a_shell_takes(capsys):
