@@ -14,7 +14,7 @@ from modeling_dsmd import DSMDModel
 from rows.images import load_rgb
 
 from .batches import RetrievalDataset
-from .retrieval_evaluation import image_loader, in_row_order
+from .evaluation_batches import image_loader, in_row_order
 from .training_args import RetrievalTrainingArguments
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import datasets
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rows.columns import partners, text_ids
-from rows.images import load_rgb
+from rows.columns import text_ids
 from rows.teacher_columns import teacher_rows
-from rows.texts import cut
 
 from .agreement import TeachersFirst, teachers_first
+from .evaluation_batches import PreparedBatches, in_row_order, prepared_loader
 from .metrics import fold_metrics, retrieval_metrics
 from .run import distributed
-from .run.loader_workers import name_killed_workers, shielded
+from .run.loader_workers import name_killed_workers
 from .training_args import RetrievalTrainingArguments
 
 
@@ -48,46 +46,31 @@ def encode(
     model.eval()
     for buffer in model.buffers():  # BatchNorm's are each rank's own since its last batch
         distributed.from_first_rank(buffer)
-    has_image, _ = partners(dataset)
-    images = dataset.select_columns(["image", "image_id"]).cast_column("image", datasets.Image(decode=False))
-    images = images if has_image.all() else images.select(np.flatnonzero(has_image))
-    captions = [caption for row in dataset["captions"] for caption in row]
-    loader = image_loader(images, ImageCollator(processor.image_processor), args) if len(images) else ()
-    tokenizer = processor.tokenizer
-    own = _own_rows(len(captions)) if captions else []
-    # Captions of like length go together: padding costs as much as words.
-    by_length = sorted(range(len(own)), key=lambda i: len(captions[own[i]]))
+    batches = PreparedBatches(dataset, processor, args)
     bar = tqdm(
-        total=len(images) + len(captions),
+        total=batches.images + batches.captions,
         desc="encode",
         leave=False,
         disable=args.disable_tqdm or args.process_index != 0,
     )
 
     def embed(output: str, **inputs: torch.Tensor) -> torch.Tensor:
-        return getattr(model(**{name: tensor.to(args.device) for name, tensor in inputs.items()}), output).float()
+        return getattr(model(**inputs), output).float()
 
+    embeds = {"image_embeds": [], "text_embeds": []}
     with autocast(), name_killed_workers():
-        image_embeds = [torch.empty((0, model.config.projection_dim), device=args.device)]
-        for pixel_values in loader:
-            image_embeds.append(_in_memory(partial(embed, "image_embeds"), is_sharded, pixel_values=pixel_values))
-            bar.update(len(image_embeds[-1]) * distributed.world_size())
-        text_embeds = torch.empty((len(own), model.config.projection_dim), device=args.device)
-        for start in range(0, len(own), args.eval_batch_size):
-            rows = by_length[start : start + args.eval_batch_size]
-            text = tokenizer(
-                [cut(captions[own[i]]) for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=args.max_caption_length,
-                return_tensors="pt",
-            )
-            inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
-            text_embeds[rows] = _in_memory(partial(embed, "text_embeds"), is_sharded, **inputs)
-            bar.update(len(rows) * distributed.world_size())
+        for inputs in prepared_loader(batches, args):
+            inputs = send_to_device(inputs, args.device, non_blocking=True)
+            output = "image_embeds" if "pixel_values" in inputs else "text_embeds"
+            embeds[output].append(_in_memory(partial(embed, output), is_sharded, **inputs))
+            bar.update(len(embeds[output][-1]) * distributed.world_size())
     bar.close()
     model.train(was_training)
-    return in_row_order(torch.cat(image_embeds), len(images)), in_row_order(text_embeds, len(captions))
+    none = torch.empty((0, model.config.projection_dim), device=args.device)
+    image_embeds, by_length = (torch.cat([none, *parts]) for parts in embeds.values())
+    text_embeds = torch.empty_like(by_length)
+    text_embeds[batches.order] = by_length
+    return in_row_order(image_embeds, batches.images), in_row_order(text_embeds, batches.captions)
 
 
 def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: torch.Tensor) -> torch.Tensor:
@@ -103,56 +86,6 @@ def _in_memory(embed: Callable[..., torch.Tensor], is_sharded: bool, **inputs: t
             ) from error
     halves = zip(*(tensor.chunk(2) for tensor in inputs.values()))
     return torch.cat([_in_memory(embed, is_sharded, **dict(zip(inputs, half))) for half in halves])
-
-
-def image_loader(
-    images: datasets.Dataset, collate: Callable[[list[dict]], object], args: RetrievalTrainingArguments
-) -> Iterable:
-    """Batches of this rank's share of a split's images, for [`in_row_order`].
-
-    Args:
-        images: a column `image`, not decoded.
-        collate: makes a batch of rows.
-        args: batch size and loader workers.
-    """
-    loader = DataLoader(
-        images.with_format(None).select(_own_rows(len(images))),
-        batch_size=args.eval_batch_size,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-        generator=torch.Generator(),  # the loader draws a number: this must not change the training
-    )
-    return shielded(loader)
-
-
-def _own_rows(rows: int) -> list[int]:
-    """This rank's rows. Every rank has as many, some with a first row again: all make a sharded forward together."""
-    world = distributed.world_size()
-    return [(start + distributed.rank()) % rows for start in range(0, rows, world)]
-
-
-def in_row_order(own: torch.Tensor, rows: int) -> torch.Tensor:
-    """All ranks' rows, of which rank r holds rows r, r + W, r + 2W, ..."""
-    world = distributed.world_size()
-    by_rank = distributed.gather_rows(own, [len(own)] * world).unflatten(0, (world, len(own)))
-    return by_rank.transpose(0, 1).flatten(0, 1)[:rows]
-
-
-class ImageCollator:
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
-
-    def __call__(self, rows: list[dict]) -> torch.Tensor:
-        images = []
-        for row in rows:
-            try:
-                images.append(load_rgb(row["image"]))
-            except ValueError as error:
-                raise ValueError(
-                    f"The image of {row['image_id']!r} cannot be evaluated: {error}. Bring it back or drop the row."
-                ) from error
-        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def recall_figures(
