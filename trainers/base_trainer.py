@@ -144,6 +144,7 @@ class RetrievalTrainer(ResumableTrainer):
             self.add_callback(SetEpoch(self.train_dataset))
         self.facts = RunFacts()  # for the card
         self.command: str | None = None  # of train.py: a digest of all that the run follows from
+        self.last_embeds: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last evaluation outside a training
         self._teacher_figures: dict[tuple, dict[str, float]] = {}
         self._teachers_first: dict[str, TeachersFirst] = {}  # on the splits that were evaluated, by fingerprint
         self._shared_texts: dict[str, SharedTexts] = {}  # of the splits that were evaluated, by fingerprint
@@ -305,6 +306,7 @@ class RetrievalTrainer(ResumableTrainer):
             raise ValueError(f"A {type(dataset).__name__} cannot be evaluated on: give a datasets.Dataset.")
         started = time.time()
         image_embeds, text_embeds = self.encode(dataset)
+        self.last_embeds = None if self.is_in_train else (image_embeds, text_embeds)
         metrics = {f"{metric_key_prefix}_images": len(image_embeds), f"{metric_key_prefix}_captions": len(text_embeds)}
         has_teacher = set(TEACHER_COLUMNS) <= set(dataset.column_names)
         pairs, *of_pairs = pairs_alone(dataset, image_embeds, text_embeds)

@@ -45,7 +45,8 @@ def say_what_a_push_shows(trainer: RetrievalTrainer, dataset_name: str) -> None:
 
 
 def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, rows: Splits) -> None:
-    """Measures the student's speed, prints the table and writes the files of the run. Called on every process.
+    """Measures the student's speed, prints the table and writes the files of the run. Called on every process, after
+    `trainer.evaluate` of the test split.
 
     Args:
         trainer: after training or evaluation, its model the one to report, its `facts` for the card.
@@ -53,7 +54,6 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
         trained: whether this was a training; an evaluation writes `eval_results.json` and nothing else.
         rows: the splits; `test` fills the pictures of results, `train` gives samples.
     """
-    embeds = trainer.encode(rows["test"]) if trained else None
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
@@ -85,7 +85,7 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
     plot_curves(trainer.state.log_history, assets / "curves.png")
     trainer.facts.metrics = metrics
     if trainer.args.card_images:
-        grids = draw_grids(rows["test"], *embeds, assets, by_index=trainer.args.recall_by_index)
+        grids = draw_grids(rows["test"], *trainer.last_embeds, assets, by_index=trainer.args.recall_by_index)
         trainer.facts.beside_grids = {file: [text[:SHOWN] for text in texts] for file, texts in grids.items() if texts}
         trainer.facts.samples = save_samples(rows["train"], assets)
         captions = save_query(rows["test"], assets)

@@ -13,6 +13,7 @@ from test_train import RECIPE
 
 import train
 from model_cards.pictures import PICTURES_OF_DATA
+from trainers.base_trainer import RetrievalTrainer
 from trainers.report import RUN_FILES, run_code, say_next
 
 
@@ -30,13 +31,16 @@ def test_code_that_fails_or_hangs_costs_only_its_output(caplog):
     assert "more than 0.05 seconds" in caplog.text
 
 
-def test_the_card_of_a_pushed_run_names_the_weights_commit(tmp_path, hub):
+def test_the_card_of_a_pushed_run_names_the_weights_commit(tmp_path, hub, monkeypatch):
     parts = {"train": make_rows(32), "validation": make_rows(8, seed=1), "test": make_rows(8, seed=2)}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "data")
     settings = {"dataset_name": str(tmp_path / "data"), "output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
     settings |= {"push_to_hub": True, "hub_model_id": "user/student", "hub_strategy": "end", "report_to": "none"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, **settings}))
+    encode, encoded = RetrievalTrainer.encode, []
+    monkeypatch.setattr(RetrievalTrainer, "encode", lambda self, rows: encoded.append(rows) or encode(self, rows))
     train.main(["--config", str(tmp_path / "recipe.yaml")])
+    assert [rows["image_id"][:] for rows in encoded].count(parts["test"]["image_id"][:]) == 1
     card = open(hf_hub_download("user/student", "README.md")).read()
     assert card == (tmp_path / "run" / "README.md").read_text()
     code, output = (re.search(rf"^```{of}\n(.*?)\n```$", card, re.S | re.M)[1] for of in ("python", "text"))
