@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, make_student
+from huggingface_hub import HfApi
 from tiny_trainer import largest_difference, make_trainer
 
 from rows.columns import rows_and_captions
 from rows.teacher_columns import teacher_rows
 from trainers import DSMDTrainer, retrieval_metrics
 from trainers.report import across_table, results_table
-from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca, save_pca
+from trainers.teacher_pca import PCA_FILE, fit_pca, load_pca, projection_of_student, save_pca, stored_pca
 
 
 WIDE = 24  # the teacher's width; the student has 16
@@ -72,6 +73,21 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / PCA_FILE).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="damaged"):
         load_pca(tmp_path)
+
+
+def test_a_repository_of_the_hub_gives_what_it_holds_as_a_folder_does(tmp_path, hub):
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    save_pca(torch.eye(3)[:, :2], tmp_path / "with")
+    (tmp_path / "without" / "README.md").write_text("no matrix")
+    for kind in ("model", "dataset"):
+        for name, expected in (("with", torch.eye(3)[:, :2]), ("without", None)):
+            HfApi().create_repo(f"user/{kind}-{name}", repo_type=kind)
+            HfApi().upload_folder(repo_id=f"user/{kind}-{name}", repo_type=kind, folder_path=tmp_path / name)
+            for found in (stored_pca(tmp_path / name, kind), stored_pca(f"user/{kind}-{name}", kind)):
+                assert found is expected or torch.equal(found, expected)
+    assert torch.equal(projection_of_student("user/model-with", 2, None), torch.eye(3)[:, :2])
+    assert projection_of_student("user/model-with", 2, 2) is None
 
 
 def test_training_under_a_projection_is_training_on_projected_features(tmp_path, wide_rows, components):
