@@ -189,6 +189,15 @@ def shown(values: list[float]) -> str:
     return f"{mean:.1f}" if math.isinf(half) else f"{mean:.1f} ± {half:.1f}"
 
 
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's correlation of two figures of the same runs; of equal values each has their mean rank."""
+    ranks = [
+        [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+        for values in (first, second)
+    ]
+    return statistics.correlation(*ranks)
+
+
 class Study:
     """The runs of an ablation: finds those that have a line, and makes those that have none.
 
@@ -301,7 +310,18 @@ class Study:
             columns = [shown([line[figure] for line in lines if figure in line]) for figure in FIGURES]
             rate = lines[0]["settings"]["learning_rate"] if lines else "-"
             rows.append(f"| {name} | {rate} | {len(lines)} | {' | '.join(columns)} | {shown(gains)} |")
-        return "\n".join([f"### {question}\n", *HEADER, *rows])
+        return "\n".join([f"### {question}\n", *HEADER, *rows, *self.agreement_beside_recall(question)])
+
+    def agreement_beside_recall(self, question: str) -> list[str]:
+        """A line on how agreement with the teacher orders the question's runs beside RSUM, where three have both."""
+        lines = [
+            line for lines in self.lines_by_variant(question).values() for line in lines if "eval_agreement" in line
+        ]
+        figures = [[line[figure] for line in lines] for figure in ("eval_agreement", "eval_rsum")]
+        if len(lines) < 3 or any(len(set(values)) == 1 for values in figures):
+            return []
+        spearman = rank_correlation(*figures)
+        return [f"\nAgreement with the teacher and RSUM on validation, {len(lines)} runs: Spearman's {spearman:.2f}"]
 
     def open_test(self, questions: Iterable[str]) -> None:
         """Adds the test figures of every variant's runs to their lines."""

@@ -214,6 +214,24 @@ def test_interval_against_scipy():
     assert interval([3.0]) == (3.0, math.inf)
 
 
+def test_rank_correlation_against_scipy():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = rng.integers(0, 6, (2, 9)).tolist()
+        assert ablation.rank_correlation(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+
+
+def test_agreement_stands_beside_recall_where_runs_have_both(study_file, trained, capsys):
+    main(["--config", str(study_file)])
+    assert "Agreement" not in capsys.readouterr().out
+    file = study_file.parent / "lines.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    with_agreement = [line | {"eval_agreement": -(line["eval_rsum"] ** 3)} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in with_agreement))
+    main(["--config", str(study_file), "--tables"])
+    assert "Agreement with the teacher and RSUM on validation, 9 runs: Spearman's -1.00" in capsys.readouterr().out
+
+
 def test_vectors_are_spread_over_the_decades():
     study = Ablation(**{**STUDY, "random_vectors": {**STUDY["random_vectors"], "count": 500}})
     logs = np.log10([vector["loss_weights"] for vector in study.vectors()]) - [0, -1]
