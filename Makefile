@@ -34,7 +34,7 @@ browser_test: $(INSTALLED)  ## run the Space and the page in a headless Chromium
 	$(BIN)/python -m inference.web_runtime
 	$(BIN)/python -m pytest -m browser
 
-bench: $(INSTALLED)  ## measure what the README claims, on CPU, in under 20 minutes
+bench: $(INSTALLED)  ## measure what docs/results/benchmarks.md claims, on CPU, in under 20 minutes
 	$(BIN)/python -m benchmarks
 
 soak: $(INSTALLED)  ## run the long tests: 300,000 rows, 30 kills, 10,000 hostile inputs, oldest and newest libraries

@@ -88,7 +88,7 @@ class Run:
 
 RUNS = [
     Run("Flickr30k", 29e3, 5, 20, 1, 128),
-    Run("COCO", 113_287, 5, 20, 1, 128),
+    Run("COCO", 113_287, 5, 15, 1, 128),
     Run("3 M pairs", 3e6, 1, 10, 8, 256),
     Run("30 M pairs", 30e6, 1, 5, 16, 256),
     Run("400 M pairs", 400e6, 1, 2, 64, 256),
