@@ -72,7 +72,8 @@ class SkipNonFiniteSteps(TrainerCallback):
                 raise ValueError(
                     f"{text} That makes {self.limit} in a row: the run stops. No weight has changed in these steps, "
                     "and the checkpoints before them are good. Look at the rows named above, lower learning_rate or "
-                    "leave out bf16 and fp16, and go on by --resume_from_checkpoint last --allow_changes."
+                    "train in float32 (--bf16 False, no --fp16), and go on by --resume_from_checkpoint last "
+                    "--allow_changes."
                 )
             logger.warning(text)
         self.pending.clear()
