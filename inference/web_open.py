@@ -83,6 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.site / "data" / "site.json").is_file():
         sys.exit(f"error: {options.site} is no site: write one with python -m inference.web")
+    if not (options.site / "index.html").is_file():
+        sys.exit(
+            f"error: {options.site} holds a site's data alone: write the whole with python -m inference.web_page "
+            f"{options.site} build/{options.site.resolve().name}, and open that"
+        )
     add_runtime(options.site)
     serve(options.site, options.port, not options.no_browser)
 

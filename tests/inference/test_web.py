@@ -301,10 +301,16 @@ def test_the_server_is_this_machines_and_says_what_files_are(tmp_path):
 def test_only_a_site_is_opened(tmp_path):
     with pytest.raises(SystemExit, match="is no site: write one with python -m inference.web"):
         web_open.main([str(tmp_path)])
+    demo = PAGE.parents[1] / "demo"
+    with pytest.raises(
+        SystemExit, match="holds a site.s data alone: .*web_page .*demo build/demo, and open that"
+    ):
+        web_open.main([str(demo)])
+    assert not (demo / "runtime").exists()
 
 
 def test_opening_needs_nothing_but_python():
-    """The folder demo is opened on a machine without torch, before anything is installed."""
+    """The demo is opened on a machine without torch, before anything is installed."""
     code = """
 import sys
 before = set(sys.modules)
