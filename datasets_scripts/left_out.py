@@ -62,7 +62,7 @@ class LeftOut:
                 raise ValueError("there are no rows; expected some in one of the splits")
             return
         self.report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        what = [f"{len(self.images):,} images are missing or broken"] if self.images else []
+        what = [f"{_images(self.images)} missing or broken"] if self.images else []
         what += [f"{_rows(self.rows)} cannot be used"] if self.rows else []
         what += [f"{_rows(self.failed)} marked as failed"] if self.failed else []
         where = f"all listed in {self.report}; the first:\n  " + "\n  ".join(lines[:SHOWN])
@@ -95,6 +95,10 @@ class LeftOut:
         lines += [f"{len(self.rows):,} rows could not be used and are left out."] if self.rows else []
         lines += [f"{len(self.failed):,} rows that the source marks as failed are left out."] if self.failed else []
         return "\n\n" + " ".join(lines) if lines else ""
+
+
+def _images(lines: list[str]) -> str:
+    return "1 image is" if len(lines) == 1 else f"{len(lines):,} images are"
 
 
 def _rows(lines: list[str]) -> str:

@@ -68,13 +68,18 @@ def assign_splits(
         _fill_empty_splits(split_of, numbers, shares, giver)
         for split in (*shares, giver):
             result[split] = [row for row, key in zip(parts[giver], keys) if split_of[key] == split]
-        of_giver = f"{len(parts[giver]):,} images" + " of validation" * (giver == "validation")
+        of_giver = _counted(parts[giver]) + " of validation" * (giver == "validation")
         print(f"{' and '.join(shares)} taken from {of_giver} by a hash of their ids")
-    counts = ", ".join(f"{split}: {len(rows):,} images" for split, rows in result.items())
+    counts = ", ".join(f"{split}: {_counted(rows)}" for split, rows in result.items())
     print(counts)
     if not all(result.values()):
         raise ValueError(f"a split is empty ({counts}); expected images in each")
     return result
+
+
+def _counted(rows: list[Row]) -> str:
+    """How many images, or, where texts without images are among them, rows."""
+    return f"{len(rows):,} {'rows' if any(row.read is None for row in rows) else 'images'}"
 
 
 def without_held_out_texts(parts: dict[str, list[Row]]) -> dict[str, list[Row]]:

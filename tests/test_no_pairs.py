@@ -101,6 +101,24 @@ def test_where_there_are_pairs_too_recall_is_of_these_and_agreement_of_all(tmp_p
     assert alone["eval_agreement"] != results["eval_agreement"]
 
 
+def test_few_pairs_among_others_do_not_choose_the_checkpoint(tmp_path, data, caplog):
+    """Recall over three pairs is 100 for nearly any student."""
+    mixed = datasets.load_from_disk(data / "mapped")
+    lonely, few = mixed["test"], make_rows(3, seed=1).add_column("teacher", [mixed["test"][0]["teacher"]] * 3)
+    mixed["validation"] = datasets.concatenate_datasets([lonely, few.cast(lonely.features)])
+    mixed.save_to_disk(tmp_path / "few" / "mapped")
+    train.main(arguments(tmp_path / "run", tmp_path / "few", {**SETTINGS_OF_RUN, "max_steps": 2}))
+    settings = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert settings["metric_for_best_model"] == "agreement"
+    assert "has 3 pairs of an image and a caption, fewer than 20" in caplog.text
+    part = lonely.select([*range(10), *range(20, 23)])
+    mixed["validation"] = datasets.concatenate_datasets([part, few.cast(part.features)])
+    mixed.save_to_disk(tmp_path / "fewer" / "mapped")
+    train.main(arguments(tmp_path / "again", tmp_path / "fewer", {**SETTINGS_OF_RUN, "max_steps": 1}))
+    assert json.loads((tmp_path / "again" / "training_args.json").read_text())["metric_for_best_model"] == "rsum"
+    assert "Recall over the 3 pairs of the validation split says little, and it has" in caplog.text
+
+
 def keeps(name: str) -> bool:
     return name not in ("--text_config", "--image_size", "--vocab_size")
 

@@ -103,7 +103,8 @@ def check_evaluated(
 ) -> None:
     """Refuses datasets that cannot be evaluated on, by name, and a metric_for_best_model that none of them has.
 
-    Where the only one has no pairs, `metric_for_best_model` becomes the agreement with the teacher instead of rsum.
+    Where the only one has no pairs, or fewer than `FEWEST` among rows without a partner, `metric_for_best_model`
+    becomes the agreement with the teacher instead of rsum.
 
     Args:
         remember: see [`check_together`].
@@ -119,10 +120,23 @@ def check_evaluated(
                 f"eval_dataset ({name}) is a {type(rows).__name__}: give a datasets.Dataset, not streamed."
             )
         check_together(rows, name, None, remember)
-        if not len(pairs_of(rows)):
-            _check_agreement(name, rows)
-            if not several and args.metric_for_best_model in ("rsum", "eval_rsum"):
-                args.metric_for_best_model = "agreement"  # the figure that a split without pairs has
+        pairs = len(pairs_of(rows))
+        if pairs >= FEWEST or pairs == len(rows) > 0:
+            continue
+        lacks = why_no_agreement(name, rows)
+        if lacks and not pairs:
+            raise ValueError(f"No row of the {name} split is a pair, and {lacks} Hold more back, or give pairs.")
+        if lacks:
+            logger.warning(
+                f"Recall over the {_pairs(pairs)} of the {name} split says little, and {lacks} Hold more back."
+            )
+        elif not several and args.metric_for_best_model in ("rsum", "eval_rsum"):
+            args.metric_for_best_model = "agreement"
+            if pairs:
+                logger.warning(
+                    f"The {name} split has {_pairs(pairs)} of an image and a caption, fewer than {FEWEST}: the best "
+                    "checkpoint is chosen by the agreement with the teacher, over all its rows."
+                )
     chosen = (args.metric_for_best_model or "").removeprefix("eval_")
     if several and args.eval_strategy != IntervalStrategy.NO and chosen:
         if not any(chosen.startswith(f"{name}_") for name in evaluated):
@@ -130,17 +144,22 @@ def check_evaluated(
             raise ValueError(f"metric_for_best_model={chosen!r} names none of the eval datasets: say {examples}.")
 
 
-def _check_agreement(name: str, rows: datasets.Dataset) -> None:
-    """Refuses a split that has no figure at all: no pairs for recall, and too little for agreement with a teacher."""
+def why_no_agreement(name: str, rows: datasets.Dataset) -> str | None:
+    """Why a split has no agreement with a teacher, as the end of a sentence; None where it has one."""
     if not set(TEACHER_COLUMNS) <= set(rows.column_names):
-        raise ValueError(
-            f"No row of the {name} split is a pair of an image and a caption, and there are no teacher features to "
-            "compare with: give pairs, or add the teacher's features (datasets_scripts.add_teacher_features)."
+        return (
+            "there are no teacher features to compare with: add the teacher's features "
+            "(datasets_scripts.add_teacher_features)."
         )
     has_image, _ = partners(rows)
     images, texts = int(has_image.sum()), len({text for own in rows["captions"] for text in own})
-    if not images or not texts or max(images, texts) < FEWEST:
-        raise ValueError(
-            f"No row of the {name} split is a pair, and it has {images:,} images and {texts:,} different texts: the "
-            f"agreement with the teacher needs both, and {FEWEST} of one side. Hold more back, or give pairs."
-        )
+    if images and texts and max(images, texts) >= FEWEST:
+        return None
+    return (
+        f"it has {images:,} images and {texts:,} different texts: the agreement with the teacher needs both, and "
+        f"{FEWEST} of one side."
+    )
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count} pairs"

@@ -76,7 +76,7 @@ def few_pairs_hint(rows: object, args: StudentArguments) -> str | None:
     if not from_nothing or not isinstance(rows, Sized) or len(rows) >= FEW:
         return None
     return (
-        f"There are {len(rows):,} images to learn from, and towers that start from nothing need many more: start from "
+        f"There are {len(rows):,} rows to learn from, and towers that start from nothing need many more: start from "
         "pre-trained ones, cut to size (recipes/few_pairs.yaml, docs/guides/few_pairs.md)."
     )
 

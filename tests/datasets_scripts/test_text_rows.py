@@ -1,6 +1,7 @@
 """own_data with texts that have no image and images that have no caption."""
 
 import json
+import re
 
 import datasets
 import pytest
@@ -50,7 +51,11 @@ def test_a_folder_of_images_and_a_log_of_queries(tmp_path, capsys):
     built = build(source, tmp_path / "data", "--texts", tmp_path / "queries.txt", *options)
     texts, lonely, paired = contents(built)
     assert texts == sorted(["red car", "two dogs", *(f"q {i}" for i in range(30))]) and (lonely, paired) == (30, 0)
-    assert "32 different texts in queries.txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "32 different texts in queries.txt" in said
+    assert re.search(
+        r"^test and validation taken from 62 rows by .*\ntrain: \d+ rows, validation: \d+ rows, ", said, re.M
+    )
     for part in built.values():  # what is held back is of both kinds: agreement needs them
         has_image, _ = partners(part)
         assert has_image.any() and not has_image.all()

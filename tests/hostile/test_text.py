@@ -155,7 +155,7 @@ def test_names_are_shown_so_that_a_terminal_does_not_obey(tmp_path, name, capsys
         picture(0).save(folder / f"{split}.png")
         rows.append({"file_name": f"{split}.png", "captions": ["a"], "split": split})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match="1 images are missing or broken") as caught:
+    with pytest.raises(ValueError, match="1 image is missing or broken") as caught:
         own_data.main([str(folder), "--output_dir", str(tmp_path / "out")])
     assert repr(name) in str(caught.value) and name not in str(caught.value)
     index = index_folder(*student, folder, tmp_path / "cache")

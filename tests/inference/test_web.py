@@ -302,9 +302,7 @@ def test_only_a_site_is_opened(tmp_path):
     with pytest.raises(SystemExit, match="is no site: write one with python -m inference.web"):
         web_open.main([str(tmp_path)])
     demo = PAGE.parents[1] / "demo"
-    with pytest.raises(
-        SystemExit, match="holds a site.s data alone: .*web_page .*demo build/demo, and open that"
-    ):
+    with pytest.raises(SystemExit, match="holds a site.s data alone: .*web_page .*demo build/demo, and open that"):
         web_open.main([str(demo)])
     assert not (demo / "runtime").exists()
 

@@ -56,4 +56,4 @@ def test_few_images_and_towers_from_nothing_are_pointed_elsewhere(rows, settings
     hint = few_pairs_hint(rows, StudentArguments(**settings))
     assert (hint is not None) == hinted
     if hinted:
-        assert hint.startswith("There are 1,999 images") and "recipes/few_pairs.yaml" in hint
+        assert hint.startswith("There are 1,999 rows") and "recipes/few_pairs.yaml" in hint
