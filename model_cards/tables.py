@@ -49,6 +49,8 @@ def results_table(metrics, key="test", baseline=None, teacher_parameters=None, s
     rows = [
         [f"{as_text(split or key)} split, {metrics[f'{key}_images']:,} images", *(name for name, *_ in columns), *last]
     ]
+    if f"{key}_pairs" in metrics:
+        rows.append(["recall is of pairs", f"{metrics[f'{key}_pairs']:,}"])
     for name in figures(metrics, key):
         row = [name.replace("_", " "), *(_cell(of.get(prefix + name), "{:.1f}") for _, of, prefix in columns)]
         teacher = metrics.get(f"teacher_{key}_{name}")

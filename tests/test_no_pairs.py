@@ -9,6 +9,7 @@ from mixed_rows import without_partners
 from tiny_runs import SETTINGS, VISION, arguments
 
 import train
+from model_cards.tables import results_table
 from modeling_dsmd import DSMDModel
 
 
@@ -89,6 +90,7 @@ def test_where_there_are_pairs_too_recall_is_of_these_and_agreement_of_all(tmp_p
     train.main(arguments(tmp_path / "run", tmp_path / "data", {**SETTINGS_OF_RUN, "max_steps": 2}))
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["eval_images"] == 44 and "test_rsum" not in results
+    assert results["eval_pairs"] == 24 and "| recall is of pairs " in results_table(results, "eval")
     mixed["validation"] = pairs.cast(mixed["test"].features)
     mixed.save_to_disk(tmp_path / "pairs" / "mapped")
     same = {**SETTINGS_OF_RUN, "max_steps": 2, "model_name_or_path": tmp_path / "run", "do_train": False}
@@ -99,6 +101,7 @@ def test_where_there_are_pairs_too_recall_is_of_these_and_agreement_of_all(tmp_p
     alone = json.loads((tmp_path / "again" / "eval_results.json").read_text())
     assert alone["eval_rsum"] == results["eval_rsum"] and alone["teacher_eval_rsum"] == results["teacher_eval_rsum"]
     assert alone["eval_agreement"] != results["eval_agreement"]
+    assert "eval_pairs" not in alone
 
 
 def test_few_pairs_among_others_do_not_choose_the_checkpoint(tmp_path, data, caplog):

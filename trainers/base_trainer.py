@@ -316,6 +316,8 @@ class RetrievalTrainer(ResumableTrainer):
             of_student = recall_figures(*of_pairs, *whose, fold_size)
             metrics = {**{f"{metric_key_prefix}_{name}": value for name, value in of_student.items()}, **metrics}
             metrics.update(self.by_the_other_rule(pairs, *of_pairs, metric_key_prefix))
+        if 0 < len(pairs) < len(dataset):
+            metrics[f"{metric_key_prefix}_pairs"] = len(pairs)  # recall is of these alone
         if len(pairs) and has_teacher:
             metrics.update(self.beside_the_teacher(pairs, *of_pairs, *whose, metric_key_prefix, fold_size))
             teacher_rsum = metrics[f"teacher_{metric_key_prefix}_rsum"]
