@@ -43,6 +43,7 @@ from inference.encoders import longest
 from inference.export_sentence_transformers import export_sentence_transformers, sentence_transformers_readme
 from inference.export_tables import export_readme, files_table, recalls
 from inference.onnx_files import CALIBRATED_ON, COMPARED_ON, TOLERANCE, OnnxFile, write_files
+from rows.columns import pairs_of
 from rows.command_line import Command, run_program
 from rows.files import shown_name, write_beside
 from rows.images import load_rgb
@@ -169,6 +170,17 @@ def calibration_pixels(
     return processor.image_processor(images=images, return_tensors="np")["pixel_values"] if images else None
 
 
+def measured_rows(splits: datasets.DatasetDict, split: str, limit: int | None) -> datasets.Dataset | None:
+    """The first pairs of a split, at most `limit`: recall is of pairs alone. None, and a line, where it has none."""
+    pairs = pairs_of(splits[split])
+    if not len(pairs):
+        print(f"{split} has no pair of an image and a caption: no recall is measured")
+        return None
+    if len(pairs) < len(splits[split]):
+        print(f"recall is of the {len(pairs):,} rows of {split} that have an image and a caption")
+    return splits[split].select(pairs[:limit])
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Command("inference.export", __doc__)
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the student.")
@@ -199,13 +211,12 @@ def main(arguments: list[str] | None = None) -> None:
     if missing:
         sys.exit(f'error: {", ".join(missing)} is not installed: pip install -e ".[{options.format}]"')
     try:
-        rows = None
+        rows = splits = None
         if options.dataset_name is not None:
             splits = open_dataset(options.dataset_name)
             if options.split not in splits:
                 raise ValueError(f"{options.dataset_name} has no split {options.split} (it has {', '.join(splits)}).")
-            rows = splits[options.split]
-            rows = rows.select(range(min(options.limit or len(rows), len(rows))))
+            rows = measured_rows(splits, options.split, options.limit)
         model = AutoModel.from_pretrained(student, dtype=torch.float32, trust_remote_code=False).eval()
         processor = VisionTextDualEncoderProcessor(
             AutoImageProcessor.from_pretrained(student, backend="pil", trust_remote_code=False),
@@ -215,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         name, hub_id = (Path(student).resolve().name, None) if local else (student.split("/")[-1], student)
         with write_beside(folder.resolve()) as beside:
             if options.format == "onnx":
-                pixels = None if rows is None else calibration_pixels(splits, options.split, processor)
+                pixels = None if splits is None else calibration_pixels(splits, options.split, processor)
                 files, measured = export(model, processor, beside, options.opset, pixels), None
                 if rows is not None:
                     title = f"{shown_name(options.dataset_name)} {options.split}"

@@ -17,7 +17,8 @@ EQUAL = 1e-6  # scores closer than this are a tie, which counts against the mode
 
 
 def read_queries(file: Path, ids: Collection[str]) -> dict[str, set[str]]:
-    """Query -> the files that answer it, of a CSV with the columns `query` and `file`, a line for each pair.
+    """Query -> the files that answer it, of a CSV with the columns `query` and `file`, a line for each pair. Its cells
+    are separated by commas, semicolons or tabs.
 
     Args:
         file: UTF-8.
@@ -28,7 +29,9 @@ def read_queries(file: Path, ids: Collection[str]) -> dict[str, set[str]]:
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
+            first = lines.readline()
+            lines.seek(0)
+            reader = csv.DictReader(lines, delimiter=max(",;\t", key=first.count))
             if not {"query", "file"} <= set(reader.fieldnames or ()):
                 raise ValueError(f"it has the columns {', '.join(reader.fieldnames or ())}, expected query and file")
             pairs = [(row["query"].strip(), row["file"].strip()) for row in reader if row["query"] and row["file"]]

@@ -178,8 +178,8 @@ def write_student(
 def choose_precisions(towers: Towers, pictures: Pictures) -> dict[str, str]:
     """int8 for each tower whose int8 alone keeps recall, else float32; prints what was measured.
 
-    With captions recall is the sum of the six recalls on the pictures; without, the share of each picture's and each
-    name's ten best pictures, by float32, that are found too.
+    Where all have captions, recall is the sum of the six recalls on the pictures; else the share of each picture's and
+    each name's ten best pictures, by float32, that are found too.
     """
     numbers = np.unique(np.linspace(0, len(pictures) - 1, min(PROBES, len(pictures))).astype(int))
     images, kept = [], []
@@ -192,7 +192,7 @@ def choose_precisions(towers: Towers, pictures: Pictures) -> dict[str, str]:
         kept.append(number)
     if not images:
         raise ValueError(f"none of {len(pictures)} pictures can be read")
-    has_captions = any(pictures.captions[number] for number in kept)
+    has_captions = all(pictures.captions[number] for number in kept)
     texts = [(text, pictures.groups[i]) for i in kept for text in pictures.captions[i] or [_words(pictures.names[i])]]
     embeds = {
         ("vision", precision): np.stack([image[precision] for image in images]) for precision in ("float32", "int8")

@@ -417,6 +417,17 @@ def test_queries_that_cannot_be_evaluated(tmp_path, text, message):
         read_queries(tmp_path / "nothing.csv", [])
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])  # spreadsheets in Germany write semicolons
+def test_queries_of_any_spreadsheet(tmp_path, separator):
+    lines = [("query", "file"), ("ein Glas, rot", "a.png"), ("ein Stuhl", "b;c.png")]
+    with open(tmp_path / "q.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows(lines)
+    assert read_queries(tmp_path / "q.csv", ["a.png", "b;c.png"]) == {
+        "ein Glas, rot": {"a.png"},
+        "ein Stuhl": {"b;c.png"},
+    }
+
+
 def test_chunks_of_an_index_are_one(models, images, tmp_path, monkeypatch):
     run(models / "student", images, tmp_path / "vectors")
     index = VectorIndex.open(tmp_path / "vectors", load_teacher(str(models / "student")), "student")
