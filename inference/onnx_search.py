@@ -35,12 +35,12 @@ def pixels(image: Image.Image, settings: dict) -> np.ndarray:
 
 
 def read_images(folder: Path, settings: dict) -> dict[str, np.ndarray]:
-    """Name -> [`pixels`] of each picture in a folder; what cannot be read is named and left out."""
+    """Path -> [`pixels`] of each picture in a folder and those below it; what cannot be read is named and left out."""
     read = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             try:
-                read[path.name] = pixels(Image.open(path, formats=FORMATS), settings)
+                read[path.relative_to(folder).as_posix()] = pixels(Image.open(path, formats=FORMATS), settings)
             except Exception as error:  # what Pillow's decoders raise on broken bytes has no common type
                 print(f"{path.name!r} is left out: {error}", file=sys.stderr)
     return read

@@ -212,7 +212,10 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8)).save(images / "8.jpg", exif=turned)
-    paths = sorted(images.iterdir())
+    (images / "Größe 42").mkdir()
+    (images / "7.png").rename(images / "Größe 42" / "7.png")
+    paths = sorted(images.rglob("*.*"))
+    names = [path.relative_to(images).as_posix() for path in paths]
     (images / ".hidden.png").write_bytes(paths[0].read_bytes())
     (images / "cut.png").write_bytes(paths[0].read_bytes()[:500])
     (images / "notes.txt").write_text("no picture")
@@ -232,9 +235,9 @@ def test_search_without_torch_ranks_as_the_model(exported, student, tmp_path):
         output = model(**inputs)
     scores = (output.text_embeds @ output.image_embeds.T)[0]
     found = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
-    assert [name for _, name in found] == [paths[i].name for i in scores.argsort(descending=True)]
+    assert [name for _, name in found] == [names[i] for i in scores.argsort(descending=True)]
     for score, name in found:
-        assert float(score) == pytest.approx(float(scores[[path.name for path in paths].index(name)]), abs=1e-4)
+        assert float(score) == pytest.approx(float(scores[names.index(name)]), abs=1e-4)
     result = subprocess.run([*command, "5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     text, image = (torch.nn.functional.normalize(of[:, :5]) for of in (output.text_embeds, output.image_embeds))
     best = float((text @ image.T).max())
