@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from model_cards.tables import as_code, as_text
+from rows.command_line import run_program
 from rows.files import write_beside
 
 from . import Beit3Config, Beit3RetrievalModel
@@ -257,6 +258,8 @@ def convert(
         raise ValueError(
             f"{checkpoint} holds more than tensors and was not read: a pickle can run any code. Get the released file."
         ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{checkpoint} cannot be read, it is cut or no checkpoint: get the released file.") from error
     if not isinstance(content, dict) or "model" not in content:
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{checkpoint} has no key 'model', but {found}: expected a released BEiT-3 file.")
@@ -319,8 +322,10 @@ def main() -> None:
     parser.add_argument(
         "--num_attention_heads", type=int, help="for sizes that were never released; default: one per 64 channels"
     )
-    convert(**vars(parser.parse_args()))
+    options = parser.parse_args()
+    convert(**vars(options))
+    print(f"written to {options.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

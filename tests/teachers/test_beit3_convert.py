@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,24 @@ outputs = model(**inputs)
 save_file({"ids": inputs["input_ids"], "pixels": inputs["pixel_values"].contiguous(),
            "image": outputs.image_embeds.detach(), "text": outputs.text_embeds.detach()}, output)
 """
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file.*released.pth"),
+        (b"PK\x03\x04cut", "released.pth cannot be read, it is cut or no checkpoint"),
+        (b"", "released.pth cannot be read, it is cut or no checkpoint"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_in_a_sentence(tmp_path, monkeypatch, content, message):
+    if content is not None:
+        (tmp_path / "released.pth").write_bytes(content)
+    arguments = [str(tmp_path / name) for name in ("released.pth", "beit3.spm", "out")]
+    monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        runpy.run_module("teachers.beit3.convert", run_name="__main__")
+    assert not (tmp_path / "out").exists()
 
 
 def test_converted_folder_gives_the_published_features_elsewhere(tmp_path, monkeypatch):
