@@ -37,6 +37,7 @@ HELD_ELSEWHERE = {
     "inference/dual_encoders.py": "tests/inference/test_compare.py",
     "inference/image_files.py": "tests/inference/test_search.py",
     "inference/queries.py": "tests/inference/test_embed.py",
+    "inference/sources.py": "tests/inference/test_embed.py",
     "inference/vectors.py": "tests/inference/test_embed.py",
     "inference/encoders.py": "tests/inference/test_export.py",
     "inference/export_tables.py": "tests/inference/test_export.py",

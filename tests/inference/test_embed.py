@@ -21,6 +21,7 @@ from tiny_towers import scatter
 
 from inference import embed, search, vectors
 from inference.queries import rank_of, read_queries
+from inference.sources import ImageRows
 from inference.vectors import Result, VectorIndex, read_facts, read_shard, shards_of
 from rows.command_line import run_program
 from rows.images import to_rgb
@@ -194,7 +195,7 @@ def test_a_dataset_and_its_splits(models, tmp_path):
     assert_close(contents(tmp_path / "vectors"), expected(models / "student", right))
     twice = datasets.DatasetDict({"train": make_rows(5), "test": make_rows(4)})
     with pytest.raises(ValueError, match="the image_id '0/0' twice"):
-        embed.ImageRows(twice, "rows")
+        ImageRows(twice, "rows")
 
 
 def test_cut_vectors_are_the_first_numbers_of_length_one(models, images, tmp_path):

@@ -1,0 +1,110 @@
+"""What vectors are made of: the images of a folder or of a dataset, the lines of a file; each with an id."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from datasets_scripts.opening import open_dataset
+from inference.image_files import list_images, read_image
+from rows.images import load_rgb
+
+
+class ImageFolder:
+    """The images of a folder: an id is a path relative to it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen, self.skipped = list_images(folder)  # path -> [size, time of change]
+        self.ids = list(self.seen)
+
+    def read(self, ids: list[str], i: int) -> Image.Image:
+        try:
+            return read_image(self.folder / ids[i])
+        except Exception as error:  # what is published must not name a folder of this machine
+            raise ValueError(str(error).replace(f"{self.folder}{os.sep}", "")) from error
+
+    def columns(self, ids: list[str]) -> dict[str, list]:
+        sizes, times = zip(*(self.seen[own] for own in ids))
+        return {"id": ids, "size": sizes, "mtime_ns": times, "digest": [self._digest(own) for own in ids]}
+
+    def is_current(self, row: dict) -> bool:
+        """Whether a file is as it was: of the same size and time or, copied since, of the same content."""
+        size, time = self.seen.get(row["id"], (None, None))
+        return size == row["size"] and (time == row["mtime_ns"] or self._digest(row["id"]) == row["digest"])
+
+    def _digest(self, own: str) -> str:
+        try:
+            return hashlib.blake2b((self.folder / own).read_bytes(), digest_size=16).hexdigest()
+        except OSError:  # gone meanwhile
+            return ""
+
+
+class ImageRows:
+    """The images of a dataset's splits: an id is an `image_id`, or a split's name and a row's number."""
+
+    def __init__(self, rows: datasets.DatasetDict, name: str):
+        self.parts, self.skipped, self.where = {}, {}, {}
+        for split, part in rows.items():
+            if "image" not in part.column_names:
+                raise ValueError(f"{name} has no column image in its {split} split (it has {part.column_names}).")
+            self.parts[split] = part.cast_column("image", datasets.Image(decode=False))
+            own = part["image_id"] if "image_id" in part.column_names else (f"{split}/{i}" for i in range(len(part)))
+            for i, image_id in enumerate(own):
+                if image_id in self.where:
+                    raise ValueError(f"{name} has the image_id {image_id!r} twice: make it unique.")
+                self.where[image_id] = (split, i)
+        self.ids = list(self.where)
+
+    def read(self, ids: list[str], i: int) -> Image.Image:
+        split, row = self.where[ids[i]]
+        image = self.parts[split][row]["image"]
+        if image is None:
+            raise ValueError("a row without an image")
+        return load_rgb(image)
+
+    def columns(self, ids: list[str]) -> dict[str, list]:
+        return {"id": ids}
+
+    def is_current(self, row: dict) -> bool:
+        return row["id"] in self.where
+
+
+class TextLines:
+    """The lines of a file, but for empty ones: an id is the line's number, from 1."""
+
+    def __init__(self, file: Path):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        self.lines = {str(i): line for i, line in enumerate(lines, start=1) if line.strip()}
+        self.ids, self.skipped = list(self.lines), {}
+
+    def read(self, ids: list[str], i: int) -> str:
+        return self.lines[ids[i]]
+
+    def columns(self, ids: list[str]) -> dict[str, list]:
+        return {"id": ids, "text": [self.lines[own] for own in ids]}
+
+    def is_current(self, row: dict) -> bool:
+        return self.lines.get(row["id"]) == row["text"]
+
+
+def open_images(name: str) -> ImageFolder | ImageRows:
+    """A folder of image files, or a dataset.
+
+    Raises:
+        NotADirectoryError, OSError, ValueError: it is neither, or there are no images in it.
+    """
+    folder = Path(name).expanduser()
+    holds = {path.suffix for path in itertools.chain(folder.glob("*"), folder.glob("*/*"))} if folder.is_dir() else ()
+    if folder.is_dir() and not {".parquet", ".arrow", ".tar"} & set(holds):
+        source = ImageFolder(folder.resolve())
+    else:
+        source = ImageRows(open_dataset(name), name)
+    if not source.ids:
+        raise ValueError(f"{name} holds no images.")
+    return source
