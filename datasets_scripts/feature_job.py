@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from rows.files import named, shown_name, write_whole
 from rows.teacher_columns import TEACHER_COLUMNS
 from teachers import Teacher, load_teacher
 from trainers.run.distributed import usable_cores
+from trainers.run.locking import alone
 from trainers.teacher_pca import PCA_FILE
 
 
@@ -82,7 +83,9 @@ def make_teacher_features(
     partial = output.with_name(output.name + ".partial")
     described = describe_teachers(teachers, encoding, identity["teacher files"])
     settings = json.loads(json.dumps({**identity, "teacher": described, **asdict(encoding)}))
-    with _alone(partial) if state.is_main_process else nullcontext():
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = partial.with_name(f"{partial.name}.lock")
+    with alone(partial, lock_file) if state.is_main_process else nullcontext():
         if state.is_main_process and (partial / "replaced").is_dir() and not output.exists():
             os.rename(partial / "replaced", output)  # of a run that was killed between its two last renames
         if output.exists() and not overwrite:
@@ -151,24 +154,6 @@ def _has_features(path: Path) -> bool:
         return {*TEACHER_COLUMNS, "teacher"} <= set(pq.read_schema(path).names)
     except (OSError, pa.ArrowInvalid):
         return False
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Holds the folder's lock: no other process is at work on it meanwhile."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{partial}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"Another process is at work on {partial}: wait for it, or name another --output_dir."
-        ) from error
-    try:
-        yield
-    finally:
-        os.unlink(lock.lock_file)
-        lock.release()
 
 
 def identity_of(rows: datasets.DatasetDict | datasets.IterableDatasetDict, name: str, teachers: list[str]) -> dict:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from inference.dual_encoders import encode, load_encoder
 from inference.sources import ImageFolder, ImageRows, TextLines, open_images
 from inference.vectors import (
     INDEX,
+    LOCK,
     VectorIndex,
     embeddings,
     fingerprint,
@@ -44,10 +47,57 @@ from rows.command_line import Command, run_program
 from rows.files import named, printable, shown_name
 from teachers import Teacher
 from trainers.run.distributed import agree, run_launched, use_the_cores
+from trainers.run.locking import alone
 
 
 SHARD_ROWS = 4096  # what a killed process loses, at most
 SHOWN = 10  # of the images that could not be read
+
+
+def update(
+    encoder: Teacher,
+    sources: Sequence[ImageFolder | ImageRows | TextLines],
+    output: Path,
+    facts: dict,
+    wait: bool = False,
+    **settings,
+) -> dict:
+    """Brings the vectors of sources up to date, on every process; of two runs at once one does.
+
+    Args:
+        encoder, settings: see [`embed`].
+        sources: what there is now; images among them.
+        output: the folder; made where it is missing.
+        facts: see [`embed`].
+        wait: for another run at work on the folder, in place of an error.
+
+    Returns:
+        What `index.json` says; on the first process alone.
+
+    Raises:
+        ValueError: another process is at work on the folder; see [`embed`] and [`finish`].
+    """
+    state, skipped = PartialState(), {}
+    with ExitStack() as held:
+        # The others hear of a refusal, and do not wait.
+        agree(lambda: held.enter_context(_held(output, wait)) if state.is_main_process else None)
+        for source in sources:
+            found = embed(encoder, source, output, facts, **settings)
+            skipped |= {} if isinstance(source, TextLines) else found
+        return finish(output, facts, skipped) if state.is_main_process else {}
+
+
+def _held(output: Path, wait: bool) -> AbstractContextManager[None]:
+    """The lock of a folder of vectors, which is made where it is missing.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    own = (LOCK, f"{INDEX}.part")  # of a run that was killed at its beginning
+    if output.is_dir() and read_facts(output) is None and any(path.name not in own for path in output.iterdir()):
+        raise ValueError(f"--output_dir {output} is not empty and has no {INDEX}: name a new folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    return alone(output, output / LOCK, wait)
 
 
 def embed(
@@ -65,7 +115,7 @@ def embed(
     Args:
         encoder: on its device.
         source: what there is now.
-        output: the folder; made where it is missing.
+        output: the folder, which no other run is at work on.
         facts: `model`, `fingerprint`, `width`, `projection`: whose vectors they are.
         projection: `[D, k]`, for an index that a student searches and its teacher fills; see [`projection_of`].
         batch_size: images or texts at a time.
@@ -76,8 +126,8 @@ def embed(
         What was left out, id -> why.
 
     Raises:
-        ValueError: the folder holds vectors of another model, width or projection, or other files; or the model gives
-            no numbers.
+        ValueError: the folder holds vectors of another model, width or projection, or of other images; or the model
+            gives no numbers.
     """
     state, kind = PartialState(), "texts" if isinstance(source, TextLines) else "images"
     work = [agree(lambda: _take_up(source, output, facts, kind) if state.is_main_process else None)]
@@ -116,16 +166,13 @@ def embed(
 
 def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], int]:
     """The ids that are still to be embedded, and the number of the next shard; what is gone or changed is dropped."""
-    before = read_facts(output) if output.is_dir() else None
-    if before is None and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"--output_dir {output} is not empty and has no {INDEX}: name a new folder.")
+    before = read_facts(output)
     if before is not None and any(before[name] != facts[name] for name in ("fingerprint", "width", "projection")):
         differs = [name for name in ("fingerprint", "width", "projection") if before[name] != facts[name]]
         raise ValueError(
             f"{output} holds vectors of {before['model']} with {before['width']} numbers, which differ in their "
             f"{named(differs)}: name another --output_dir."
         )
-    output.mkdir(parents=True, exist_ok=True)
     pending, there = dict.fromkeys(source.ids), shards_of(output, kind)
     stored = [own for file in there for own in read_shard(file)[0]["id"].to_pylist()]
     if stored and pending.keys().isdisjoint(stored):
@@ -190,8 +237,7 @@ def open_vectors(folder: Path, encoder: Teacher, name: str, images: Path | None)
     is_own = facts is not None and facts["projection"] is None and facts["fingerprint"] == fingerprint(encoder)
     if source is not None and is_own:
         facts = {name: facts[name] for name in ("model", "fingerprint", "width", "projection", "source")}
-        as_npy = any(folder.glob("images-*.npy"))
-        finish(folder, facts, embed(encoder, source, folder, facts, as_npy=as_npy))
+        update(encoder, [source], folder, facts, wait=True, as_npy=any(folder.glob("images-*.npy")))
     index = VectorIndex.open(folder, encoder, name)
     index.read = None if source is None else lambda own: source.read([own], 0)
     return index
@@ -261,14 +307,19 @@ def main(arguments: list[str] | None = None) -> None:
         "projection": digest,
         "source": shown_name(options.images),
     }
-    how = (projection, options.batch_size, options.shard_rows, options.format == "npy")
-    skipped = embed(encoder, source, options.output_dir, facts, *how)
-    if texts is not None:
-        embed(encoder, texts, options.output_dir, facts, *how)
+    facts = update(
+        encoder,
+        [source] if texts is None else [source, texts],
+        options.output_dir,
+        facts,
+        projection=projection,
+        batch_size=options.batch_size,
+        shard_rows=options.shard_rows,
+        as_npy=options.format == "npy",
+    )
     if not state.is_main_process:
         return
-    facts = finish(options.output_dir, facts, skipped)
-    if skipped:
+    if skipped := facts["skipped"]:
         print(f"{len(skipped):,} images could not be read and were left out, listed in {INDEX}:")
         print("\n".join(f"  {printable(own)}: {reason}" for own, reason in list(skipped.items())[:SHOWN]))
     also = f" and {facts['texts']:,} texts" if facts["texts"] else ""

@@ -30,6 +30,7 @@ from trainers.teacher_pca import load_pca
 
 
 INDEX = "index.json"
+LOCK = ".lock"  # there while a run writes
 SHARD = re.compile(r"(images|texts)-(\d{5,})\.parquet")
 CHUNK = 65_536  # rows compared with a query at a time
 

@@ -21,6 +21,7 @@ from datasets_scripts import add_teacher_features as script
 from datasets_scripts import feature_job
 from rows.teacher_columns import TEACHER_COLUMNS
 from teachers import load_teacher
+from trainers.run.locking import alone
 
 
 def kill_at(moment: int, command: list[str]) -> None:
@@ -183,7 +184,7 @@ def test_work_that_was_begun_before_fingerprints_goes_on(source, teacher_folder,
 
 
 def test_two_processes_do_not_write_one_folder(source, teacher_folder, tmp_path):
-    with feature_job._alone(tmp_path / "out.partial"):
+    with alone(tmp_path / "out.partial", tmp_path / "out.partial.lock"):
         with pytest.raises(SystemExit, match="Another process is at work"):
             script.main(arguments(source, teacher_folder, tmp_path / "out"))
 

@@ -26,6 +26,7 @@ from inference.vectors import Result, VectorIndex, read_facts, read_shard, shard
 from rows.command_line import run_program
 from rows.images import to_rgb
 from teachers import load_teacher
+from trainers.run.locking import alone
 from trainers.teacher_pca import save_pca
 
 
@@ -180,10 +181,41 @@ def test_several_processes_write_what_one_does(models, images, tmp_path):
     run(models / "student", images, tmp_path / "one")
     arguments = ["--model_name_or_path", models / "student", "--images", images, "--shard_rows", "2"]
     command = command_line(2, "-m", "inference.embed", *arguments, "--output_dir", tmp_path / "two")
-    ran = subprocess.run(command, env=environment(threads=1), capture_output=True, text=True, timeout=300)
+    how = {"env": environment(threads=1), "capture_output": True, "text": True, "timeout": 300}
+    (tmp_path / "two").mkdir()
+    with alone(tmp_path / "two", tmp_path / "two" / vectors.LOCK):
+        ran = subprocess.run(command, **how)
+    assert (
+        ran.returncode
+        and "error: Another process is at work on" in ran.stderr
+        and not shards_of(tmp_path / "two", "images")
+    )
+    ran = subprocess.run(command, **how)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count(f"{COUNT} images, {DIM} numbers each") == 1  # processes that know of each other
     assert_close(contents(tmp_path / "two"), {k: v.astype(np.float32) for k, v in contents(tmp_path / "one").items()})
+
+
+def test_of_two_runs_on_one_folder_one_writes(models, images, tmp_path):
+    output = tmp_path / "vectors"
+    run(models / "student", images, output)
+    (images / "0.png").unlink()
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with alone(output, output / vectors.LOCK):
+        with pytest.raises(ValueError, match="Another process is at work on .*vectors: wait for it"):
+            run(models / "student", images, output)
+        after = {path.name: path.read_bytes() for path in output.iterdir()}
+        assert after == before | {vectors.LOCK: b""}
+    run(models / "student", images, output)
+    assert len(contents(output)) == COUNT - 1 and not (output / vectors.LOCK).exists()
+
+
+def test_a_folder_that_was_begun_and_killed_is_no_other_folder(models, images, tmp_path):
+    (tmp_path / "vectors").mkdir()
+    for name in (vectors.LOCK, "index.json.part"):
+        (tmp_path / "vectors" / name).write_text("{")
+    run(models / "student", images, tmp_path / "vectors")
+    assert len(contents(tmp_path / "vectors")) == COUNT
 
 
 def test_a_dataset_and_its_splits(models, tmp_path):
