@@ -12,7 +12,6 @@ same command goes on; run again it embeds what is new or has changed and drops w
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -186,20 +185,22 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
     number = 1 + max((int(file.stem.rpartition("-")[2]) for file in there), default=-1)
     for file in there:
         table, embeds = read_shard(file)
-        keep = [row["id"] in pending and source.is_current(row) for row in table.to_pylist()]
-        for own, is_kept in zip(table["id"].to_pylist(), keep):
-            if is_kept:
-                del pending[own]
-        if not any(keep):
-            remove_shard(file)
-        elif not all(keep):
+        rows = table.to_pylist()
+        current = [source.current(row) if row["id"] in pending else None for row in rows]
+        kept = [row for row in current if row is not None]
+        for row in kept:
+            del pending[row["id"]]
+        if kept and kept != rows:
             as_npy = file.with_suffix(".npy").is_file()
-            columns = {name: list(itertools.compress(table[name].to_pylist(), keep)) for name in table.column_names}
-            # Under a new name: the old one goes once the new one is there, and a kill between leaves each row twice,
-            # which the next run sees.
-            write_shard(output / f"{kind}-{number:05d}.parquet", columns, embeds[np.array(keep)], as_npy)
+            columns = {name: [row[name] for row in kept] for name in table.column_names}
+            rest = embeds[[row is not None for row in current]]
+            # Where rows go, under a new name: the old one goes once the new one is there, and a kill between leaves
+            # each row twice, which the next run sees.
+            target = file if len(kept) == len(rows) else output / f"{kind}-{number:05d}.parquet"
+            write_shard(target, columns, rest, as_npy)
+            number += target != file
+        if len(kept) < len(rows):
             remove_shard(file)
-            number += 1
     return list(pending), number
 
 

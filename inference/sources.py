@@ -21,7 +21,7 @@ class ImageFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.seen, self.skipped = list_images(folder)  # path -> [size, time of change]
-        self.ids = list(self.seen)
+        self.ids, self._digests = list(self.seen), {}
 
     def read(self, ids: list[str], i: int) -> Image.Image:
         try:
@@ -33,16 +33,23 @@ class ImageFolder:
         sizes, times = zip(*(self.seen[own] for own in ids))
         return {"id": ids, "size": sizes, "mtime_ns": times, "digest": [self._digest(own) for own in ids]}
 
-    def is_current(self, row: dict) -> bool:
-        """Whether a file is as it was: of the same size and time or, copied since, of the same content."""
+    def current(self, row: dict) -> dict | None:
+        """What to store of a file in place of its row; None where its content is another, or it is gone.
+
+        A file of another time is read once: where it has the same content, it was copied, and its new time is stored.
+        """
         size, time = self.seen.get(row["id"], (None, None))
-        return size == row["size"] and (time == row["mtime_ns"] or self._digest(row["id"]) == row["digest"])
+        if size != row["size"] or (time != row["mtime_ns"] and self._digest(row["id"]) != row["digest"]):
+            return None
+        return {**row, "mtime_ns": time}
 
     def _digest(self, own: str) -> str:
-        try:
-            return hashlib.blake2b((self.folder / own).read_bytes(), digest_size=16).hexdigest()
-        except OSError:  # gone meanwhile
-            return ""
+        if own not in self._digests:
+            try:
+                self._digests[own] = hashlib.blake2b((self.folder / own).read_bytes(), digest_size=16).hexdigest()
+            except OSError:  # gone meanwhile
+                self._digests[own] = ""
+        return self._digests[own]
 
 
 class ImageRows:
@@ -71,8 +78,8 @@ class ImageRows:
     def columns(self, ids: list[str]) -> dict[str, list]:
         return {"id": ids}
 
-    def is_current(self, row: dict) -> bool:
-        return row["id"] in self.where
+    def current(self, row: dict) -> dict | None:
+        return row if row["id"] in self.where else None
 
 
 class TextLines:
@@ -89,8 +96,8 @@ class TextLines:
     def columns(self, ids: list[str]) -> dict[str, list]:
         return {"id": ids, "text": [self.lines[own] for own in ids]}
 
-    def is_current(self, row: dict) -> bool:
-        return self.lines.get(row["id"]) == row["text"]
+    def current(self, row: dict) -> dict | None:
+        return row if self.lines.get(row["id"]) == row["text"] else None
 
 
 def open_images(name: str) -> ImageFolder | ImageRows:

@@ -143,6 +143,34 @@ def test_only_what_is_new_or_changed_is_embedded_wherever_the_folder_is(models, 
     assert_close(contents(output), expected(models / "student", of_folder(images)))
 
 
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_a_copied_file_is_read_once_and_a_changed_one_too(models, images, tmp_path, monkeypatch, form):
+    """To learn whether it is the same: then its new time is stored, and the next run need not ask."""
+    output, read, plain = tmp_path / "vectors", [], Path.read_bytes
+
+    def read_bytes(path):
+        read.append(path.name)
+        return plain(path)
+
+    run(models / "student", images, output, "--format", form)
+    before = contents(output)
+    for path in images.rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    size = (images / "0.png").stat().st_size
+    other = next(data for i in range(50, 200) if len(data := encoded(picture(i), "PNG")) <= size)
+    (images / "0.png").write_bytes(other.ljust(size, b"\0"))
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    run(models / "student", images, output, "--format", form)
+    assert sorted(read) == sorted(path.name for path in images.rglob("*.png"))
+    read.clear()
+    run(models / "student", images, output, "--format", form)
+    assert not read
+    after = contents(output)
+    assert after.keys() == before.keys()
+    assert [own for own in before if not np.array_equal(before[own], after[own])] == ["0.png"]
+    assert_close(after, expected(models / "student", of_folder(images)))
+
+
 @pytest.mark.parametrize("kill", [1, 2, 3, 5, 8])
 def test_killed_at_any_write_it_goes_on(models, images, tmp_path, monkeypatch, kill):
     """A kill is an exception that nothing catches, at one of the writes, in a first pass and in one that updates."""
