@@ -35,9 +35,11 @@ from inference.vectors import (
     embeddings,
     fingerprint,
     projection_of,
+    read_columns,
     read_facts,
     read_shard,
     remove_shard,
+    rows_of,
     shards_of,
     write_facts,
     write_shard,
@@ -172,8 +174,8 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
             f"{output} holds vectors of {before['model']} with {before['width']} numbers, which differ in their "
             f"{named(differs)}: name another --output_dir."
         )
-    pending, there = dict.fromkeys(source.ids), shards_of(output, kind)
-    stored = [own for file in there for own in read_shard(file)[0]["id"].to_pylist()]
+    pending, there = dict.fromkeys(source.ids), {file: read_columns(file) for file in shards_of(output, kind)}
+    stored = [own for table in there.values() for own in table["id"].to_pylist()]
     if stored and pending.keys().isdisjoint(stored):
         raise ValueError(
             f"{output} holds vectors of {len(stored):,} {kind}, such as {printable(stored[0])}, none of which is in "
@@ -183,8 +185,7 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
         left.unlink()
     write_facts(output, {**facts, "complete": False})
     number = 1 + max((int(file.stem.rpartition("-")[2]) for file in there), default=-1)
-    for file in there:
-        table, embeds = read_shard(file)
+    for file, table in there.items():
         rows = table.to_pylist()
         current = [source.current(row) if row["id"] in pending else None for row in rows]
         kept = [row for row in current if row is not None]
@@ -193,7 +194,7 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
         if kept and kept != rows:
             as_npy = file.with_suffix(".npy").is_file()
             columns = {name: [row[name] for row in kept] for name in table.column_names}
-            rest = embeds[[row is not None for row in current]]
+            rest = read_shard(file)[1][[row is not None for row in current]]
             # Where rows go, under a new name: the old one goes once the new one is there, and a kill between leaves
             # each row twice, which the next run sees.
             target = file if len(kept) == len(rows) else output / f"{kind}-{number:05d}.parquet"
@@ -213,7 +214,7 @@ def finish(output: Path, facts: dict, skipped: dict[str, str]) -> dict:
     counts, shards = {}, {}
     for kind in ("images", "texts"):
         shards[kind] = [file.name for file in shards_of(output, kind)]
-        counts[kind] = sum(len(read_shard(output / name)[0]) for name in shards[kind])
+        counts[kind] = sum(rows_of(output / name) for name in shards[kind])
     if not counts["images"]:
         reasons = "; ".join(f"{printable(own)}: {reason}" for own, reason in list(skipped.items())[:3])
         raise ValueError(f"None of {len(skipped):,} images can be read: {reasons}")
@@ -235,11 +236,12 @@ def open_vectors(folder: Path, encoder: Teacher, name: str, images: Path | None)
     facts = read_facts(folder) if folder.is_dir() else None
     source = None if images is None else open_images(str(images))
     # Vectors in a student's space need the teacher and the projection, which only their own command has.
-    is_own = facts is not None and facts["projection"] is None and facts["fingerprint"] == fingerprint(encoder)
+    own = fingerprint(encoder)
+    is_own = facts is not None and facts["projection"] is None and facts["fingerprint"] == own
     if source is not None and is_own:
         facts = {name: facts[name] for name in ("model", "fingerprint", "width", "projection", "source")}
         update(encoder, [source], folder, facts, wait=True, as_npy=any(folder.glob("images-*.npy")))
-    index = VectorIndex.open(folder, encoder, name)
+    index = VectorIndex.open(folder, encoder, name, own)
     index.read = None if source is None else lambda own: source.read([own], 0)
     return index
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,7 @@ def read_shard(file: Path) -> tuple[pa.Table, np.ndarray]:
     Raises:
         ValueError: it cannot be read.
     """
-    try:
+    with _named_if_damaged(file):
         table = pq.read_table(file)
         if "embedding" in table.column_names:
             return table.drop_columns("embedding"), rows_to_numpy(table["embedding"])
@@ -104,6 +105,33 @@ def read_shard(file: Path) -> tuple[pa.Table, np.ndarray]:
         if len(embeds) != len(table):
             raise ValueError(f"{len(embeds)} vectors for {len(table)} ids")
         return table, embeds
+
+
+def read_columns(file: Path) -> pa.Table:
+    """A shard's columns but for its embeddings, which are nearly all of its bytes and are not read.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with _named_if_damaged(file):
+        names = [name for name in pq.read_schema(file).names if name != "embedding"]
+        return pq.read_table(file, columns=names)
+
+
+def rows_of(file: Path) -> int:
+    """How many rows a shard has, by its end alone.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with _named_if_damaged(file):
+        return pq.read_metadata(file).num_rows
+
+
+@contextmanager
+def _named_if_damaged(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it, and inference.embed makes it again.") from error
 
@@ -155,11 +183,12 @@ class VectorIndex:
     read: Callable[[str], Image.Image] | None = None
 
     @classmethod
-    def open(cls, folder: Path, encoder: Teacher, name: str) -> VectorIndex:
+    def open(cls, folder: Path, encoder: Teacher, name: str, own: str | None = None) -> VectorIndex:
         """Reads a folder that `inference.embed` wrote.
 
         Args:
             name: what the encoder was loaded from.
+            own: the encoder's [`fingerprint`], where it is known: to make it reads all weights.
 
         Raises:
             ValueError: there is none, it is not finished or damaged, or it is of another model.
@@ -169,7 +198,7 @@ class VectorIndex:
             raise ValueError(f"{folder} has no {INDEX}: name a folder that inference.embed wrote.")
         if not facts["complete"]:
             raise ValueError(f"{folder} is not finished: the inference.embed command that began it goes on with it.")
-        is_own = facts["fingerprint"] == fingerprint(encoder)
+        is_own = facts["fingerprint"] == (own or fingerprint(encoder))
         if is_own and facts["projection"] is not None:
             raise ValueError(
                 f"{folder} holds vectors of {facts['model']} that were brought to a student's space: search it with "
@@ -185,11 +214,17 @@ class VectorIndex:
                 f"{folder} holds vectors of {facts['width']} numbers, and {name} gives {encoder.dim}: embed the "
                 f"images again with --truncate_dim {encoder.dim} into another folder."
             )
-        parts = [read_shard(folder / shard) for shard in facts["shards"]["images"]]
-        ids = [own for table, _ in parts for own in table["id"].to_pylist()]
-        if len(ids) != facts["images"]:
-            raise ValueError(f"{folder} holds {len(ids)} images, and its {INDEX} says {facts['images']}: embed again.")
-        return cls(encoder, ids, np.concatenate([embeds for _, embeds in parts]), facts["skipped"])
+        ids, files = [], [folder / shard for shard in facts["shards"]["images"]]
+        if (count := sum(map(rows_of, files))) != facts["images"]:
+            raise ValueError(f"{folder} holds {count} images, and its {INDEX} says {facts['images']}: embed again.")
+        embeds = np.empty((count, facts["width"]), np.float16)  # filled shard by shard: never twice in the memory
+        for file in files:
+            table, part = read_shard(file)
+            if part.shape != (len(table), facts["width"]):
+                raise ValueError(f"{file} holds vectors of shape {part.shape}, not ({len(table)}, {facts['width']}).")
+            embeds[len(ids) : len(ids) + len(part)] = part
+            ids += table["id"].to_pylist()
+        return cls(encoder, ids, embeds, facts["skipped"])
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -300,6 +300,34 @@ def test_search_brings_the_index_up_to_date_where_images_are_given(models, image
     assert (tmp_path / "grid.png").is_file()
 
 
+def test_vectors_are_read_once_and_the_weights_too(models, images, tmp_path, monkeypatch):
+    """An update reads ids and times of the files, and no vector but of a shard that loses rows."""
+    run(models / "student", images, tmp_path / "vectors")
+    read, digests = [], []
+    for module in (embed, vectors):
+        for name, calls in (("read_shard", read), ("fingerprint", digests)):
+            plain = getattr(module, name)
+            counted = lambda *args, plain=plain, calls=calls: (calls.append(args), plain(*args))[1]  # noqa: E731
+            monkeypatch.setattr(module, name, counted)
+    run(models / "student", images, tmp_path / "vectors")
+    assert not read and len(digests) == 1
+    encoder = load_teacher(str(models / "student"))
+    embed.open_vectors(tmp_path / "vectors", encoder, "student", images)
+    assert [file.name for (file,) in read] == [f"images-{i:05d}.parquet" for i in range(3)] and len(digests) == 2
+    read.clear()
+    (images / "0.png").unlink()
+    run(models / "student", images, tmp_path / "vectors")
+    assert [file.name for (file,) in read] == ["images-00000.parquet"]
+
+
+def test_a_shard_of_another_width_is_named(models, images, tmp_path):
+    run(models / "student", images, tmp_path / "vectors")
+    table, embeds = read_shard(tmp_path / "vectors" / "images-00001.parquet")
+    vectors.write_shard(tmp_path / "vectors" / "images-00001.parquet", table.to_pydict(), embeds[:, :1], False)
+    with pytest.raises(ValueError, match=r"images-00001.parquet holds vectors of shape \(4, 1\), not \(4, 16\)"):
+        VectorIndex.open(tmp_path / "vectors", load_teacher(str(models / "student")), "student")
+
+
 def test_another_folder_than_the_indexs_drops_nothing(models, images, tmp_path):
     run(models / "student", images, tmp_path / "vectors")
     before = contents(tmp_path / "vectors")
