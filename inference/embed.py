@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def update(
 
 
 def _held(output: Path, wait: bool) -> AbstractContextManager[None]:
-    """The lock of a folder of vectors, which is made where it is missing.
+    """The lock of a folder of vectors, which is made where it is missing; none of one that nobody can write to.
 
     Raises:
         ValueError: it holds something else.
@@ -98,7 +98,7 @@ def _held(output: Path, wait: bool) -> AbstractContextManager[None]:
     if output.is_dir() and read_facts(output) is None and any(path.name not in own for path in output.iterdir()):
         raise ValueError(f"--output_dir {output} is not empty and has no {INDEX}: name a new folder.")
     output.mkdir(parents=True, exist_ok=True)
-    return alone(output, output / LOCK, wait)
+    return alone(output, output / LOCK, wait) if os.access(output, os.W_OK) else nullcontext()
 
 
 def embed(
@@ -181,26 +181,33 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
             f"{output} holds vectors of {len(stored):,} {kind}, such as {printable(stored[0])}, none of which is in "
             f"{facts['source']}: name the images that it is of, or another folder for the vectors."
         )
-    for left in output.glob("*.part"):  # of a run that was killed
-        left.unlink()
-    write_facts(output, {**facts, "complete": False})
     number = 1 + max((int(file.stem.rpartition("-")[2]) for file in there), default=-1)
+    changes = []
     for file, table in there.items():
         rows = table.to_pylist()
         current = [source.current(row) if row["id"] in pending else None for row in rows]
-        kept = [row for row in current if row is not None]
-        for row in kept:
-            del pending[row["id"]]
-        if kept and kept != rows:
+        for row in current:
+            if row is not None:
+                del pending[row["id"]]
+        if current != rows:
+            changes.append((file, current))
+    # What could not be read before is tried again: unless it can be read now, nothing is written.
+    if before is not None and before["complete"] and not changes and pending.keys() <= before["skipped"].keys():
+        return list(pending), number
+    for left in output.glob("*.part"):  # of a run that was killed
+        left.unlink()
+    write_facts(output, {**facts, "complete": False})
+    for file, current in changes:
+        if kept := [row for row in current if row is not None]:
             as_npy = file.with_suffix(".npy").is_file()
-            columns = {name: [row[name] for row in kept] for name in table.column_names}
+            columns = {name: [row[name] for row in kept] for name in kept[0]}
             rest = read_shard(file)[1][[row is not None for row in current]]
             # Where rows go, under a new name: the old one goes once the new one is there, and a kill between leaves
             # each row twice, which the next run sees.
-            target = file if len(kept) == len(rows) else output / f"{kind}-{number:05d}.parquet"
+            target = file if len(kept) == len(current) else output / f"{kind}-{number:05d}.parquet"
             write_shard(target, columns, rest, as_npy)
             number += target != file
-        if len(kept) < len(rows):
+        if len(kept) < len(current):
             remove_shard(file)
     return list(pending), number
 
@@ -219,7 +226,8 @@ def finish(output: Path, facts: dict, skipped: dict[str, str]) -> dict:
         reasons = "; ".join(f"{printable(own)}: {reason}" for own, reason in list(skipped.items())[:3])
         raise ValueError(f"None of {len(skipped):,} images can be read: {reasons}")
     facts = {**facts, **counts, "shards": shards, "skipped": skipped, "complete": True}
-    write_facts(output, facts)
+    if facts != read_facts(output):
+        write_facts(output, facts)
     return facts
 
 

@@ -320,6 +320,28 @@ def test_vectors_are_read_once_and_the_weights_too(models, images, tmp_path, mon
     assert [file.name for (file,) in read] == ["images-00000.parquet"]
 
 
+def test_where_nothing_has_changed_nothing_is_written(models, images, tmp_path, monkeypatch):
+    """So that vectors on a disk that is only read are searched; a change is then an error of the system's."""
+    output, encoder = tmp_path / "vectors", load_teacher(str(models / "student"))
+    (images / "broken.png").write_bytes(b"no")
+    run(models / "student", images, output)
+
+    def state() -> dict:
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
+
+    before, access = state(), os.access
+    run(models / "student", images, output)
+    assert state() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+        patch.setattr(os, "replace", lambda *_: pytest.fail("written"))
+        patch.setattr(embed, "alone", lambda *_: pytest.fail("locked"))
+        index = embed.open_vectors(output, encoder, "student", images)
+    assert len(index) == COUNT and index.skipped.keys() == {"broken.png"} and state() == before
+    (images / "broken.png").write_bytes(encoded(picture(90), "PNG"))
+    assert len(embed.open_vectors(output, encoder, "student", images)) == COUNT + 1
+
+
 def test_a_shard_of_another_width_is_named(models, images, tmp_path):
     run(models / "student", images, tmp_path / "vectors")
     table, embeds = read_shard(tmp_path / "vectors" / "images-00001.parquet")
