@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
+from transformers import PretrainedConfig
 
 from rows.files import write_json, write_whole
 from rows.teacher_columns import rows_to_numpy
@@ -33,6 +34,8 @@ from trainers.teacher_pca import load_pca
 INDEX = "index.json"
 LOCK = ".lock"  # there while a run writes
 SHARD = re.compile(r"(images|texts)-(\d{5,})\.parquet")
+# Fields of configurations, at any depth, that tell where a model came from; its dtype is that of the weights.
+ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 CHUNK = 65_536  # rows compared with a query at a time
 
 
@@ -42,8 +45,14 @@ class Result(NamedTuple):
 
 
 def fingerprint(encoder: Teacher) -> str:
-    """What a dual encoder's features depend on, hashed: weights, preprocessing and how texts are cut."""
+    """What a dual encoder's features depend on, hashed: weights, configuration, preprocessing, how texts are cut."""
+
+    def without_origin(values: dict) -> dict:
+        return {name: value for name, value in values.items() if name not in ORIGIN}
+
     described = {name: value for name, value in encoder.describe().items() if name not in ("id", "revision")}
+    if isinstance(config := getattr(encoder.model, "config", None), PretrainedConfig):
+        described["config"] = json.loads(config.to_json_string(), object_hook=without_origin)
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
     read_weights(encoder.model, digest)
     return digest.hexdigest()

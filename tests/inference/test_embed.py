@@ -395,6 +395,28 @@ def test_vectors_of_another_model_are_refused(models, images, tmp_path):
         VectorIndex.open(tmp_path / "vectors", clip, "another_name")
 
 
+def test_a_fingerprint_is_of_what_makes_features(models, tmp_path):
+    encoder = load_teacher(str(models / "student"))
+    seen = {vectors.fingerprint(encoder)}
+    encoder.model.save_pretrained(tmp_path / "copy")
+    for part in (encoder.image_processor, encoder.tokenizer):
+        part.save_pretrained(tmp_path / "copy")
+    assert vectors.fingerprint(load_teacher(str(tmp_path / "copy"))) in seen
+    changes = [
+        lambda: encoder.model.logit_scale.data.add_(1e-3),
+        lambda: setattr(encoder.model.config, "vision_pooling", "cls"),  # of the same weights
+        lambda: setattr(encoder.model.config.vision_config, "num_attention_heads", 4),
+        lambda: setattr(encoder.image_processor, "image_mean", [0.4] * 3),
+        lambda: encoder.text_settings.update(max_length=3),
+        lambda: encoder.model.half(),
+    ]
+    for i, change in enumerate(changes):
+        change()
+        encoder.dtype = encoder.model.dtype
+        seen.add(vectors.fingerprint(encoder))
+        assert len(seen) == 2 + i
+
+
 def test_a_student_searches_what_its_teacher_embedded(models, images, tmp_path):
     """The teacher's features, brought to the student's space by the file that lies in the student's folder."""
     shutil.copytree(models / "student", tmp_path / "student")
