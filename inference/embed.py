@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from inference.sources import ImageFolder, ImageRows, TextLines, open_images
 from inference.vectors import (
     INDEX,
     LOCK,
-    VectorIndex,
     embeddings,
     fingerprint,
     projection_of,
@@ -55,15 +54,16 @@ SHARD_ROWS = 4096  # what a killed process loses, at most
 SHOWN = 10  # of the images that could not be read
 
 
-def update(
+@contextmanager
+def updated(
     encoder: Teacher,
     sources: Sequence[ImageFolder | ImageRows | TextLines],
     output: Path,
     facts: dict,
     wait: bool = False,
     **settings,
-) -> dict:
-    """Brings the vectors of sources up to date, on every process; of two runs at once one does.
+) -> Iterator[dict]:
+    """Brings the vectors of sources up to date, on every process, and keeps other runs from the folder until the end.
 
     Args:
         encoder, settings: see [`embed`].
@@ -72,7 +72,7 @@ def update(
         facts: see [`embed`].
         wait: for another run at work on the folder, in place of an error.
 
-    Returns:
+    Yields:
         What `index.json` says; on the first process alone.
 
     Raises:
@@ -85,7 +85,7 @@ def update(
         for source in sources:
             found = embed(encoder, source, output, facts, **settings)
             skipped |= {} if isinstance(source, TextLines) else found
-        return finish(output, facts, skipped) if state.is_main_process else {}
+        yield finish(output, facts, skipped) if state.is_main_process else {}
 
 
 def _held(output: Path, wait: bool) -> AbstractContextManager[None]:
@@ -110,6 +110,7 @@ def embed(
     batch_size: int = 64,
     shard_rows: int = SHARD_ROWS,
     as_npy: bool = False,
+    replace: bool = False,
 ) -> dict[str, str]:
     """Brings the vectors of a source up to date. Called on every process; [`finish`] makes the folder whole.
 
@@ -122,6 +123,7 @@ def embed(
         batch_size: images or texts at a time.
         shard_rows: in a file.
         as_npy: vectors into .npy files.
+        replace: drop what the folder holds where none of it is of this source, in place of an error.
 
     Returns:
         What was left out, id -> why.
@@ -131,7 +133,7 @@ def embed(
             gives no numbers.
     """
     state, kind = PartialState(), "texts" if isinstance(source, TextLines) else "images"
-    work = [agree(lambda: _take_up(source, output, facts, kind) if state.is_main_process else None)]
+    work = [agree(lambda: _take_up(source, output, facts, kind, replace) if state.is_main_process else None)]
     broadcast_object_list(work)
     pending, number = work[0]
     chunks = [range(start, min(start + shard_rows, len(pending))) for start in range(0, len(pending), shard_rows)]
@@ -165,7 +167,7 @@ def embed(
     return source.skipped | {own: reason for part in skipped for own, reason in part.items()}
 
 
-def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], int]:
+def _take_up(source, output: Path, facts: dict, kind: str, replace: bool) -> tuple[list[str], int]:
     """The ids that are still to be embedded, and the number of the next shard; what is gone or changed is dropped."""
     before = read_facts(output)
     if before is not None and any(before[name] != facts[name] for name in ("fingerprint", "width", "projection")):
@@ -176,7 +178,7 @@ def _take_up(source, output: Path, facts: dict, kind: str) -> tuple[list[str], i
         )
     pending, there = dict.fromkeys(source.ids), {file: read_columns(file) for file in shards_of(output, kind)}
     stored = [own for table in there.values() for own in table["id"].to_pylist()]
-    if stored and pending.keys().isdisjoint(stored):
+    if stored and not replace and pending.keys().isdisjoint(stored):
         raise ValueError(
             f"{output} holds vectors of {len(stored):,} {kind}, such as {printable(stored[0])}, none of which is in "
             f"{facts['source']}: name the images that it is of, or another folder for the vectors."
@@ -229,29 +231,6 @@ def finish(output: Path, facts: dict, skipped: dict[str, str]) -> dict:
     if facts != read_facts(output):
         write_facts(output, facts)
     return facts
-
-
-def open_vectors(folder: Path, encoder: Teacher, name: str, images: Path | None) -> VectorIndex:
-    """A folder of vectors to search; where its images are given, brought up to date with them first.
-
-    Args:
-        encoder, name: see [`VectorIndex.open`].
-        images: the folder that the vectors are of; None where they are searched as they are.
-
-    Raises:
-        ValueError: see [`VectorIndex.open`] and [`embed`].
-    """
-    facts = read_facts(folder) if folder.is_dir() else None
-    source = None if images is None else open_images(str(images))
-    # Vectors in a student's space need the teacher and the projection, which only their own command has.
-    own = fingerprint(encoder)
-    is_own = facts is not None and facts["projection"] is None and facts["fingerprint"] == own
-    if source is not None and is_own:
-        facts = {name: facts[name] for name in ("model", "fingerprint", "width", "projection", "source")}
-        update(encoder, [source], folder, facts, wait=True, as_npy=any(folder.glob("images-*.npy")))
-    index = VectorIndex.open(folder, encoder, name, own)
-    index.read = None if source is None else lambda own: source.read([own], 0)
-    return index
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -318,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
         "projection": digest,
         "source": shown_name(options.images),
     }
-    facts = update(
+    with updated(
         encoder,
         [source] if texts is None else [source, texts],
         options.output_dir,
@@ -327,9 +306,9 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=options.batch_size,
         shard_rows=options.shard_rows,
         as_npy=options.format == "npy",
-    )
-    if not state.is_main_process:
-        return
+    ) as facts:
+        if not state.is_main_process:
+            return
     if skipped := facts["skipped"]:
         print(f"{len(skipped):,} images could not be read and were left out, listed in {INDEX}:")
         print("\n".join(f"  {printable(own)}: {reason}" for own, reason in list(skipped.items())[:SHOWN]))

@@ -3,211 +3,100 @@
     python -m inference.search --model_name_or_path runs/icons --images ~/Pictures "a cup of coffee"
     python -m inference.search --model_name_or_path runs/icons --images ~/Pictures --image cup.jpg
 
-The folder is only read. Its index is kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may not
-write to, or that are synced, can be searched too; a later call embeds only what is new or has changed. `--index`
-searches the vectors that inference.embed wrote, of any dual encoder; they can be copied, with the images or without.
+The folder is only read. Its vectors are kept in the cache of the Hub's libraries (`HF_HOME`), so that folders one may
+not write to, or that are synced, can be searched too; a later call embeds only what is new or has changed. They are
+what inference.embed writes; `--index` searches such a folder that lies elsewhere, with the images or without.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import pickle
-import sys
-import uuid
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from contextlib import nullcontext
 from pathlib import Path
 
-import datasets
-import numpy as np
-import pyarrow as pa
 import torch
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.utils import WeakFileLock
 from PIL import Image
-from torch.nn.functional import normalize
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
-import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from inference.dual_encoders import load_encoder
-from inference.embed import open_vectors
-from inference.image_files import SUFFIXES, list_images, read_image
+from inference.embed import updated
+from inference.image_files import SUFFIXES, read_image
 from inference.queries import evaluate_queries, read_queries
-from inference.vectors import Result, VectorIndex, read_weights
+from inference.sources import ImageFolder, ImageRows, open_images
+from inference.vectors import VectorIndex, fingerprint, read_facts
 from model_cards.grid import Cell, check_replaceable, result_grid
 from rows.command_line import Command, run_program
-from rows.files import printable, write_whole
-from rows.images import to_rgb
-from rows.teacher_columns import rows_to_numpy
+from rows.files import printable
 from rows.texts import cut
+from teachers import Teacher
 
 
-DECODERS = 8  # images decoded at a time, at most: a large one takes half a gigabyte
-PART = 512  # images embedded between two writes: what a killed run loses, at most
-CHUNK = 16_384  # rows that are written, and later searched, at a time
-FAISS_FROM = 1_000_000  # images; up to there, comparing with all of them takes a second or so and is exact
-FAISS_PROBES = 32  # cells that are searched; there are about the square root of the number of images
-# Fields of configurations, at any depth, that tell where a model came from; its dtype is that of the weights.
-ORIGIN = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
-
-
-class Index:
-    """The embeddings of a folder's images, memory-mapped, and the student that searches them; see [`index_folder`].
-
-    `rows` is a `datasets.Dataset` with the columns `path` (relative), `size`, `mtime_ns` and `embeds` (float16 [D],
-    normalised); `skipped` tells why files were left out.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, folder: Path, file: Path, skipped: dict[str, str]
-    ):
-        self.model, self.processor, self.folder, self.skipped = model, processor, folder, skipped
-        self.rows, self.file, self.width = datasets.Dataset.from_file(str(file)), file, None
-        self.uses_faiss = len(self.rows) >= FAISS_FROM
-        if self.uses_faiss:
-            self._load_or_build_faiss(file.with_suffix(".faiss"))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @torch.inference_mode()
-    def search_text(self, query: str, k: int = 10) -> list[Result]:
-        """The k images most similar to a text, best first; fewer where there are fewer."""
-        inputs = self.processor(text=[cut(query)], padding=True, truncation=True, return_tensors="pt")
-        return self._search(self.model.get_text_features(**inputs.to(self.model.device)).pooler_output, k)
-
-    @torch.inference_mode()
-    def search_image(self, image: Image.Image, k: int = 10) -> list[Result]:
-        """The same for an image of any mode."""
-        inputs = self.processor(images=[to_rgb(image)], return_tensors="pt").to(self.model.device)
-        return self._search(self.model.get_image_features(**inputs).pooler_output, k)
-
-    @property
-    def ids(self) -> list[str]:
-        """The images' paths."""
-        return self.rows.data["path"].to_pylist()
-
-    def truncate(self, width: int) -> None:
-        """From now on the first `width` numbers are compared, of a length of 1 again.
-
-        Raises:
-            ValueError: there are not as many, or FAISS searches the images.
-        """
-        if width > self.rows.features["embeds"].length or self.uses_faiss:
-            raise ValueError(f"--truncate_dim {width}: the index has {self.rows.features['embeds'].length} numbers.")
-        self.width = width
-
-    def read_image(self, result: Result) -> Image.Image:
-        """The image of a result, in RGB."""
-        return read_image(self.folder / result.path)
-
-    def _search(self, features: torch.Tensor, k: int) -> list[Result]:
-        if k < 1:
-            raise ValueError(f"k={k}: expected at least 1.")
-        query = normalize(features.float(), dim=-1)[0].cpu()  # [D]
-        if self.uses_faiss:
-            scores, found = self.rows.search("embeds", query.numpy(), k=min(k, len(self)))
-        else:
-            chunks = (torch.tensor(rows_to_numpy(chunk)) for chunk in self.rows.data["embeds"].chunks)
-            if self.width is not None:
-                query = normalize(query[: self.width], dim=0)
-                chunks = (normalize(chunk[:, : self.width].float(), dim=1) for chunk in chunks)
-            scores = torch.cat([chunk.float() @ query for chunk in chunks])  # [N]
-            scores, found = (values[:k].tolist() for values in scores.sort(descending=True, stable=True))
-        paths = self.rows.data["path"]
-        # FAISS gives -1 where the cells it searched held fewer than k.
-        return [Result(paths[int(i)].as_py(), float(score)) for i, score in zip(found, scores) if i >= 0]
-
-    def _load_or_build_faiss(self, file: Path) -> None:
-        if not file.exists():
-            import faiss
-
-            cells = int(len(self) ** 0.5)
-            dim = self.rows.features["embeds"].length
-            index = faiss.index_factory(dim, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
-            # Neighbours in a folder are alike, so not the first rows: faiss asks for 39 to 256 a cell.
-            sample = np.sort(np.random.default_rng(0).permutation(len(self))[: 100 * cells])
-            index.train(rows_to_numpy(self.rows.data["embeds"].take(pa.array(sample))).astype(np.float32))
-            self.rows.add_faiss_index("embeds", custom_index=index, batch_size=CHUNK)
-            with write_whole(file) as beside:
-                self.rows.save_faiss_index("embeds", beside)
-        else:
-            self.rows.load_faiss_index("embeds", file)
-        self.rows.get_index("embeds").faiss_index.nprobe = FAISS_PROBES
-
-
-def index_folder(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    folder: str | Path,
-    cache_dir: str | Path | None = None,
-    batch_size: int = 64,
-) -> Index:
-    """Brings the index of a folder of images up to date: embeds what is new or changed, drops what is gone.
+def index_folder(encoder: Teacher, folder: str | Path, cache_dir: str | Path | None = None) -> VectorIndex:
+    """Brings the vectors of a folder's images in the cache up to date: embeds what is new or changed, drops what is
+    gone.
 
     Sub-folders are searched too; links and names that start with a dot are not followed. Stopped at any moment, the
-    next call goes on. Each model has an index of its own.
+    next call goes on. Each folder and each model have vectors of their own.
 
     Args:
-        model: a student, on the device to use; it is set to eval mode.
-        processor: its processor.
+        encoder: on the device to use.
         folder: of JPEG, PNG, WebP, GIF (the first frame), BMP and TIFF files.
-        cache_dir: where indexes are kept; default `HF_HOME/dsmd_indexes`.
-        batch_size: images embedded at a time.
+        cache_dir: where vectors are kept; default `HF_HOME/dsmd_indexes`.
 
     Raises:
         NotADirectoryError: `folder` is no folder.
-        ValueError: it holds no image that can be read, or the model gives embeddings that are not numbers.
-        ImportError: for folders of over a million images where FAISS is missing.
+        ValueError: it holds no image that can be read, or the model gives features that are not numbers.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder.")
-    files, skipped = list_images(folder)
-    if len(files) >= FAISS_FROM and find_spec("faiss") is None:
-        raise ImportError(
-            f"{folder} holds {len(files):,} images: from {FAISS_FROM:,} on FAISS searches them, and it is not "
-            'installed: pip install -e ".[faiss]", or pip install faiss-cpu.'
-        )
+    source, own = ImageFolder(folder), fingerprint(encoder)
+    if not source.ids:
+        raise ValueError(f"{folder} holds no image that can be read ({', '.join(SUFFIXES)}).")
     place = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    cache = Path(cache_dir or Path(HF_HOME, "dsmd_indexes"), place, student_fingerprint(model, processor))
-    cache.mkdir(parents=True, exist_ok=True)
-    model.eval()
-    with WeakFileLock(cache / ".lock"):
-        for left in cache.glob("*.part"):  # of a run that was killed
-            left.unlink()
-        index = cache / "index.arrow"
-        sources = sorted(cache.glob("*.arrow"))  # parts too, of a run that was killed
-        pending, current, is_stale = dict(files), [], False
-        for batch in (batch for source in sources for batch in _read(source).to_batches()):
-            columns = (batch[name].to_pylist() for name in ("path", "size", "mtime_ns"))
-            keep = [pending.get(path) == seen and bool(pending.pop(path)) for path, *seen in zip(*columns)]
-            is_stale |= not all(keep)
-            current.append(batch if all(keep) else batch.filter(pa.array(keep)))
-        new = list(pending)
-        with tqdm(total=len(new), desc=f"indexing {folder.name}", unit="image", disable=not new) as bar:
-            for start in range(0, len(new), PART):
-                paths = new[start : start + PART]
-                embeds, reasons = _embed(model, processor, [folder / path for path in paths], batch_size, bar)
-                skipped |= {path: reason for path, reason in zip(paths, reasons) if reason}
-                seen = [(path, *pending[path]) for path, reason in zip(paths, reasons) if not reason]
-                if seen:
-                    sources.append(cache / f"part-{uuid.uuid4().hex}.arrow")
-                    _write(_table(seen, embeds), sources[-1])
-                    current += _read(sources[-1]).to_batches()
-        if not sum(map(len, current)):
-            reasons = "".join(f"\n  {printable(path)}: {reason}" for path, reason in list(skipped.items())[:5])
-            raise ValueError(f"{folder} holds no image that can be read ({', '.join(SUFFIXES)}).{reasons}")
-        if is_stale or sources != [index]:
-            index.with_suffix(".faiss").unlink(missing_ok=True)
-            _write(pa.Table.from_batches(current), index)
-            for source in set(sources) - {index}:
-                source.unlink()
-        return Index(model, processor, folder, index, skipped)
+    facts = {"model": encoder.source["id"], "fingerprint": own, "width": encoder.dim, "projection": None}
+    vectors = Path(cache_dir or Path(HF_HOME, "dsmd_indexes"), place, own)
+    return _opened(vectors, encoder, own, source, {**facts, "source": folder.name}, replace=True)
+
+
+def open_vectors(folder: Path, encoder: Teacher, name: str, images: Path | None) -> VectorIndex:
+    """A folder of vectors to search; where its images are given, brought up to date with them first.
+
+    Args:
+        encoder, name: see [`VectorIndex.open`].
+        images: the folder that the vectors are of; None where they are searched as they are.
+
+    Raises:
+        ValueError: see [`VectorIndex.open`] and [`inference.embed.embed`].
+    """
+    facts = read_facts(folder) if folder.is_dir() else None
+    source, own = None if images is None else open_images(str(images)), fingerprint(encoder)
+    # Vectors in a student's space need the teacher and the projection, which only their own command has.
+    if source is None or facts is None or facts["projection"] is not None or facts["fingerprint"] != own:
+        facts = None
+    else:
+        facts = {name: facts[name] for name in ("model", "fingerprint", "width", "projection", "source")}
+    return _opened(folder, encoder, own, source, facts, name, as_npy=any(folder.glob("images-*.npy")))
+
+
+def _opened(
+    folder: Path,
+    encoder: Teacher,
+    own: str,
+    source: ImageFolder | ImageRows | None,
+    facts: dict | None,
+    name: str = "",
+    **settings,
+) -> VectorIndex:
+    """The vectors of a folder; brought up to date first unless `facts` is None. Others wait until they are read."""
+    ready = nullcontext() if facts is None else updated(encoder, [source], folder, facts, wait=True, **settings)
+    with ready:
+        index = VectorIndex.open(folder, encoder, name, own)
+    index.read = None if source is None else lambda own: source.read([own], 0)
+    return index
 
 
 def cut_of(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
@@ -216,73 +105,13 @@ def cut_of(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
     return f"The text has {tokens} tokens, of which the student reads the first {most}." if tokens > most else None
 
 
-def student_fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
-    """What an image's embedding depends on, hashed: weights, configuration and the settings of the images."""
-
-    def without_origin(values: dict) -> dict:
-        return {name: value for name, value in sorted(values.items()) if name not in ORIGIN}
-
-    settings = (model.config.to_json_string(use_diff=False), processor.image_processor.to_json_string())
-    settings = [json.loads(text, object_hook=without_origin) for text in settings]
-    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    read_weights(model, digest)
-    return digest.hexdigest()
-
-
-@torch.inference_mode()
-def _embed(
-    model: PreTrainedModel, processor: ProcessorMixin, files: list[Path], batch_size: int, bar: tqdm
-) -> tuple[np.ndarray, list[str | None]]:
-    """Embeddings of the images that can be read, float16 `[n, D]`, and for each file why it cannot, or None."""
-
-    def prepare(file: Path) -> torch.Tensor | str:
-        try:
-            return processor.image_processor(images=[read_image(file)], return_tensors="pt")["pixel_values"]
-        except Exception as error:  # PIL raises many types on broken files
-            return f"{type(error).__name__}: {error}"
-
-    embeds, reasons = [], []
-    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), batch_size):
-            prepared = list(pool.map(prepare, files[start : start + batch_size]))
-            reasons += [item if isinstance(item, str) else None for item in prepared]
-            pixels = [item for item in prepared if not isinstance(item, str)]
-            if pixels:
-                features = model.get_image_features(torch.cat(pixels).to(model.device)).pooler_output
-                embeds.append(normalize(features.float(), dim=-1).half().cpu().numpy())
-                if not np.isfinite(embeds[-1]).all():
-                    raise ValueError(f"The model gives embeddings that are not numbers, near {files[start]}.")
-            bar.update(len(prepared))
-    return np.concatenate(embeds) if embeds else np.empty((0, 0), np.float16), reasons
-
-
-def _table(seen: list[tuple[str, int, int]], embeds: np.ndarray) -> pa.Table:
-    paths, sizes, times = zip(*seen)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.ravel()), embeds.shape[1])
-    columns = {"path": paths, "size": sizes, "mtime_ns": times}
-    return pa.table({name: pa.array(values) for name, values in columns.items()} | {"embeds": vectors})
-
-
-def _read(file: Path) -> pa.Table:
-    with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_stream(source).read_all()
-
-
-def _write(table: pa.Table, file: Path) -> None:
-    with (
-        write_whole(file) as beside,
-        pa.OSFile(str(beside), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as writer,
-    ):
-        for start in range(0, len(table), CHUNK):
-            writer.write_table(table.slice(start, CHUNK).combine_chunks())
-
-
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, str | Image.Image | None]:
     """The options, and the query."""
     parser = Command("inference.search", __doc__)
     parser.add_argument("query", nargs="?", help="A text to search for.")
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the student.")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="Folder or Hub id of the student, or any dual encoder."
+    )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="Folder of the images to search.")
     parser.add_argument(
         "--index", type=Path, metavar="FOLDER", help="Vectors of inference.embed; with --images, brought up to date."
@@ -324,40 +153,32 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, str | Image.
     return options, query
 
 
-def open_index(options: argparse.Namespace) -> tuple[Index | VectorIndex, PreTrainedTokenizerBase]:
-    """What is searched, up to date, and the model's tokenizer; what was left out is printed."""
-    device, name = "cuda" if torch.cuda.is_available() else "cpu", options.model_name_or_path
+def open_index(options: argparse.Namespace) -> VectorIndex:
+    """What is searched, up to date; what was left out is printed."""
+    name = options.model_name_or_path
+    encoder = load_encoder(name, "cuda" if torch.cuda.is_available() else "cpu")
     if options.index is not None:
-        index = open_vectors(options.index, load_encoder(name, device), name, options.images)
-        tokenizer = index.encoder.tokenizer
+        index = open_vectors(options.index, encoder, name, options.images)
     else:
-        try:
-            model = AutoModel.from_pretrained(name, trust_remote_code=False)
-            processor = AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-        except (OSError, ValueError, pickle.UnpicklingError) as error:
-            sys.exit(f"error: {name} is no student that can be read: {error}")
-        try:
-            index = index_folder(model.to(device), processor, options.images, options.cache_dir)
-        except ImportError as error:
-            sys.exit(f"error: {error}")
-        tokenizer = processor.tokenizer
-        print(f"The index of {options.images} is kept in {index.file.parent}; `rm -r` it to clear it.")
+        index = index_folder(encoder, options.images, options.cache_dir)
+        print(f"The index of {options.images} is kept in {index.folder}; `rm -r` it to clear it.")
     if index.skipped:
         print(f"{len(index.skipped)} files were left out:")
         print("\n".join(f"  {printable(path)}: {reason}" for path, reason in index.skipped.items()))
     if options.truncate_dim is not None:
         index.truncate(options.truncate_dim)
-    return index, tokenizer
+    return index
 
 
 def main(arguments: list[str] | None = None) -> None:
     options, query = parse(arguments)
-    index, tokenizer = open_index(options)
+    index = open_index(options)
     if options.queries is not None:
         queries = read_queries(options.queries, index.ids)
         print(evaluate_queries(index.search_text, queries, len(index)))
         return
     # sentence-transformers and open_clip have tokenizers of their own kinds, which cut in silence
+    tokenizer = index.encoder.tokenizer
     if options.image is None and isinstance(tokenizer, PreTrainedTokenizerBase) and (cut := cut_of(tokenizer, query)):
         print(cut)
     search = index.search_text if options.image is None else index.search_image

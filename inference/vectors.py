@@ -178,6 +178,7 @@ class VectorIndex:
     """The images of a folder of vectors, and the dual encoder that searches them.
 
     Args:
+        folder: where they lie.
         encoder: whose vectors they are, or a student whose teacher's they are, brought to its space.
         ids: of the N images.
         embeds: float16 `[N, width]`, of length 1.
@@ -185,6 +186,7 @@ class VectorIndex:
         read: gives the image of an id, in RGB; None where the images are not at hand.
     """
 
+    folder: Path
     encoder: Teacher
     ids: list[str]
     embeds: np.ndarray
@@ -233,7 +235,7 @@ class VectorIndex:
                 raise ValueError(f"{file} holds vectors of shape {part.shape}, not ({len(table)}, {facts['width']}).")
             embeds[len(ids) : len(ids) + len(part)] = part
             ids += table["id"].to_pylist()
-        return cls(encoder, ids, embeds, facts["skipped"])
+        return cls(folder, encoder, ids, embeds, facts["skipped"])
 
     def __len__(self) -> int:
         return len(self.ids)

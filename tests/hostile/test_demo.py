@@ -20,6 +20,7 @@ from hostile.test_images import BOMBS
 from image_files import picture
 
 from inference.search import index_folder
+from teachers import load_teacher
 
 
 SPACE = Path(__file__).parents[2] / "inference" / "space"
@@ -45,9 +46,9 @@ def images(tmp_path):
     return folder
 
 
-def test_a_thousand_searches_at_once(images, tmp_path):
-    index = index_folder(*make_student(), images, tmp_path / "cache")
-    assert sorted(index.rows["path"]) == [f"{i}.png" for i in range(6)]  # the link is none of them
+def test_a_thousand_searches_at_once(student, images, tmp_path):
+    index = index_folder(load_teacher(str(student)), images, tmp_path / "cache")
+    assert sorted(index.ids) == [f"{i}.png" for i in range(6)]  # the link is none of them
     queries = [f"red house {i % 7} " + "x" * 100_000 * (i % 50 == 0) for i in range(AT_ONCE)]
     expected = {query: index.search_text(query) for query in set(queries)}
     with at_most(60), ThreadPoolExecutor(AT_ONCE) as pool:

@@ -11,6 +11,7 @@ from conftest import make_rows, make_student
 from hostile.fuzzing import at_most
 from image_files import encoded, picture
 from tiny_towers import clip, make_processor
+from transformers import AutoProcessor
 
 from datasets_scripts import flickr30k, own_data
 from inference import search
@@ -40,13 +41,16 @@ CAPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def student():
-    return make_student()
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    for part in make_student():
+        part.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_any_caption_is_encoded_within_a_second_or_so(name, student, tmp_path):
-    model, processor = student
+    processor = AutoProcessor.from_pretrained(student, backend="pil")
     rows = make_rows(2).remove_columns("captions").add_column("captions", [[CAPTIONS[name]]] * 2)
     with at_most(10):
         check_dataset(rows, "train", None)
@@ -63,7 +67,7 @@ def test_a_teacher_and_a_search_read_as_much_of_a_text(tmp_path, student):
     picture(0).save(tmp_path / "images" / "0.png")
     teacher = load_teacher(str(tmp_path / "teacher"))
     with at_most(20):
-        index = index_folder(*student, tmp_path / "images", tmp_path / "cache")
+        index = index_folder(load_teacher(str(student)), tmp_path / "images", tmp_path / "cache")
         for text in CAPTIONS.values():
             assert teacher.embed_texts([text]).isfinite().all()
             assert index.search_text(text) == index.search_text(text[:LONGEST_CAPTION])
@@ -144,9 +148,6 @@ def test_tars_with_names_and_links_that_lead_out(tmp_path):
 @pytest.mark.parametrize("name", ["a\nb.png", "\u202egnp.png", "\x1b[2J.png", "a\r.png"])
 def test_names_are_shown_so_that_a_terminal_does_not_obey(tmp_path, name, capsys, student, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved = tmp_path / "student"
-    for part in student:
-        part.save_pretrained(saved)
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / name).write_bytes(b"broken")
@@ -158,9 +159,9 @@ def test_names_are_shown_so_that_a_terminal_does_not_obey(tmp_path, name, capsys
     with pytest.raises(ValueError, match="1 image is missing or broken") as caught:
         own_data.main([str(folder), "--output_dir", str(tmp_path / "out")])
     assert repr(name) in str(caught.value) and name not in str(caught.value)
-    index = index_folder(*student, folder, tmp_path / "cache")
+    index = index_folder(load_teacher(str(student)), folder, tmp_path / "cache")
     assert list(index.skipped) == [name] and printable(name) == repr(name)
     search.main(
-        ["--model_name_or_path", str(saved), "--images", str(folder), "--cache_dir", str(tmp_path / "cache"), "a"]
+        ["--model_name_or_path", str(student), "--images", str(folder), "--cache_dir", str(tmp_path / "cache"), "a"]
     )
     assert repr(name) in capsys.readouterr().out
