@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
+from collections import Counter, deque
 from functools import partial
 from pathlib import Path
 
@@ -73,20 +73,26 @@ def compare(
         batch_size: images or captions at a time.
 
     Returns:
-        For each model, and each runtime of an exported one, a dict: `model`, `runtime`, `parameters` (None for
-        files of ONNX), `megabytes`, `ms_per_image`, `ms_per_caption` (batch 1, the model alone), `rsum_per_ms` (of an
-        image and a caption together), and the figures of [`retrieval_metrics`].
+        For each model, and each runtime of an exported one, a dict: `model`, `runtime`, `device` (of torch, "cpu" or
+        "cuda"; ONNX runs on the CPU), `parameters` (None for files of ONNX), `megabytes`, `ms_per_image`,
+        `ms_per_caption` (batch 1, the model alone), `rsum_per_ms` (of an image and a caption together), and the
+        figures of [`retrieval_metrics`].
 
     Raises:
-        ValueError: a model is no dual encoder, said before any is measured; or an image cannot be read.
+        ValueError: a model is no dual encoder, or cannot be run, said before any is measured; or an image cannot be
+            read.
     """
-    for name, _ in models if len(models) > 1 else ():
-        if not is_export(Path(name)):  # a wrong one is told now, and not once the others have taken their hours
+    # A wrong one is told now, and not once the others have taken their hours.
+    for name, _ in models:
+        if is_export(Path(name)):
+            deque(_runtimes(name, device), maxlen=0)
+        elif len(models) > 1:
             load_encoder(name)
     found = []
     for name, shown in models:
         for runtime, encoder, size in _runtimes(name, device):
-            found.append({"model": shown, "runtime": runtime, **size, **_measure(encoder, rows, batch_size, shown)})
+            how = {"model": shown, "runtime": runtime, "device": encoder.device.type}
+            found.append({**how, **size, **_measure(encoder, rows, batch_size, shown)})
             print(f"{shown} ({runtime}): rsum {found[-1]['rsum']:.1f}", file=sys.stderr)
     return found
 
@@ -141,15 +147,26 @@ def comparison_table(found: list[dict], title: str) -> str:
     ways = {"image_to_text": "i2t", "text_to_image": "t2i"}
     recalls = [name.replace(way, ways[way]).replace("_", " ") for name in RECALLS for way in ways if way in name]
     sizes = ["M parameters", "MB", "ms an image", "ms a caption", "rsum per ms"]
-    table = [[as_text(title), "runtime", *recalls, "rsum", *sizes]]
+    table = [[as_text(title), "runtime", "device", *recalls, "rsum", *sizes]]
     for row in found:
         parameters = "-" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f}"
         milliseconds = (f"{row[f'ms_per_{of}']:.2f}" for of in ("image", "caption"))
         figures = [f"{row[name]:.1f}" for name in (*RECALLS, "rsum")]
         last = f"{row['rsum_per_ms']:.1f}"
         size = f"{row['megabytes']:.1f}"
-        table.append([as_text(row["model"]), row["runtime"], *figures, parameters, size, *milliseconds, last])
+        how = [as_text(row["model"]), row["runtime"], row["device"]]
+        table.append([*how, *figures, parameters, size, *milliseconds, last])
     return markdown_table(table)
+
+
+def devices_note(found: list[dict]) -> str:
+    """Where the milliseconds were measured: a GPU's and a processor's do not compare."""
+    names = {"cpu": "the processor", "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"}
+    used = list(dict.fromkeys(row["device"] for row in found))
+    if len(used) < 2:
+        return f"All were measured on {names[used[0]]}."
+    whose = ", ".join(f"those of {device} on {names[device]}" for device in used)
+    return f"Milliseconds are not of one device, {whose}: compare them within one."
 
 
 def names_of(models: list[str]) -> list[str]:
@@ -197,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         note = (
             f"{captions:,} captions; one that is equal to a right one is right too. Milliseconds are of one image or "
             "one caption of middle length, the model alone; rsum per ms is of both together. MB are of the weights. "
-            f"{machine()}, {torch.get_num_threads()} threads."
+            f"{devices_note(found)} {machine()}, {torch.get_num_threads()} threads."
         )
         (beside / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
         facts = {"dataset": name, "split": options.split, "images": len(rows), "captions": captions}

@@ -14,7 +14,7 @@ def draw_comparison(found: list[dict], title: str, path: Path) -> None:
     """Draws what [`compare`] found as a PNG.
 
     Args:
-        found: `model`, `runtime`, `rsum`, `ms_per_image` and `ms_per_caption` of each.
+        found: `model`, `runtime`, `device`, `rsum`, `ms_per_image` and `ms_per_caption` of each.
         title: over the picture.
         path: the file to write.
     """
@@ -24,10 +24,10 @@ def draw_comparison(found: list[dict], title: str, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     milliseconds = [row["ms_per_image"] + row["ms_per_caption"] for row in found]
-    runtimes = list(dict.fromkeys(row["runtime"] for row in found))
-    for runtime, marker in zip(runtimes, "o^sD"):
-        own = [i for i, row in enumerate(found) if row["runtime"] == runtime]
-        axes.plot([milliseconds[i] for i in own], [found[i]["rsum"] for i in own], marker, label=runtime)
+    ways = [f"{row['runtime']}, {row['device']}" for row in found]
+    for way, marker in zip(dict.fromkeys(ways), "o^sD"):
+        own = [i for i, of in enumerate(ways) if of == way]
+        axes.plot([milliseconds[i] for i in own], [found[i]["rsum"] for i in own], marker, label=way)
     axes.set_xscale("log")
     axes.set_xlim(min(milliseconds) / 1.6, max(milliseconds) * 2.5)
     axes.margins(y=0.15)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from inference.encoders import encode_by_onnx
@@ -50,18 +54,20 @@ class OnnxEncoder:
         threads: of onnxruntime; 0: one for each core.
 
     Raises:
-        ImportError: onnxruntime is not installed.
+        ValueError: onnxruntime is not installed, or a file cannot be read by what runs it; in one sentence.
     """
 
-    def __init__(self, folder: Path, ending: str = "", threads: int = 0):
-        from tokenizers import Tokenizer
+    device = torch.device("cpu")
 
-        self.settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    def __init__(self, folder: Path, ending: str = "", threads: int = 0):
+        if find_spec("onnxruntime") is None:
+            raise ValueError(f'{folder} is run by onnxruntime, which is not installed: pip install -e ".[onnx]".')
+        self.settings = _read(folder / "preprocessor_config.json", _json)
+        self.tokenizer = _read(folder / "tokenizer.json", lambda file: Tokenizer.from_file(str(file)))
         own = [folder / "onnx" / f"{tower}{ending}.onnx" for tower in TOWERS]
         plain = [folder / "onnx" / f"{tower}.onnx" for tower in TOWERS]
         self.files = [file if file.is_file() else instead for file, instead in zip(own, plain)]
-        self.text, self.vision = (encode_by_onnx(file, threads) for file in self.files)
+        self.text, self.vision = (_read(file, partial(encode_by_onnx, threads=threads)) for file in self.files)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "vision": None, "text": None}
@@ -88,6 +94,18 @@ class OnnxEncoder:
     def _run(encode, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
         (embeds,) = encode({name: value.numpy() for name, value in prepared.items()}).values()
         return torch.from_numpy(embeds).float()
+
+
+def _read(file: Path, read: Callable[[Path], Any]):
+    try:
+        return read(file)
+    except Exception as error:  # onnxruntime and tokenizers have types of their own, or none
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{file} cannot be read: {reason}. Export the student again.") from error
+
+
+def _json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def is_export(folder: Path) -> bool:

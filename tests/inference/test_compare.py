@@ -113,14 +113,51 @@ def test_the_table_and_the_picture_show_all_models(compared):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert cells[0][0] == f"rows test, {ROWS} images" and len({len(row) for row in cells}) == 1
     for line, row in zip(cells[2:], content["models"], strict=True):
-        assert line[:2] == [row["model"], row["runtime"]]
-        assert [float(cell) for cell in line[2:9]] == pytest.approx(
+        assert line[:3] == [row["model"], row["runtime"], row["device"]] and row["device"] in ("cpu", "cuda")
+        assert row["device"] == "cpu" or row["runtime"] == "torch"
+        assert [float(cell) for cell in line[3:10]] == pytest.approx(
             [row[f"{way}_r{k}"] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)] + [row["rsum"]],
             abs=0.051,
         )
     assert str(output.parent) not in text + (output / "comparison.json").read_text()
     with Image.open(output / "comparison.png") as picture:
         assert picture.size[0] > 600 and len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_figures_of_two_devices_are_not_compared_in_silence():
+    cpu, cuda = ({"device": device} for device in ("cpu", "cuda"))
+    assert compare.devices_note([cpu, cpu]) == "All were measured on the processor."
+    said = compare.devices_note([cuda, cpu])
+    assert said.startswith("Milliseconds are not of one device, those of cuda on ") and "cpu on the processor" in said
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "onnx/vision_model_fp16.onnx",
+            b"no graph",
+            "vision_model_fp16.onnx cannot be read: .*Export the student again",
+        ),
+        ("onnx/text_model.onnx", b"", "text_model.onnx cannot be read: "),
+        ("tokenizer.json", b"{}", "tokenizer.json cannot be read: "),
+        ("preprocessor_config.json", b"{", "preprocessor_config.json cannot be read: "),
+        (None, None, r'run by onnxruntime, which is not installed: pip install -e "\.\[onnx\]"'),
+    ],
+)
+def test_an_export_that_does_not_run_is_told_before_any_is_measured(
+    place, tmp_path, monkeypatch, name, content, message
+):
+    shutil.copytree(place / "exported", tmp_path / "exported")
+    if name is None:
+        monkeypatch.setattr(dual_encoders, "find_spec", lambda name: None)
+    else:
+        (tmp_path / "exported" / name).write_bytes(content)
+    monkeypatch.setattr(compare, "_measure", lambda *_: pytest.fail("measured"))
+    for models in ([place / "student", tmp_path / "exported"], [tmp_path / "exported"]):
+        with pytest.raises(ValueError, match=message) as error:
+            run(place, tmp_path / "out", *models)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_two_folders_of_one_name_are_told_apart(tmp_path):
