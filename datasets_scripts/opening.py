@@ -62,6 +62,22 @@ def open_dataset(
     return rows
 
 
+def split_of(splits: Splits, split: str, name: str) -> datasets.Dataset | datasets.IterableDataset:
+    """One split of a dataset.
+
+    Args:
+        splits: see [`open_dataset`].
+        split: its name.
+        name: of the dataset.
+
+    Raises:
+        ValueError: it has no such split.
+    """
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split} (it has {', '.join(splits)}).")
+    return splits[split]
+
+
 @contextmanager
 def readable(name: str) -> Iterator[None]:
     """Turns whatever `datasets` raises into a ValueError that names the dataset.

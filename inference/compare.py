@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from datasets_scripts.building import refuse_what_is_there
 from datasets_scripts.feature_job import default_workers
-from datasets_scripts.opening import open_dataset
+from datasets_scripts.opening import open_dataset, split_of
 from inference.compare_picture import draw_comparison
 from inference.dual_encoders import OnnxEncoder, encode, export_runtimes, is_export, load_encoder
 from model_cards.tables import RECALLS, as_text, markdown_table
@@ -199,10 +199,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    splits = open_dataset(options.dataset_name)
-    if options.split not in splits:
-        raise ValueError(f"{options.dataset_name} has no split {options.split} (it has {', '.join(splits)}).")
-    rows = splits[options.split]
+    rows = split_of(open_dataset(options.dataset_name), options.split, options.dataset_name)
     rows = usable_rows(rows.select(range(min(options.limit or len(rows), len(rows)))), options.dataset_name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, name = options.output_dir.resolve(), shown_name(options.dataset_name)

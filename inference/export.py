@@ -12,7 +12,6 @@ sentence-transformers, which load without trust_remote_code:
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import shutil
 import sys
@@ -22,30 +21,20 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    BaseImageProcessor,
-    PreTrainedModel,
-    VisionTextDualEncoderProcessor,
-)
+from transformers import BaseImageProcessor, PreTrainedModel, VisionTextDualEncoderProcessor
 
-import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from datasets_scripts.building import refuse_what_is_there
-from datasets_scripts.opening import open_dataset
+from datasets_scripts.opening import open_dataset, split_of
 from inference.encoders import longest
 from inference.export_sentence_transformers import export_sentence_transformers, sentence_transformers_readme
 from inference.export_tables import export_readme, files_table, recalls
 from inference.onnx_files import CALIBRATED_ON, COMPARED_ON, TOLERANCE, OnnxFile, write_files
+from inference.student import load_student, push_folder
 from rows.columns import pairs_of
 from rows.command_line import Command, run_program
-from rows.files import shown_name, write_beside
+from rows.files import shown_name, write_beside, write_json
 from rows.images import load_rgb
 
 
@@ -82,9 +71,9 @@ def export(
         ValueError: the image processor does more than resize and normalise; the tokenizer is written in Python.
         RuntimeError: a file in float32 gives other embeddings than torch.
     """
-    write_json(image_settings(processor.image_processor), folder / "preprocessor_config.json")
+    write_json(folder / "preprocessor_config.json", image_settings(processor.image_processor))
     save_tokenizer(processor.tokenizer, folder / "tokenizer.json")
-    write_json(tokenizer_settings(processor.tokenizer), folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", tokenizer_settings(processor.tokenizer))
     shutil.copy(Path(__file__).with_name("onnx_search.py"), folder)
     (folder / "onnx").mkdir()
     files = write_files(model, processor, folder / "onnx", opset, pixels)
@@ -93,12 +82,8 @@ def export(
     dtypes = {file.graph: "fp32" for file in files if file.ending == "_quantized" and file.left_out}
     if dtypes:  # in browsers transformers.js takes `_quantized` unless told
         config["transformers.js_config"] = {"dtype": dtypes}
-    write_json(config, folder / "config.json")
+    write_json(folder / "config.json", config)
     return files
-
-
-def write_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def image_settings(processor: BaseImageProcessor) -> dict:
@@ -170,15 +155,15 @@ def calibration_pixels(
     return processor.image_processor(images=images, return_tensors="np")["pixel_values"] if images else None
 
 
-def measured_rows(splits: datasets.DatasetDict, split: str, limit: int | None) -> datasets.Dataset | None:
+def measured_rows(rows: datasets.Dataset, split: str, limit: int | None) -> datasets.Dataset | None:
     """The first pairs of a split, at most `limit`: recall is of pairs alone. None, and a line, where it has none."""
-    pairs = pairs_of(splits[split])
+    pairs = pairs_of(rows)
     if not len(pairs):
         print(f"{split} has no pair of an image and a caption: no recall is measured")
         return None
-    if len(pairs) < len(splits[split]):
+    if len(pairs) < len(rows):
         print(f"recall is of the {len(pairs):,} rows of {split} that have an image and a caption")
-    return splits[split].select(pairs[:limit])
+    return rows.select(pairs[:limit])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -206,7 +191,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    student, folder = options.model_name_or_path, options.output_dir
+    folder = options.output_dir
     missing = [name for name in FORMATS[options.format] if find_spec(name) is None]
     if missing:
         sys.exit(f'error: {", ".join(missing)} is not installed: pip install -e ".[{options.format}]"')
@@ -214,16 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows = splits = None
         if options.dataset_name is not None:
             splits = open_dataset(options.dataset_name)
-            if options.split not in splits:
-                raise ValueError(f"{options.dataset_name} has no split {options.split} (it has {', '.join(splits)}).")
-            rows = measured_rows(splits, options.split, options.limit)
-        model = AutoModel.from_pretrained(student, dtype=torch.float32, trust_remote_code=False).eval()
-        processor = VisionTextDualEncoderProcessor(
-            AutoImageProcessor.from_pretrained(student, backend="pil", trust_remote_code=False),
-            AutoTokenizer.from_pretrained(student, trust_remote_code=False),
-        )
-        local = Path(student).is_dir()
-        name, hub_id = (Path(student).resolve().name, None) if local else (student.split("/")[-1], student)
+            of_split = split_of(splits, options.split, options.dataset_name)
+            rows = measured_rows(of_split, options.split, options.limit)
+        model, processor, name, hub_id = load_student(options.model_name_or_path)
+        name = name.split("/")[-1]
         with write_beside(folder.resolve()) as beside:
             if options.format == "onnx":
                 pixels = None if splits is None else calibration_pixels(splits, options.split, processor)
@@ -247,17 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print(f"In {folder}: SentenceTransformer({str(folder)!r})")
     if options.push_to_hub:
-        push(folder, options.push_to_hub)
-
-
-def push(folder: Path, repo: str) -> None:
-    """Pushes a folder to a repository of the Hub, which is made where it is missing."""
-    try:
-        HfApi().create_repo(repo, exist_ok=True)
-        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export")
-    except (HTTPError, OSError, ValueError) as error:
-        sys.exit(f"error: {folder} is written and not pushed: {error}\nThis completes it: hf upload {repo} {folder} .")
-    print(f"Pushed: {commit.repo_url}")
+        push_folder(folder, options.push_to_hub, "Export")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,14 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
-
 from datasets_scripts.building import refuse_what_is_there
 from inference import web_open, web_runtime
+from inference.student import push_folder
 from inference.web_check import compare_with_python
 from inference.web_files import Thumbnails, add_sizes, space_readme, write_index
 from inference.web_page import copy_page, write_worker
 from inference.web_pictures import Pictures, pictures_of_dataset, pictures_of_folder
-from inference.web_student import WebStudent, check_size, load_student, write_student
+from inference.web_student import WebStudent, check_size, load_web_student, write_student
 from rows.command_line import Command, run_program
 from rows.files import printable, write_beside
 
@@ -78,7 +76,7 @@ def write_site(student: WebStudent, pictures: Pictures, folder: Path, title: str
     """Writes a site into a folder that exists and is empty.
 
     Args:
-        student: see [`load_student`].
+        student: see [`load_web_student`].
         pictures: what to search; those that cannot be read are named in its `left_out`.
         title: of the page.
         thumbnail_size: side of a thumbnail in pixels, at most.
@@ -115,17 +113,6 @@ def write_site(student: WebStudent, pictures: Pictures, folder: Path, title: str
     write_worker(folder, thumbnails.names)
 
 
-def push_space(folder: Path, repo: str) -> None:
-    """Pushes a site to a Space of the Hub, which is made, as a static one, where it is missing."""
-    try:
-        HfApi().create_repo(repo, repo_type="space", space_sdk="static", exist_ok=True)
-        commit = HfApi().upload_folder(repo_id=repo, repo_type="space", folder_path=folder, commit_message="Site")
-    except (HTTPError, OSError, ValueError) as error:
-        command = f"hf upload {repo} {folder} . --repo-type space"
-        sys.exit(f"error: {folder} is written and not pushed: {error}\nThis completes it: {command}")
-    print(f"Pushed: {commit.repo_url}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     missing = [name for name in NEEDED if find_spec(name) is None]
@@ -138,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             pictures = pictures_of_folder(options.images.expanduser(), options.labels or "names", notices)
         else:
             pictures = pictures_of_dataset(options.dataset_name, options.split, options.labels or "captions", notices)
-        student = load_student(options.model_name_or_path)
+        student = load_web_student(options.model_name_or_path)
         check_size(student.parameters)
         with write_beside(folder.resolve()) as beside:
             write_site(student, pictures, beside, options.title, options.thumbnail_size)
@@ -155,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{about['bytes']['later'] / 1e6:.1f} MB later"
     )
     if options.push_to_hub:
-        push_space(folder, options.push_to_hub)
+        push_folder(folder, options.push_to_hub, "Site", repo_type="space")
     if options.serve:
         web_open.serve(folder, web_open.PORT, opens=True)
     else:

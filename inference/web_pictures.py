@@ -12,7 +12,7 @@ from PIL import Image
 
 from datasets_scripts.icon_licences import DRAWN, FONT_NOTICES, is_brand
 from datasets_scripts.icons import STYLE_WORDS
-from datasets_scripts.opening import open_dataset
+from datasets_scripts.opening import open_dataset, split_of
 from inference.image_files import list_images, read_image
 from rows.images import load_rgb
 
@@ -104,10 +104,8 @@ def pictures_of_dataset(dataset_name: str, split: str, label_kind: str, notices:
     Raises:
         ValueError: there is no such split, it has no picture, or it has more than a page can search.
     """
-    rows = open_dataset(dataset_name)
-    if split not in rows:
-        raise ValueError(f"{dataset_name} has no split {split} (it has {', '.join(rows)}).")
-    rows = rows[split].cast_column("image", datasets.Image(decode=False))
+    rows = split_of(open_dataset(dataset_name), split, dataset_name)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
     captions = rows["captions"][:]
     numbers = [i for i, image in enumerate(rows["image"]) if image is not None]
     if dataset_name == "icons":

@@ -12,18 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    VisionTextDualEncoderProcessor,
-)
+from transformers import PreTrainedModel, VisionTextDualEncoderProcessor
 
-import modeling_dsmd  # noqa: F401  AutoModel then knows the student without running code of its repository
 from inference.encoders import Encoder, encode_by_onnx, encode_by_torch, example_inputs
 from inference.export import image_settings, save_tokenizer
 from inference.onnx_graphs import TextTower, VisionTower, mostly_convolutions, write_dynamic, write_onnx, write_static
+from inference.student import load_student
 from inference.web_files import Thumbnails
 from inference.web_pictures import Pictures
 from trainers.metrics import retrieval_metrics
@@ -50,20 +44,15 @@ class WebStudent(NamedTuple):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def load_student(name: str) -> WebStudent:
+def load_web_student(name: str) -> WebStudent:
     """A student of a folder or of the Hub.
 
     Raises:
-        OSError, ValueError: there is none, or its image processor does more than squash and normalise.
+        OSError, ValueError, pickle.UnpicklingError: there is none, or its image processor does more than squash and
+            normalise.
     """
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
-    processor = VisionTextDualEncoderProcessor(
-        AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False),
-        AutoTokenizer.from_pretrained(name, trust_remote_code=False),
-    )
-    local = Path(name).is_dir()
-    shown, hub_id = (Path(name).resolve().name, None) if local else (name, name)
-    return WebStudent(model, processor, shown, hub_id, image_settings(processor.image_processor))
+    student = load_student(name)
+    return WebStudent(*student, image_settings(student.processor.image_processor))
 
 
 def check_size(size: int) -> None:

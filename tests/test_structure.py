@@ -38,6 +38,7 @@ HELD_ELSEWHERE = {
     "inference/image_files.py": "tests/inference/test_search.py",
     "inference/queries.py": "tests/inference/test_embed.py",
     "inference/sources.py": "tests/inference/test_embed.py",
+    "inference/student.py": "tests/inference/test_export.py",
     "inference/vectors.py": "tests/inference/test_embed.py",
     "inference/encoders.py": "tests/inference/test_export.py",
     "inference/export_tables.py": "tests/inference/test_export.py",

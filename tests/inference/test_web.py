@@ -19,6 +19,7 @@ from image_files import picture
 from PIL import Image
 
 from inference import web, web_files, web_open, web_page, web_pictures, web_runtime, web_student
+from inference.student import push_folder
 
 
 PAGE = web_page.PAGE
@@ -103,7 +104,7 @@ def test_a_push_makes_a_static_space(hub, tmp_path):
     (tmp_path / "README.md").write_text(web_files.space_readme("A", None))
     (tmp_path / "data").mkdir()
     (tmp_path / "data/index.bin").write_bytes(b"\0\1")
-    web.push_space(tmp_path, "user/demo")
+    push_folder(tmp_path, "user/demo", "Site", repo_type="space")
     assert hub.files("spaces/user/demo") == {
         "README.md": (tmp_path / "README.md").read_bytes(), "data/index.bin": b"\0\1",
     }  # fmt: skip
