@@ -89,31 +89,24 @@ def write_files(
     Raises:
         RuntimeError: a graph in float32 gives other outputs than torch.
     """
-    traced = copy.deepcopy(model)
-    traced.set_attn_implementation("eager")  # Swin's shapes cannot be traced otherwise; the others do not care
     compared = None if pixels is None else pixels[-COMPARED_ON:]
     files: dict[tuple[str, str], OnnxFile] = {}
 
     def measured(file: OnnxFile) -> OnnxFile:
         return _measured(file, files.get((file.graph, "")), folder, model, processor, compared)
 
-    for tower in (TextTower(traced).eval(), VisionTower(traced).eval()):
+    for tower in towers_of(model):
         graph, source = tower.graph, folder / f"{tower.graph}.onnx"
         write_onnx(tower, example_inputs(graph, processor)[1], source, opset)
         files[graph, ""] = measured(OnnxFile(graph, "", "float32"))
         write_half(source, folder / f"{graph}_fp16.onnx")
         files[graph, "_fp16"] = measured(OnnxFile(graph, "_fp16", "float16"))
-        file = files[graph, "_quantized"] = OnnxFile(graph, "_quantized", "int8, dynamic")
-        if not mostly_convolutions(source):
-            write_dynamic(source, folder / file.name)
+        file = files[graph, "_quantized"] = OnnxFile(graph, "_quantized", "")
+        file.weights = write_int8(source, folder / file.name, pixels)
+        if (folder / file.name).is_file():
             measured(file)
-            continue
-        file.weights = "int8, static"
-        if pixels is None:
-            file.left_out = "convolutions are calibrated on images: give --dataset_name"
         else:
-            write_static(source, folder / file.name, "pixel_values", pixels[:CALIBRATED_ON])
-            measured(file)
+            file.left_out = "convolutions are calibrated on images: give --dataset_name"
     scale = math.exp(min(model.logit_scale.item(), math.log(100.0)))
     for ending, weights in WEIGHTS.items():
         file = files["model", ending] = OnnxFile("model", ending, weights)
@@ -130,6 +123,32 @@ def write_files(
     return list(files.values())
 
 
+def towers_of(model: PreTrainedModel) -> list[TextTower | VisionTower]:
+    """The two towers of a student as the exporter can trace them."""
+    traced = copy.deepcopy(model)
+    traced.set_attn_implementation("eager")  # Swin's shapes cannot be traced otherwise; the others do not care
+    return [TextTower(traced).eval(), VisionTower(traced).eval()]
+
+
+def write_int8(source: Path, path: Path, pixels: np.ndarray | None) -> str:
+    """Writes a tower in int8; nothing where it is mostly convolutions and there are no images to calibrate them on.
+
+    Args:
+        source: the tower in float32.
+        path: of what is written.
+        pixels: `[M, 3, H, W]`, images, or None.
+
+    Returns:
+        What its weights are.
+    """
+    if not mostly_convolutions(source):
+        write_dynamic(source, path)
+        return "int8, dynamic"
+    if pixels is not None:
+        write_static(source, path, "pixel_values", pixels[:CALIBRATED_ON])
+    return "int8, static"
+
+
 def _measured(
     file: OnnxFile, in_float: OnnxFile | None, folder: Path, model, processor, pixels: np.ndarray | None
 ) -> OnnxFile:
@@ -141,7 +160,7 @@ def _measured(
     path = folder / file.name
     examples = example_inputs(file.graph, processor, pixels)
     file.size = path.stat().st_size
-    file.cosine = _compare(file, encode_by_onnx(path), encode_by_torch(model, file.graph), examples)
+    file.cosine = least_cosine(path, file.graph, model, examples, is_exact=file.ending == "")
     file.milliseconds = milliseconds(partial(encode_by_onnx, path), examples[0])
     if not file.cosine >= LEAST_COSINE[file.ending]:
         file.left_out = f"a cosine with torch is below {LEAST_COSINE[file.ending]}"
@@ -152,20 +171,28 @@ def _measured(
     return file
 
 
-def _compare(file: OnnxFile, encoder: Encoder, by_torch: Encoder, examples: list[Arrays]) -> float:
+def least_cosine(path: Path, graph: str, model: PreTrainedModel, examples: list[Arrays], is_exact: bool) -> float:
     """The least cosine of an embedding with torch's; NaN if there is one.
 
+    Args:
+        path: of a file.
+        graph: of [`inference.encoders.INPUTS`].
+        model: the student.
+        examples: see [`example_inputs`].
+        is_exact: the file is in float32.
+
     Raises:
-        RuntimeError: the file is in float32 and differs by more than TOLERANCE.
+        RuntimeError: it is in float32 and differs by more than TOLERANCE.
     """
+    encoder, by_torch = encode_by_onnx(path), encode_by_torch(model, graph)
     cosines = []
     for inputs in examples:
         actual, expected = encoder(inputs), by_torch(inputs)
         for name, right in expected.items():
             difference = np.abs(actual[name] - right).max() / max(1.0, np.abs(right).max())
-            if file.ending == "" and not difference <= TOLERANCE:  # NaN too
+            if is_exact and not difference <= TOLERANCE:  # NaN too
                 shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in inputs.items())
-                raise RuntimeError(f"{file.name} differs from torch by {difference:.1e} in {name} for {shapes}.")
+                raise RuntimeError(f"{path.name} differs from torch by {difference:.1e} in {name} for {shapes}.")
             if name.endswith("_embeds"):
                 lengths = np.linalg.norm(actual[name], axis=1) * np.linalg.norm(right, axis=1)
                 cosines.append((actual[name] * right).sum(1) / lengths)

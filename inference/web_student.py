@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from itertools import islice
 from pathlib import Path
@@ -14,9 +13,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, VisionTextDualEncoderProcessor
 
-from inference.encoders import Encoder, encode_by_onnx, encode_by_torch, example_inputs
+from inference.encoders import Encoder, encode_by_onnx, example_inputs
 from inference.export import image_settings, save_tokenizer
-from inference.onnx_graphs import TextTower, VisionTower, mostly_convolutions, write_dynamic, write_onnx, write_static
+from inference.onnx_files import CALIBRATED_ON, COMPARED_ON, least_cosine, towers_of, write_int8
+from inference.onnx_graphs import write_onnx
 from inference.student import load_student
 from inference.web_files import Thumbnails
 from inference.web_pictures import Pictures
@@ -26,8 +26,6 @@ from trainers.metrics import retrieval_metrics
 MOST_BYTES = 200_000_000  # of both towers: the browser of a phone needs about three times as much for a page
 RECALL_KEPT = 0.99  # share of the recalls' sum that int8 has to keep
 NEIGHBOURS_KEPT = 0.9  # without captions: share of the ten best pictures that int8 has to find too
-CALIBRATED_ON = 64  # pictures
-TOLERANCE = 1e-4  # of an entry of an embedding in float32, against torch
 OUTPUTS = {"text": "text_embeds", "vision": "image_embeds"}
 PROBES = 2000  # pictures that the choice is measured on, at most
 
@@ -80,22 +78,14 @@ def export_towers(student: WebStudent, pictures: Pictures, folder: Path) -> None
         RuntimeError: a tower in float32 gives other embeddings than torch.
     """
     save_tokenizer(student.processor.tokenizer, folder / "tokenizer.json")
-    traced = copy.deepcopy(student.model)
-    traced.set_attn_implementation("eager")  # Swin's shapes cannot be traced otherwise; the others do not care
-    for name, tower in (("text", TextTower(traced).eval()), ("vision", VisionTower(traced).eval())):
-        path = tower_file(folder, name, "float32")
-        examples = example_inputs(tower.graph, student.processor)
-        write_onnx(tower, examples[1], path, None)
-        by_onnx, by_torch = encode_by_onnx(path)(examples[0]), encode_by_torch(student.model, tower.graph)(examples[0])
-        difference = max(np.abs(by_onnx[output] - by_torch[output]).max() for output in by_torch)
-        if not difference <= TOLERANCE:  # NaN too
-            raise RuntimeError(f"{path.name} differs from torch by {difference:.1e}")
-        if mostly_convolutions(path):
-            images = list(islice(pictures, CALIBRATED_ON))
-            pixels = np.concatenate([onnx_pixels(image, student.image_settings) for image in images])
-            write_static(path, tower_file(folder, name, "int8"), "pixel_values", pixels)
-        else:
-            write_dynamic(path, tower_file(folder, name, "int8"))
+    images = islice(pictures, CALIBRATED_ON + COMPARED_ON)
+    pixels = np.concatenate([onnx_pixels(image, student.image_settings) for image in images])
+    for tower in towers_of(student.model):
+        source = folder / f"{tower.graph}.onnx"
+        examples = example_inputs(tower.graph, student.processor, pixels[-COMPARED_ON:])
+        write_onnx(tower, examples[1], source, None)
+        least_cosine(source, tower.graph, student.model, examples, is_exact=True)
+        write_int8(source, folder / f"{tower.graph}_quantized.onnx", pixels)
 
 
 def onnx_pixels(image: Image.Image, settings: dict) -> np.ndarray:

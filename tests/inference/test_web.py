@@ -14,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from conftest import make_student
 from image_files import picture
 from PIL import Image
+from tiny_towers import scatter
 
 from inference import web, web_files, web_open, web_page, web_pictures, web_runtime, web_student
+from inference.onnx_graphs import TextTower
 from inference.student import push_folder
 
 
@@ -165,6 +169,30 @@ def test_shared_neighbours_by_hand():
     others[0, :2], others[0, 10:] = -1, 1  # two of the ten fall out for two others
     assert web_student._shared_neighbours(queries, queries, index) == 1
     assert web_student._shared_neighbours(queries, others, index) == pytest.approx(0.8)
+
+
+class BlindToPadding(TextTower):
+    """Right for a caption alone, wrong for one that is padded."""
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, torch.ones_like(attention_mask))
+
+
+def test_towers_are_compared_with_torch_as_other_exports_are(monkeypatch, tmp_path):
+    """On batches and padded captions too."""
+    model, processor = make_student()
+    for part in (scatter(model), processor):
+        part.save_pretrained(tmp_path / "student")
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    student = web_student.load_web_student(str(tmp_path / "student"))
+    pictures = web_pictures.pictures_of_folder(tmp_path, "names", [])
+    plain = web_student.write_onnx
+    monkeypatch.setattr(
+        web_student, "write_onnx", lambda tower, *rest: plain(BlindToPadding(tower.student).eval(), *rest)
+    )
+    with pytest.raises(RuntimeError, match=r"text_model.onnx differs from torch by .* for input_ids \[3, "):
+        web_student.export_towers(student, pictures, tmp_path)
 
 
 class FakeTowers:
