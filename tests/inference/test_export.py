@@ -332,16 +332,14 @@ def test_bad_arguments_stop_before_the_export(saved, tmp_path, capsys):
 
 
 def test_recall_is_of_pairs_alone(capsys):
-    rows = datasets.DatasetDict({"test": without_partners(make_rows(6), lambda i: i == 1, lambda i: i in (0, 4))})
+    rows = without_partners(make_rows(6), lambda i: i == 1, lambda i: i in (0, 4))
     found = export.measured_rows(rows, "test", None)
-    assert list(found["image_id"]) == [rows["test"][i]["image_id"] for i in (2, 3, 5)]
+    assert list(found["image_id"]) == [rows[i]["image_id"] for i in (2, 3, 5)]
     assert len(export.measured_rows(rows, "test", 2)) == 2
     assert "recall is of the 3 rows of test that have an image and a caption" in capsys.readouterr().out
-    rows["test"] = rows["test"].select([0, 1, 4])
-    assert export.measured_rows(rows, "test", None) is None
+    assert export.measured_rows(rows.select([0, 1, 4]), "test", None) is None
     assert "test has no pair of an image and a caption" in capsys.readouterr().out
-    rows["test"] = make_rows(3)
-    assert len(export.measured_rows(rows, "test", None)) == 3 and not capsys.readouterr().out
+    assert len(export.measured_rows(make_rows(3), "test", None)) == 3 and not capsys.readouterr().out
 
 
 def test_images_to_calibrate_on_are_the_first_that_can_be_read(student):

@@ -18,7 +18,6 @@ from tiny_tokenizers import KINDS, full
 from tiny_towers import scatter
 
 from inference import web
-from inference.encoders import encode_by_onnx
 from inference.web_check import embed_in_python, run_page
 from inference.web_open import make_server
 
@@ -323,8 +322,6 @@ MODES = {"RGB": 1e-3, "L": 1e-3, "LA": 1e-3, "P": 1e-3, "P, transparent": 1e-3, 
 
 def test_pictures_of_every_mode_give_pythons_embedding(page, serve, site, capsys):
     page.open(serve(site))
-    vision = encode_by_onnx(site / "data/vision_model.onnx")
-    assert vision is not None
     differences = {}
     for mode in [*MODES, "CMYK", "I;16"]:  # the last two only told: the browser converts them in its own way
         data = file_of(mode)
