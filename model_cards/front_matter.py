@@ -85,5 +85,5 @@ def _license(facts: RunFacts) -> dict[str, str | None]:
 
 def _widget(captions: list[str]) -> list[dict[str, str]]:
     """The example that the Hub's page offers: the picture beside the card, and labels to tell it by."""
-    labels = [tables.one_line(caption).replace(",", " ") for caption in captions]  # commas part them
+    labels = [" ".join(tables.one_line(caption).replace(",", " ").split()) for caption in captions]  # commas part them
     return [{"src": "assets/query.png", "candidate_labels": ", ".join(labels), "example_title": labels[0]}]

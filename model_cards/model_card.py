@@ -66,14 +66,15 @@ def usage_code(repo: str, captions: list[str] | None = None, revision: str | Non
 
     Without captions, image and captions are placeholders that the reader replaces.
     """
-    at = f", revision={json.dumps(revision)}" if revision else ""
+    at = ", revision=revision" if revision else ""
+    pinned = f"\nrevision = {json.dumps(revision)}" if revision else ""
     image = f'cached_file(repo, "assets/query.png"{at})' if captions else '"photo.jpg"'
     captions = [tables.one_line(caption) for caption in captions or ["a first caption", "a second caption"]]
     return f"""import torch
 from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor
 {"from transformers.utils import cached_file" + chr(10) if "cached" in image else ""}
-repo = {json.dumps(repo)}
+repo = {json.dumps(repo)}{pinned}
 model = AutoModel.from_pretrained(repo{at}, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(repo, backend="pil", trust_remote_code=True{at})
 {UPRIGHT_ON_WHITE.format(file=image)}

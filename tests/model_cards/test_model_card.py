@@ -399,7 +399,7 @@ def test_hub_ids_and_a_pinned_revision(record):
     assert {result["dataset"]["type"] for result in front["model-index"][0]["results"]} == {"user/data"}
     assert front["model-index"][0]["name"] == "s" and card.split("---\n", 2)[2].startswith("\n# s\n")
     (code,) = blocks(card, "python")
-    assert 'repo = "user/s"' in code and code.count('revision="c0de"') == 3
+    assert 'repo = "user/s"\nrevision = "c0de"\n' in code and code.count("revision=revision") == 3
 
 
 @pytest.mark.parametrize("name", ["icons", "data", "/data/mine", "a/b/c", "a b/c", "../mine", "~/mine", ""])
@@ -426,7 +426,7 @@ def test_labels_of_the_example_are_parted_by_commas_alone(record):
     captions = ["a cat, a dog", 'two\nlines: "x"', "- c"]
     facts = dataclasses.replace(record.facts, usage={"captions": captions, "output": None})
     (example,) = front_matter(render_card(dataclasses.replace(record, facts=facts)))["widget"]
-    assert example["candidate_labels"] == 'a cat  a dog, two lines: "x", - c'
+    assert example["candidate_labels"] == 'a cat a dog, two lines: "x", - c'
     card = render_card(dataclasses.replace(record, facts=facts, assets=[]))
     assert "widget" not in front_matter(card)
 
