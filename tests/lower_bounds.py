@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = ("test", "onnx", "faiss")
 TESTS = (
     "tests/test_train.py",
+    "tests/test_train_teacher.py",
     "tests/modeling_dsmd/test_modeling_dsmd.py",
     "tests/modeling_dsmd/test_saving.py",
     "tests/modeling_dsmd/test_towers.py",
