@@ -274,9 +274,8 @@ class RetrievalTrainer(ResumableTrainer):
         if "input_ids" not in batch:
             text_embeds = text_embeds[:0]
         if torch.is_grad_enabled():
-            broken = torch.zeros(
-                len(batch["image_ids"]), device=image_embeds.device
-            )  # of each row: its image, captions
+            # Of each row: its image, its captions.
+            broken = torch.zeros(len(batch["image_ids"]), device=image_embeds.device)
             for rows, to_row in ((image_embeds, "image_to_row"), (text_embeds, "caption_to_row")):
                 broken = broken.index_add(0, batch[to_row], (~torch.isfinite(rows)).any(dim=1).float())
             self.nonfinite.note_rows(batch["image_ids"], broken.detach() > 0)

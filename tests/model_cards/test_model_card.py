@@ -11,64 +11,19 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from conftest import make_rows, make_student
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from card_checks import FINISHED, RECALLS, assert_well_formed, blocks, front_matter, indexed, run, sections, table
+from conftest import make_student
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
-from test_train import RECIPE
 from tiny_trainer import make_trainer
 from transformers import TrainerCallback
 
-import train
 from model_cards import RunFacts, RunRecord, render_card
-from model_cards.example import EXAMPLE
 from model_cards.pictures import PICTURES_OF_DATA
 from trainers import ContrastiveTrainer
 
 
-RECALLS = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-FINISHED = ["Results", "Queries and answers", "Use", "Method", "Data", "Training", "Limits", "Citation"]
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-
-
-def front_matter(card: str) -> dict:
-    return yaml.safe_load(card.split("---\n")[1])
-
-
-def sections(card: str) -> list[str]:
-    outside = re.sub(r"^```.*?^```$", "", card.split("---\n", 2)[2], flags=re.S | re.M)
-    return re.findall(r"^##+ (.*)$", outside, re.M)
-
-
-def table(card: str, first: str) -> list[list[str]]:
-    """Cells of the table whose first cell begins so."""
-    start = card.index(f"| {first}")
-    lines = card[start : card.index("\n\n", start)].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|-")]
-
-
-def blocks(card: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)\n```$", card, re.S | re.M)
-
-
-def assert_well_formed(card: str) -> None:
-    assert card.count("\n```") % 2 == 0 and card.count("<details>") == card.count("</details>")
-    assert "{{" not in card and "{%" not in card and "\n\n\n" not in card and card.endswith("\n")
-    assert "None" not in card and "nan" not in card.lower().split() and "More information" not in card
-    for rows in re.findall(r"(?:^\|.*\|\n)+", card, re.M):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows.splitlines()}) == 1, rows
-    for heading in re.finditer(r"^#+ .*$", card, re.M):
-        after = card[heading.end() :].lstrip("\n")
-        assert after and not after.startswith("## "), heading[0]  # no section is empty
-
-
-def indexed(card: str) -> dict[tuple[str, str], float]:
-    """Figures of the model-index by (split, figure)."""
-    (model,) = front_matter(card)["model-index"]
-    return {
-        (result["dataset"]["split"], metric["type"]): metric["value"]
-        for result in model["results"]
-        for metric in result["metrics"]
-    }
 
 
 def on_the_hub(folder: Path) -> str:
@@ -76,37 +31,6 @@ def on_the_hub(folder: Path) -> str:
     record = RunRecord.from_json((folder / "assets" / "card.json").read_text())
     facts = dataclasses.replace(record.facts, dataset_name="user/data")
     return render_card(dataclasses.replace(record, facts=facts))
-
-
-def run(folder: Path, data: Path, *arguments: str, **settings) -> Path:
-    recipe = {**RECIPE, "dataset_name": str(data), "output_dir": str(folder), "report_to": "none", **settings}
-    path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe))
-    train.main(["--config", str(path), *arguments])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    parts = {"train": make_rows(48), "validation": make_rows(12, seed=1), "test": make_rows(12, seed=2)}
-    teacher = json.dumps({"id": "user/teacher", "revision": "abc", "parameters": 27_000_000})
-    for split, part in parts.items():
-        parts[split] = part.add_column("teacher", [teacher] * len(part))
-    parts["train"].info.license = "cc0-1.0"
-    folder = tmp_path_factory.mktemp("private") / "data"
-    datasets.DatasetDict(parts).save_to_disk(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def contrastive(data):
-    return run(data.parent / "plain", data, method="contrastive", learning_rate=1e-4)
-
-
-@pytest.fixture(scope="module")
-def distilled(data, contrastive):
-    settings = {"license": "apache-2.0", "language": ["en", "de"], "test_fold_size": 4}
-    return run(data.parent / "student", data, baseline_results=str(contrastive / "all_results.json"), **settings)
 
 
 def test_a_finished_run(distilled, contrastive, data):
@@ -375,124 +299,6 @@ def test_a_second_training_forgets_what_the_first_scored(tmp_path, rows):
     assert "| rsum " not in (tmp_path / "run" / "checkpoint-1" / "README.md").read_text()
 
 
-@pytest.fixture
-def record(distilled):
-    return RunRecord.from_json((distilled / "assets" / "card.json").read_text())
-
-
-def test_the_record_makes_the_same_card(record, distilled):
-    assert render_card(record) == (distilled / "README.md").read_text()
-
-
-def test_hub_ids_and_a_pinned_revision(record):
-    facts = {
-        "dataset_name": "user/data",
-        "towers": ["facebook/dinov2-small", "bert-base-uncased"],
-        "repo_id": "user/s",
-        "revision": "c0de",
-    }
-    facts = dataclasses.replace(record.facts, **facts)
-    card = render_card(dataclasses.replace(record, facts=facts, name="user/s"))
-    front = front_matter(card)
-    assert front["datasets"] == ["user/data"] and front["base_model"] == ["facebook/dinov2-small", "bert-base-uncased"]
-    assert front["base_model_relation"] == "finetune"
-    assert {result["dataset"]["type"] for result in front["model-index"][0]["results"]} == {"user/data"}
-    assert front["model-index"][0]["name"] == "s" and card.split("---\n", 2)[2].startswith("\n# s\n")
-    (code,) = blocks(card, "python")
-    assert 'repo = "user/s"\nrevision = "c0de"\n' in code and code.count("revision=revision") == 3
-
-
-@pytest.mark.parametrize("name", ["icons", "data", "/data/mine", "a/b/c", "a b/c", "../mine", "~/mine", ""])
-def test_a_name_that_is_no_id_of_the_hub_is_on_no_list_of_it(record, name):
-    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, dataset_name=name)))
-    assert not {"datasets", "model-index", "metrics"} & set(front_matter(card))
-    ModelCard(card, ignore_metadata_errors=False)  # as the Hub's client reads it
-
-
-@pytest.mark.parametrize("teacher", [None, {"id": "user/teacher"}])
-def test_a_student_without_a_licence_names_those_that_it_is_under(record, teacher):
-    licences = {"license": None, "data_license": "cc-by-4.0", "teacher_license": "apache-2.0", "teacher": teacher}
-    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, **licences)))
-    front = front_matter(card)
-    assert (front["license"], front["license_name"]) == ("other", "of-data-and-teacher" if teacher else "of-data")
-    whose = ", that of its teacher apache-2.0" if teacher else ""
-    assert f"No licence was chosen for this student. That of its data is cc-by-4.0{whose}." in card
-    unknown = {**licences, "data_license": None, "teacher_license": None}
-    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, **unknown)))
-    assert "That of its data is not stated" in card
-
-
-def test_labels_of_the_example_are_parted_by_commas_alone(record):
-    captions = ["a cat, a dog", 'two\nlines: "x"', "- c"]
-    facts = dataclasses.replace(record.facts, usage={"captions": captions, "output": None})
-    (example,) = front_matter(render_card(dataclasses.replace(record, facts=facts)))["widget"]
-    assert example["candidate_labels"] == 'a cat a dog, two lines: "x", - c'
-    card = render_card(dataclasses.replace(record, facts=facts, assets=[]))
-    assert "widget" not in front_matter(card)
-
-
-def test_captions_are_text_whatever_they_hold(record):
-    nasty = ["a | b", "``` `x` <script>alert(1)</script>", "two\nlines", "*{{ 7 * 7 }}* [x](y)", '"quoted" \\']
-    facts = dataclasses.replace(record.facts, samples=[nasty], usage={"captions": nasty, "output": "1.000  a"})
-    card = render_card(dataclasses.replace(record, facts=facts))
-    assert "<script>" not in card.split("\n---\n", 1)[1].replace(blocks(card, "python")[0], "")
-    assert "49" not in table(card, "image  ")[1][1] and "{{ 7 \\* 7 }}" in card
-    assert len(re.findall(r"^\| !\[sample", card, re.M)) == 1
-    code = blocks(card, "python")[0]
-    shown = [" ".join(caption.split()) for caption in nasty]  # one line each
-    assert shown == next(yaml.safe_load(line.split("=", 1)[1]) for line in code.splitlines() if "captions = " in line)
-
-
-def test_what_is_not_beside_the_card_is_not_on_it(record):
-    card = render_card(dataclasses.replace(record, assets=[]))
-    assert_well_formed(card)
-    assert "assets/" not in card and sections(card) == [name for name in FINISHED if name != "Queries and answers"]
-
-
-def test_limits_of_a_student_better_than_its_teacher_and_worse_than_the_baseline(record):
-    metrics = dict(record.metrics)
-    for name in (*RECALLS, "rsum"):
-        metrics[f"test_{name}"] = metrics[f"teacher_test_{name}"] + 1
-    facts = dataclasses.replace(record.facts, baseline={**record.facts.baseline, "test_rsum": 599.0})
-    card = render_card(dataclasses.replace(record, metrics=metrics, facts=facts))
-    limits = card[card.index("## Limits") :]
-    assert "least of its teacher" not in limits and "Trained without a teacher it does better: rsum 599.0" in limits
-
-
-@pytest.mark.parametrize(
-    ("figures", "by_index", "said"),
-    [
-        ({}, False, ""),
-        ({"shared_captions": 12.345, "rsum_by_index": 3.21}, False, "12.3 % of the captions stand for several images, "
-         "each of which is a right answer; if only its own was, rsum would be 3.2."),
-        ({"shared_captions": 0.5, "rsum_by_text": 590.0}, True, "0.5 % of the captions stand for several images, "
-         "of which only its own is a right answer; if all were, rsum would be 590.0."),
-        ({"shared_captions": 0.5}, False, "0.5 % of the captions stand for several images, "
-         "each of which is a right answer."),
-    ],
-)  # fmt: skip
-def test_captions_of_several_images(record, figures, by_index, said):
-    metrics = {**record.metrics, **{f"test_{name}": value for name, value in figures.items()}}
-    settings = {**record.settings, "recall_by_index": by_index}
-    facts = dataclasses.replace(record.facts, dataset_name="user/data")
-    card = render_card(dataclasses.replace(record, facts=facts, metrics=metrics, settings=settings))
-    assert_well_formed(card)
-    assert (f"at most 600. {said}\n" if said else "at most 600.\n") in card
-    assert bool(said) == ("stand for several images" in card)
-    assert not any("by" in name or "shared" in name for _, name in indexed(card))
-
-
-def test_a_teacher_without_a_name(record):
-    card = render_card(dataclasses.replace(record, facts=dataclasses.replace(record.facts, teacher={"dim": 16})))
-    assert "distilled from the features of a teacher, on `data`" in card and "- `dim`: 16\n" in card
-
-
-def test_weights_that_stay_are_said_to_stay(record):
-    course = [[1, {"feature": 1.0, "similarity": 2.0}], [9, {"feature": 1.0, "similarity": 2.0}]]
-    assert "feature : similarity stayed at 1 : 2." in render_card(dataclasses.replace(record, weights=course))
-    assert "feature : similarity were 1 : 2 at step 1." in render_card(dataclasses.replace(record, weights=course[:1]))
-
-
 def test_a_contrastive_trainer_of_ones_own(tmp_path, rows):
     model, processor = make_student()
     args = make_trainer(tmp_path / "run", rows).args
@@ -501,30 +307,3 @@ def test_a_contrastive_trainer_of_ones_own(tmp_path, rows):
     record = trainer.write_card(tmp_path / "run")
     assert record.method == "contrastive" and "losses" not in record.settings
     assert sections((tmp_path / "run" / "README.md").read_text()) == ["Use"]
-
-
-def test_template_and_what_fills_it_stay_short():
-    folder = EXAMPLE.parent
-    assert sum(len((folder / name).read_text().splitlines()) for name in ("template.md", "model_card.py")) <= 310
-
-
-def numbers(card: str) -> list[str]:
-    return re.findall(r"\d+(?:\.\d+)?", card)
-
-
-def test_the_example_is_the_quickstart_students_card():
-    kept = (EXAMPLE / "README.md").read_text()
-    record = RunRecord.from_json((EXAMPLE / "assets" / "card.json").read_text())
-    again = render_card(record)
-    assert sections(again) == sections(kept) == FINISHED
-    assert front_matter(again) == front_matter(kept)
-    assert numbers(again) == numbers(kept)
-    assert_well_formed(kept)
-    shown = set(re.findall(r"\]\(assets/([^)]*)\)", kept)) | {"query.png", "card.json"}
-    assert {path.name for path in (EXAMPLE / "assets").iterdir()} == shown
-    assert sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file()) < 300_000
-    recipe = yaml.safe_load(Path("recipes/icons.yaml").read_text())
-    assert record.name == "icons" and record.step == record.max_steps
-    assert {name: value for name, value in record.settings.items() if name in recipe} == {
-        name: value if name != "report_to" else [value] for name, value in recipe.items() if name in record.settings
-    }

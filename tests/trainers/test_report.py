@@ -44,7 +44,7 @@ def test_the_card_of_a_pushed_run_names_the_weights_commit(tmp_path, hub, monkey
     card = open(hf_hub_download("user/student", "README.md")).read()
     assert card == (tmp_path / "run" / "README.md").read_text()
     code, output = (re.search(rf"^```{of}\n(.*?)\n```$", card, re.S | re.M)[1] for of in ("python", "text"))
-    (revision,) = set(re.findall(r'revision="(\w+)"', code))
+    (revision,) = set(re.findall(r'revision = "(\w+)"', code))
     _, whole, card_alone = hub.commits("user/student")
     assert revision == whole.oid
     changed = {name for name, content in card_alone.files.items() if whole.files.get(name) != content}
