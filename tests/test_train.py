@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(tmp_path, data, caps
     run = tmp_path / "run"
     table = capsys.readouterr().out
     assert "share kept" in table and "ms per caption, batch 64" in table
-    assert "There are 48 images to learn from, and towers that start from nothing need many more" in table
+    assert "There are 48 rows to learn from, and towers that start from nothing need many more" in table
     results = json.loads((run / "all_results.json").read_text())
     assert results["share_of_teacher"] == pytest.approx(100 * results["test_rsum"] / results["teacher_test_rsum"])
     for name in ("curves", "text_to_image", "image_to_text"):

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,7 @@ import train
 from datasets_scripts import import_teacher_features, own_data
 from datasets_scripts.opening import open_dataset
 from inference import export, search
+from rows.command_line import run_program
 from teachers import load_teacher
 from teachers.beit3.convert import convert
 from trainers.run import checkpoints
@@ -139,7 +141,7 @@ def test_weights_in_a_pickle_run_nothing(tmp_path, student, data, mark, kind, ca
         with pytest.raises(Exception, match="(?i)weights|pickle|load"):
             AutoModel.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(SystemExit, match="error: "):
-        search.main(["--model_name_or_path", str(student), "--images", str(tmp_path), "a"])
+        run_program(partial(search.main, ["--model_name_or_path", str(student), "--images", str(tmp_path), "a"]))
     with pytest.raises(SystemExit, match="error: "):
         export.main(["--model_name_or_path", str(student), "--output_dir", str(tmp_path / "onnx")])
     assert not (tmp_path / "onnx").exists()
@@ -265,7 +267,7 @@ def test_code_of_a_repository_runs_only_with_the_flag(tmp_path, stranger, data, 
             (export, ["--output_dir", f"{tmp_path}/o"]),
         ):
             with pytest.raises(SystemExit, match="trust_remote_code"):
-                program.main(["--model_name_or_path", name, *arguments])
+                run_program(partial(program.main, ["--model_name_or_path", name, *arguments]))
     assert not mark.exists()
     with pytest.raises((OSError, ValueError, AttributeError, TypeError)):
         load_teacher(str(stranger), trust_remote_code=True)
