@@ -335,6 +335,19 @@ class Study:
                         self.add(line | figures | {"test_commit": code})
 
 
+def study_to_draw(doc: str, argv: list[str]) -> tuple[Study, argparse.Namespace]:
+    """The study, of the runs that there are, and the options of a program that draws it: `config`, `output`.
+
+    Args:
+        doc: the program's docstring.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="an ablation whose questions are the curves")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args(argv)
+    return Study(Ablation.read(args.config), train=False), args
+
+
 FIGURES = ("eval_rsum", "eval_share_of_teacher", "test_rsum", "test_share_of_teacher")
 HEADER = (
     "| variant | learning rate | seeds | validation RSUM | % of the teacher's | test RSUM | % of the teacher's | "

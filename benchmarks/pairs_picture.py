@@ -8,13 +8,12 @@ a curve, and its variants are called by their numbers of pairs, "all" at the end
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from rows.files import write_whole
+from model_cards.pictures import save_figure
 
-from .ablation import Ablation, Study, interval
+from .ablation import Study, interval, study_to_draw
 
 
 def points_of(study: Study, question: str) -> dict[str, tuple[float, float]]:
@@ -55,17 +54,11 @@ def draw(curves: dict[str, dict[str, tuple[float, float]]], path: Path) -> None:
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
     axis.legend()
-    with write_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="an ablation whose questions are the curves")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    args = parser.parse_args(argv)
-    study = Study(Ablation.read(args.config), train=False)
+    study, args = study_to_draw(__doc__, argv)
     curves = {question: points_of(study, question) for question in study.ablation.questions}
     curves = {question: points for question, points in curves.items() if points}
     if not curves:

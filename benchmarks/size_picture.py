@@ -8,19 +8,18 @@ anew from its settings: the trained weights need not be there, as they do not ch
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from rows.files import write_whole
+from model_cards.pictures import save_figure
 from train import prepare
 from trainers.recipe import as_options
 from trainers.report import latency
 
-from .ablation import Ablation, Study, interval, shown
+from .ablation import Study, interval, shown, study_to_draw
 from .common import machine
 
 
@@ -85,17 +84,11 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         axis.axhline(100, color="gray", linestyle=":", linewidth=1, label="the teacher")
     axes[0].set_ylabel("% of the teacher's RSUM, validation")
     axes[0].legend()
-    with write_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="an ablation whose questions are the curves")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    args = parser.parse_args(argv)
-    study = Study(Ablation.read(args.config), train=False)
+    study, args = study_to_draw(__doc__, argv)
     curves = {question: points_of(study, question) for question in study.ablation.questions}
     draw(curves, args.output)
     print(

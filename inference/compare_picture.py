@@ -6,6 +6,8 @@ from pathlib import Path
 
 import matplotlib
 
+from model_cards.pictures import save_figure
+
 
 PLACES = ((6, 4), (6, -11), (-6, 4), (-6, -11), (0, 9), (0, -16), (6, 15), (6, -22), (6, 26), (6, -33))  # points
 
@@ -52,8 +54,7 @@ def draw_comparison(found: list[dict], title: str, path: Path) -> None:
             if (right, up) != PLACES[-1]:
                 name.remove()
         taken.append(box)
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _plain(text: str) -> str:

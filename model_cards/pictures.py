@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -15,6 +16,10 @@ from rows.files import write_whole
 from rows.images import load_rgb
 
 from .tables import SHOWN
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 # Beside a card, those that show images of the data or their captions.
@@ -190,6 +195,16 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         axes[-1].axhline(teacher[-1], linestyle="--", color="grey", label="teacher")
         axes[-1].legend(fontsize="small")
     axes[-1].set_ylim(bottom=0)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure of matplotlib's as a PNG file, whole or not at all, and closes it.
+
+    The file names no program: of the same figure it has the same bytes.
+    """
+    import matplotlib.pyplot as plt
+
     with write_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
