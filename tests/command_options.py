@@ -17,6 +17,10 @@ from huggingface_hub.cli.hf import app as hf
 import train
 
 
+# What a program that reads options calls, itself or of a module that reads them for it.
+READS_OPTIONS = re.compile(r"parse_args\(|rows\.command_line|study_to_draw\(")
+
+
 class Parsed(Exception):
     """A program has read its options, by the parser that this holds."""
 
@@ -103,7 +107,7 @@ def _parse(module: str, words: list[str]) -> None:
     spec = find_spec(module)
     name = f"{module}.__main__" if spec.submodule_search_locations else module
     source = Path(find_spec(name).origin).read_text(encoding="utf-8")
-    if "parse_args(" not in source and "rows.command_line" not in source:
+    if not READS_OPTIONS.search(source):
         return
     parse_args = argparse.ArgumentParser.parse_args
 

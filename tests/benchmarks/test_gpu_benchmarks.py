@@ -107,8 +107,9 @@ def test_the_paper_s_student_is_timed_eager_and_compiled(table):
         assert number(table[f"{name}, student's FLOP/s"]) > 0
         assert number(table[f"{mode}, captions/s"]) > 0
         assert 0 < number(table[f"{mode}, share of the step outside the student"]) < 100
-        assert number(table[f"{mode}, forward and backward"]) > 0
-    assert table["eager, forward and backward"] == table["compiled, forward and backward"]
+    # The two modes may find another batch the fastest, whose captions are padded to another length.
+    eager, compiled = (number(table[f"{mode}, forward and backward"]) for mode in ("eager", "compiled"))
+    assert 0 < compiled == pytest.approx(eager, rel=0.2)
     assert number(table["the paper's student, compiled, compiled graphs"]) >= 1
     assert "the paper's student, eager, compiled graphs" not in table
     assert not any("utilisation" in name or "host" in name for name in table)
