@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dsmd import DSMDConfig
+from .text_masks import training_mask
 
 
 # Submodules of vision towers that only the tower's own pooler uses, and that no option leaves out:
@@ -23,8 +24,6 @@ OWN_POOLER = {
     "convnextv2": "layernorm",
     "siglip_vision_model": "head",
 }
-# Text towers that under "sdpa" take a mask `[C, 1, 1, L]` of the keys: any token may attend to any other.
-MASKED_BY_KEY = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 # Attributes of configs that hold the width of the last hidden state; the first that a config has counts.
 WIDTHS = ("neck_hidden_sizes", "hidden_sizes", "hidden_size", "hidden_dim")
 
@@ -207,11 +206,9 @@ class DSMDModel(PreTrainedModel):
         Returns:
             The tower's output with `pooler_output` `[C, D]` replaced by the projection.
         """
-        mask, config = attention_mask, self.config.text_config
-        if self.training and mask is not None and config.model_type in MASKED_BY_KEY:
-            if config._attn_implementation == "sdpa":
-                # For a mask [C, L] transformers first asks the device whether it masks anything, and waits for it.
-                mask = mask[:, None, None, :] > 0
+        mask = attention_mask
+        if self.training and mask is not None:
+            mask = training_mask(self.config.text_config, mask, self.text_projection.weight.dtype)
         output = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True, **kwargs)
         pooled = _pool(output, self.config.text_pooling, attention_mask)
         return _with_pooled(output, self.text_projection(pooled))

@@ -107,25 +107,6 @@ def test_captions_in_buckets_are_the_same_captions(inputs, text, pooling):
         run(model, {**inputs, "text_buckets": [(2, 7)]})
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("text", [bert, distilbert, minilm, roberta, modernbert])
-def test_captions_are_the_same_in_training(inputs, text, attention):
-    """Their mask is another: see `MASKED_BY_KEY`."""
-    model = make(text=text)
-    model.set_attn_implementation(attention)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    evaluated = run(model, inputs).text_embeds
-    for config in (model.config.text_config, model.text_model.config):
-        for name in ("attention_probs_dropout_prob", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-    with torch.no_grad():
-        trained = model.train()(**inputs).text_embeds
-    torch.testing.assert_close(trained, evaluated, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("text", [bert, distilbert, roberta, modernbert])
 def test_a_caption_without_tokens_is_finite(inputs, text):
     model = make(text=text)

@@ -37,6 +37,9 @@ import modeling_dsmd
 from modeling_dsmd import DSMDConfig, DSMDModel
 
 
+CODE = ("configuration_dsmd.py", "modeling_dsmd.py", "text_masks.py")  # what a saved student brings
+
+
 @pytest.mark.parametrize("vision, text, vision_pooling, text_pooling", ALL)
 def test_save_and_load(tmp_path, inputs, vision, text, vision_pooling, text_pooling):
     model = make(vision, text, vision_pooling, text_pooling)
@@ -186,7 +189,7 @@ def test_model_and_processor_load_where_the_package_is_not(tmp_path, monkeypatch
         assert_clean(info)
         assert_same(run(again, inputs), output, rtol=0, atol=1e-5)
     for folder in (tmp_path / "student_0", tmp_path / "student_0" / "again"):
-        for name in ("configuration_dsmd.py", "modeling_dsmd.py"):  # what was loaded from code carries it on
+        for name in CODE:  # what was loaded from code carries it on
             assert (folder / name).read_bytes() == Path(modeling_dsmd.__file__).with_name(name).read_bytes()
         config = json.loads((folder / "config.json").read_text())
         assert config["auto_map"] == {
@@ -200,7 +203,7 @@ def test_model_and_processor_load_where_the_package_is_not(tmp_path, monkeypatch
 def test_the_files_of_the_package_are_flat_and_self_contained():
     folder = Path(modeling_dsmd.__file__).parent
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {
-        "__init__.py", "configuration_dsmd.py", "modeling_dsmd.py", "py.typed"
+        "__init__.py", "py.typed", *CODE
     }  # fmt: skip
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     for path in folder.glob("*.py"):

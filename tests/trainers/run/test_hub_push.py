@@ -26,8 +26,8 @@ from trainers.teacher_pca import PCA_FILE
 
 
 REPO = "user/student"
-STUDENT = {"config.json", "configuration_dsmd.py", "modeling_dsmd.py", "model.safetensors", "README.md"}
-STUDENT |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "training_args.json"}
+STUDENT = {"config.json", "configuration_dsmd.py", "modeling_dsmd.py", "text_masks.py", "model.safetensors"}
+STUDENT |= {"README.md", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "training_args.json"}
 SETTINGS = {
     "max_steps": 4,
     "save_strategy": "steps",
