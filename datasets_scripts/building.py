@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from model_cards.tables import as_text
 from rows.columns import partners
 from rows.command_line import Command
-from rows.files import write_beside
+from rows.files import counted, write_beside
 
 from .arrow_files import Row, fold, name_of, read_images, store_images, stored_images, write_splits
 from .duplicates import (
@@ -241,6 +241,6 @@ def _usable_rows(
     if dropped:
         print(f"{dropped:,} empty captions dropped")
     if uncaptioned and keep_uncaptioned is False:
-        images = "1 image has no caption" if uncaptioned == 1 else f"{uncaptioned:,} images have no caption"
+        images = counted(uncaptioned, "image has no caption", "images have no caption")
         out.hint = f"{images}: keep them with --keep_uncaptioned, to learn them from the teacher alone. "
     return usable

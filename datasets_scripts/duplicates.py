@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from rows.files import printable
+from rows.files import counted, printable
 
 from .arrow_files import Row
 from .glyphs import components
@@ -78,7 +78,7 @@ def say_repeated(parts: dict[str | None, list[Row]], share_a_group: bool) -> Non
     repeated = {picture for of_split in counts for picture, number in of_split.items() if number > 1}
     if repeated:
         effect = ": they share a group_id and a split" if share_a_group else ""
-        print(f"{_pictures(len(repeated))} there under several names{effect}")
+        print(f"{counted(len(repeated), 'picture is', 'pictures are')} there under several names{effect}")
 
 
 def say_frequent(rows: list[Row]) -> None:
@@ -102,11 +102,12 @@ def say_several_splits(count: int, left_out: dict[str, int] | None) -> None:
     """
     if not count:
         return
+    pictures = counted(count, "picture is", "pictures are")
     if left_out is None:
-        print(f"{_pictures(count)} in several splits and stay there: a model is tested on what it has seen")
+        print(f"{pictures} in several splits and stay there: a model is tested on what it has seen")
         return
     rows = " and ".join(f"{number:,} rows of {split}" for split, number in left_out.items())
-    print(f"{_pictures(count)} in several splits: {rows} are left out (--duplicates keep would keep them)")
+    print(f"{pictures} in several splits: {rows} are left out (--duplicates keep would keep them)")
 
 
 def say_shared_captions(rows: list[Row]) -> None:
@@ -125,7 +126,3 @@ def say_shared_captions(rows: list[Row]) -> None:
             f"{len(groups[most]):,}): none of these images is a negative for it, and each is a right answer unless "
             "train.py is told --recall_by_index; captions that say more would tell them apart"
         )
-
-
-def _pictures(count: int) -> str:
-    return "1 picture is" if count == 1 else f"{count:,} pictures are"

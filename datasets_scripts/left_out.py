@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rows.files import printable
+from rows.files import counted, printable
 
 
 SHOWN = 20
@@ -62,9 +62,9 @@ class LeftOut:
                 raise ValueError("there are no rows; expected some in one of the splits")
             return
         self.report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        what = [f"{_images(self.images)} missing or broken"] if self.images else []
-        what += [f"{_rows(self.rows)} cannot be used"] if self.rows else []
-        what += [f"{_rows(self.failed)} marked as failed"] if self.failed else []
+        what = [f"{counted(len(self.images), 'image is', 'images are')} missing or broken"] if self.images else []
+        what += [f"{counted(len(self.rows), 'row', 'rows')} cannot be used"] if self.rows else []
+        what += [f"{counted(len(self.failed), 'row', 'rows')} marked as failed"] if self.failed else []
         where = f"all listed in {self.report}; the first:\n  " + "\n  ".join(lines[:SHOWN])
         message = f"{', '.join(what)}, {where}"
         count = len(self.rows) + len(self.images)
@@ -83,23 +83,17 @@ class LeftOut:
         if not count:
             return
         share = f"{100 * count / (count + kept):.1f} %"
-        rows = "1 row is" if count == 1 else f"{count:,} rows are"
-        line = f"{rows} left out, all listed in {self.report}, {share}"
+        line = f"{counted(count, 'row is', 'rows are')} left out, all listed in {self.report}, {share}"
         if self.failed:
             line += f" ({len(self.failed):,} of them failed in the source: --max_skipped does not count these)"
         print(line)
 
     def on_card(self) -> str:
         """A paragraph for the card; empty where nothing is left out."""
-        lines = [f"{len(self.images):,} images were missing or broken and are left out."] if self.images else []
-        lines += [f"{len(self.rows):,} rows could not be used and are left out."] if self.rows else []
-        lines += [f"{len(self.failed):,} rows that the source marks as failed are left out."] if self.failed else []
+        reasons = (
+            (self.images, "image was missing or broken and is", "images were missing or broken and are"),
+            (self.rows, "row could not be used and is", "rows could not be used and are"),
+            (self.failed, "row that the source marks as failed is", "rows that the source marks as failed are"),
+        )
+        lines = [f"{counted(len(rows), one, many)} left out." for rows, one, many in reasons if rows]
         return "\n\n" + " ".join(lines) if lines else ""
-
-
-def _images(lines: list[str]) -> str:
-    return "1 image is" if len(lines) == 1 else f"{len(lines):,} images are"
-
-
-def _rows(lines: list[str]) -> str:
-    return "1 row" if len(lines) == 1 else f"{len(lines):,} rows"

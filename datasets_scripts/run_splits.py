@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from datasets_scripts.opening import open_dataset, readable
 from rows.columns import Splits, id_hash
-from rows.files import printable
+from rows.files import counted, printable
 from rows.images import check_image_paths, load_rgb
 from trainers.run import distributed
 from trainers.streaming import left_out_of
@@ -175,5 +175,5 @@ def _write_rows(stream: datasets.IterableDataset, split: str) -> list[str]:
             usable_rows, features=stream.features, cache_dir=folder.name, fingerprint=os.path.basename(folder.name)
         )
     if left_out and PartialState().is_main_process:
-        print(f"{len(left_out):,} rows of the {split} split are left out, the first: {left_out[0]}")
+        print(f"{counted(len(left_out), 'row', 'rows')} of the {split} split left out, the first: {left_out[0]}")
     return [file["filename"] for file in rows.cache_files]

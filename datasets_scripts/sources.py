@@ -30,7 +30,7 @@ from datasets_scripts.source_folders import (
 from datasets_scripts.source_rows import Columns, ImageFolder, Table, find_columns
 from datasets_scripts.split_words import SPLIT_OF, split_of_path, split_of_word
 from datasets_scripts.tar_stream import tars_by_split
-from rows.files import read_file
+from rows.files import counted, read_file
 
 
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
@@ -292,7 +292,7 @@ class Source:
             named |= {str(row.get(table.columns.image)).replace("\\", "/").rpartition("/")[2] for row in table.rows}
         lost = [image for image in list_images(path) if image.name not in named]
         if lost:
-            what = "1 image of the folder has" if len(lost) == 1 else f"{len(lost):,} images of the folder have"
+            what = counted(len(lost), "image of the folder has", "images of the folder have")
             print(f"{what} no row and stay out; the first: {lost[0]}")
 
 

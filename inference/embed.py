@@ -44,7 +44,7 @@ from inference.vectors import (
     write_shard,
 )
 from rows.command_line import Command, run_program
-from rows.files import named, printable, shown_name
+from rows.files import counted, named, printable, shown_name
 from teachers import Teacher
 from trainers.run.distributed import agree, run_launched, use_the_cores
 from trainers.run.locking import alone
@@ -310,7 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not state.is_main_process:
             return
     if skipped := facts["skipped"]:
-        print(f"{len(skipped):,} images could not be read and were left out, listed in {INDEX}:")
+        images = counted(len(skipped), "image could not be read and was", "images could not be read and were")
+        print(f"{images} left out, listed in {INDEX}:")
         print("\n".join(f"  {printable(own)}: {reason}" for own, reason in list(skipped.items())[:SHOWN]))
     also = f" and {facts['texts']:,} texts" if facts["texts"] else ""
     print(f"{facts['images']:,} images{also}, {facts['width']} numbers each, in {options.output_dir}")

@@ -29,7 +29,7 @@ from inference.sources import ImageFolder, ImageRows, open_images
 from inference.vectors import VectorIndex, fingerprint, read_facts
 from model_cards.grid import Cell, check_replaceable, result_grid
 from rows.command_line import Command, run_program
-from rows.files import printable
+from rows.files import counted, printable
 from rows.texts import cut
 from teachers import Teacher
 
@@ -163,7 +163,7 @@ def open_index(options: argparse.Namespace) -> VectorIndex:
         index = index_folder(encoder, options.images, options.cache_dir)
         print(f"The index of {options.images} is kept in {index.folder}; `rm -r` it to clear it.")
     if index.skipped:
-        print(f"{len(index.skipped)} files were left out:")
+        print(f"{counted(len(index.skipped), 'file was', 'files were')} left out:")
         print("\n".join(f"  {printable(path)}: {reason}" for path, reason in index.skipped.items()))
     if options.truncate_dim is not None:
         index.truncate(options.truncate_dim)

@@ -27,7 +27,7 @@ from inference.web_page import copy_page, write_worker
 from inference.web_pictures import Pictures, pictures_of_dataset, pictures_of_folder
 from inference.web_student import WebStudent, check_size, load_web_student, write_student
 from rows.command_line import Command, run_program
-from rows.files import printable, write_beside
+from rows.files import counted, printable, write_beside
 
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         sys.exit(f"error: {error}")
     if pictures.left_out:
-        print(f"{len(pictures.left_out)} pictures were left out:")
+        print(f"{counted(len(pictures.left_out), 'picture was', 'pictures were')} left out:")
         print("\n".join(f"  {printable(name)}: {why}" for name, why in list(pictures.left_out.items())[:SHOWN]))
     about = json.loads((folder / "data" / "site.json").read_text(encoding="utf-8"))
     print(

@@ -19,6 +19,11 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A number with the words that it asks for: "1 image is", "2,000 images are"."""
+    return f"1 {one}" if count == 1 else f"{count:,} {many}"
+
+
 def named(names: Sequence[str]) -> str:
     """The first three names, for a sentence."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
 from rows.columns import pairs_of, partners
+from rows.files import counted
 from rows.teacher_columns import TEACHER_COLUMNS
 
 from .agreement import FEWEST
@@ -121,20 +122,19 @@ def check_evaluated(
             )
         check_together(rows, name, None, remember)
         pairs = len(pairs_of(rows))
+        has = counted(pairs, "pair", "pairs")
         if pairs >= FEWEST or pairs == len(rows) > 0:
             continue
         lacks = why_no_agreement(name, rows)
         if lacks and not pairs:
             raise ValueError(f"No row of the {name} split is a pair, and {lacks} Hold more back, or give pairs.")
         if lacks:
-            logger.warning(
-                f"Recall over the {_pairs(pairs)} of the {name} split says little, and {lacks} Hold more back."
-            )
+            logger.warning(f"Recall over the {has} of the {name} split says little, and {lacks} Hold more back.")
         elif not several and args.metric_for_best_model in ("rsum", "eval_rsum"):
             args.metric_for_best_model = "agreement"
             if pairs:
                 logger.warning(
-                    f"The {name} split has {_pairs(pairs)} of an image and a caption, fewer than {FEWEST}: the best "
+                    f"The {name} split has {has} of an image and a caption, fewer than {FEWEST}: the best "
                     "checkpoint is chosen by the agreement with the teacher, over all its rows."
                 )
     chosen = (args.metric_for_best_model or "").removeprefix("eval_")
@@ -159,7 +159,3 @@ def why_no_agreement(name: str, rows: datasets.Dataset) -> str | None:
         f"it has {images:,} images and {texts:,} different texts: the agreement with the teacher needs both, and "
         f"{FEWEST} of one side."
     )
-
-
-def _pairs(count: int) -> str:
-    return "1 pair" if count == 1 else f"{count} pairs"

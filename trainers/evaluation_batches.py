@@ -69,8 +69,7 @@ class PreparedBatches(torch.utils.data.Dataset):
 
 def prepared_loader(batches: PreparedBatches, args: RetrievalTrainingArguments) -> Iterable[dict[str, torch.Tensor]]:
     """The batches in their order, read and prepared by the workers that `args` names; on a GPU from pinned memory."""
-    pinned = args.dataloader_pin_memory and args.device.type == "cuda"
-    return _loader(batches, args, batch_size=None, pin_memory=pinned)
+    return _loader(batches, args, batch_size=None, pin_memory=args.dataloader_pin_memory)
 
 
 def image_loader(

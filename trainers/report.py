@@ -14,7 +14,7 @@ from model_cards.model_card import usage_code
 from model_cards.pictures import PICTURES_OF_DATA, draw_grids, plot_curves, save_query, save_samples
 from model_cards.tables import SHOWN, across_table, results_table
 from rows.columns import Splits
-from rows.files import write_json
+from rows.files import counted, write_json
 
 from .base_trainer import RetrievalTrainer
 from .teacher_pca import PCA_FILE
@@ -70,7 +70,9 @@ def report(trainer: RetrievalTrainer, metrics: dict[str, float], trained: bool, 
         metrics["share_of_teacher"] = metrics["test_share_of_teacher"]
     if trainer.unreadable:
         metrics["unreadable_images"] = len(trainer.unreadable)
-        print(f"\n{len(trainer.unreadable)} images could not be read and were left out:")
+        count = len(trainer.unreadable)
+        images = counted(count, "image could not be read and was", "images could not be read and were")
+        print(f"\n{images} left out:")
         print("\n".join(f"  {line}" for line in trainer.unreadable))
     key = "test" if "test_images" in metrics else "eval"  # an evaluation may have no test split
     print("\n" + results_table(metrics, key, trainer.facts.baseline, split=trainer.facts.splits[key]))

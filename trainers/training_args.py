@@ -162,6 +162,8 @@ class RetrievalTrainingArguments(TrainingArguments):
             self.bf16, self.fp16, self.tf32, precision.of_this_process(), capability
         )
         super().__post_init__()
+        if self.device.type in ("cpu", "mps"):  # torch pins memory for neither, and would warn
+            self.dataloader_pin_memory = False
         if refused and self.mixed_precision == "bf16":  # the setting goes before accelerate's configuration
             self.mixed_precision = "no"
         if not chosen:  # a batch goes to the device during the step before

@@ -245,7 +245,7 @@ def test_what_cannot_be_used_is_left_out_listed_and_counted(tmp_path, capsys, sh
     assert listed[3].startswith(f"{where}cut: UnidentifiedImageError") and listed[4] == "row 9: failed_to_download"
     assert len(listed) == 5
     card = (tmp_path / "data" / "README.md").read_text()
-    assert "1 images were missing or broken" in card and "3 rows could not be used" in card
+    assert "1 image was missing or broken" in card and "3 rows could not be used" in card
 
 
 @pytest.mark.parametrize("shares", [None, (0.2, 0.2)])

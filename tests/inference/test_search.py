@@ -284,7 +284,7 @@ def test_command_line(student, folder, tmp_path, capsys):
     text = capsys.readouterr()
     for result in index_folder(student, folder, tmp_path / "cache").search_text("arrow left", 3):
         assert f"  {result.score:.3f}  {result.path}\n" in text.out
-    assert "1 files were left out" in text.out and "broken.jpg: cannot identify image file" in text.out
+    assert "1 file was left out" in text.out and "broken.jpg: cannot identify image file" in text.out
     assert "3 of 12 images" in text.out
     (index,) = (tmp_path / "cache").rglob("index.json")
     assert f"is kept in {index.parent};" in text.out

@@ -51,19 +51,16 @@ def test_captions_are_tokenised_by_the_workers(tmp_path, monkeypatch):
     assert not called  # in this process
 
 
-@pytest.mark.parametrize(
-    ("device", "asked", "pinned"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
-)
-def test_batches_are_pinned_for_a_gpu_alone(tmp_path, device, asked, pinned):
-    trainer = make_trainer(tmp_path, None, dataloader_pin_memory=asked)
+def test_batches_are_pinned_for_a_gpu_alone(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, None, dataloader_pin_memory=True)
     batches = PreparedBatches(*parts_of(trainer, make_rows(3)))
-
-    class Args:
-        dataloader_num_workers, dataloader_multiprocessing_context = 0, None
-        dataloader_pin_memory = asked
-
-    Args.device = torch.device(device)
-    assert prepared_loader(batches, Args).pin_memory is pinned
+    assert trainer.args.device.type == "cpu"  # where torch would warn
+    assert not trainer.args.dataloader_pin_memory and not prepared_loader(batches, trainer.args).pin_memory
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(trainer.args), "__setattr__", object.__setattr__)
+    for asked in (True, False):
+        trainer.args.dataloader_pin_memory = asked
+        assert prepared_loader(batches, trainer.args).pin_memory is asked
 
 
 def test_rows_without_a_partner_are_in_no_batch_of_the_other_side(tmp_path):
