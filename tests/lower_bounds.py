@@ -20,7 +20,7 @@ import tomllib  # of Python 3.11
 
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("test", "onnx", "faiss")
+EXTRAS = ("test", "onnx")
 TESTS = (
     "tests/test_train.py",
     "tests/test_train_teacher.py",
