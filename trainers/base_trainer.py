@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -24,7 +23,7 @@ from rows.teacher_columns import TEACHER_COLUMNS, teacher_rows
 
 from .agreement import TeachersFirst, agreement_with_teacher
 from .argument_checks import check_evaluated, check_student, fit_batch_size, taken_arguments
-from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, Views, most_buckets, size_of_all
+from .batches import NO_TEXT, RetrievalCollator, RetrievalDataset, most_buckets, views_of
 from .card import describe_run, write_readme
 from .collapse import constant_sides
 from .dry_run import check_embeds, check_text_pooling, leave_out_unused, tiny_batch
@@ -32,6 +31,7 @@ from .equal_texts import SharedTexts, find_shared_texts
 from .frozen_vision import keep_frozen_outputs
 from .idle_towers import idle_towers, inputs_of, one_row
 from .parameter_groups import parameter_groups
+from .pixel_bytes import table_on, with_pixel_numbers
 from .retrieval_evaluation import encode, recall_figures, teachers_first_of
 from .row_checks import check_together
 from .run.callbacks import SetEpoch
@@ -108,10 +108,7 @@ class RetrievalTrainer(ResumableTrainer):
                 fit_batch_size(len(train_dataset), args)
             where = "the first rows of train" if streamed else "train"
             shared = find_shared_texts(known, where, "none of these is a negative for another")
-            seed = args.data_seed if args.data_seed is not None else args.seed
-            views = Views(args.captions_per_image, args.random_shift, args.random_zoom, seed)
-            if (size := size_of_all(processing_class.image_processor)) is not None:
-                views = replace(views, size=size, resample=processing_class.image_processor.resample)
+            views = views_of(args, processing_class.image_processor)
             if streamed:
                 share = (args.process_index, args.world_size)
                 train_dataset = StreamedRetrievalDataset(
@@ -128,10 +125,12 @@ class RetrievalTrainer(ResumableTrainer):
         if args.freeze is not None:
             # Without gradients no activation of the tower is kept for the backward pass.
             getattr(model, f"{args.freeze}_model").requires_grad_(False)
+        self.pixel_table = table_on(args.device, processing_class.image_processor)
+        of_texts = (args.max_caption_length, most_buckets(args.device))
         super().__init__(
             model=model,
             args=args,
-            data_collator=RetrievalCollator(processing_class, args.max_caption_length, most_buckets(args.device)),
+            data_collator=RetrievalCollator(processing_class, *of_texts, as_bytes=self.pixel_table is not None),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -151,7 +150,7 @@ class RetrievalTrainer(ResumableTrainer):
         self._signs: set[str] = set()  # of collapse, those that were warned of
         self._in_buckets = "text_buckets" in inspect.signature(self.model.forward).parameters
         self.unused: list[str] = []
-        batch = tiny_batch(self.data_collator, args.device)
+        batch = tiny_batch(RetrievalCollator(processing_class, *of_texts), args.device)
         self._one_row = one_row(batch)
         check_embeds(self.model, batch, self.compute_loss_context_manager)
         if self.train_dataset is not None:
@@ -265,6 +264,7 @@ class RetrievalTrainer(ResumableTrainer):
         # Each bucket is a forward pass, which of a sharded tower all ranks make together: they may differ in buckets.
         in_buckets = self._in_buckets and not self.is_fsdp_enabled
         in_buckets = in_buckets and "text_buckets" in batch
+        batch = with_pixel_numbers(batch, self.pixel_table)
         with idle_towers(self.accelerator.unwrap_model(model), batch):
             buckets = {"text_buckets": batch["text_buckets"]} if in_buckets else {}
             output = model(**inputs_of(batch, self._one_row), **buckets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
@@ -18,6 +18,9 @@ from rows.files import printable
 from rows.images import load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_features
 from rows.texts import cut
+
+from .pixel_bytes import pixel_bytes
+from .training_args import RetrievalTrainingArguments
 
 
 NO_TEXT = -1  # no text_id: fills up the lists of those images that have fewer texts than others
@@ -250,12 +253,14 @@ class RetrievalCollator:
         processor: a `VisionTextDualEncoderProcessor` or any with `image_processor` and `tokenizer`.
         max_length: captions are cut at this many tokens.
         most_buckets: see [`text_buckets`].
+        as_bytes: give `pixel_values` as uint8, see `trainers/pixel_bytes.py`.
     """
 
-    def __init__(self, processor, max_length: int, most_buckets: int = 32):
+    def __init__(self, processor, max_length: int, most_buckets: int = 32, as_bytes: bool = False):
         self.processor = processor
         self.max_length = max_length
         self.most_buckets = most_buckets
+        self.as_bytes = as_bytes
 
     def __call__(self, examples: list[dict | None]) -> dict:
         if examples[0] is None:  # a batch of a stream, trained on before the run was resumed
@@ -324,6 +329,8 @@ class RetrievalCollator:
     def pixel_values(self, images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
         if isinstance(images[0], torch.Tensor):
             return torch.stack(images)
+        if self.as_bytes:
+            return pixel_bytes(self.processor.image_processor, images)
         return self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
@@ -336,6 +343,14 @@ def size_of_all(image_processor) -> tuple[int, int] | None:
     )
     others = any(getattr(image_processor, name, None) for name in ("do_center_crop", "do_pad", "crop_pct"))
     return (width, height) if resizes and width and height and not others else None
+
+
+def views_of(args: RetrievalTrainingArguments, image_processor) -> Views:
+    """The views of a run, of the size that its image processor brings all images to."""
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    views = Views(args.captions_per_image, args.random_shift, args.random_zoom, seed)
+    size = size_of_all(image_processor)
+    return views if size is None else replace(views, size=size, resample=image_processor.resample)
 
 
 def random_view(

@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 
 from .base_trainer import RetrievalTrainer
 from .batches import RetrievalDataset
+from .pixel_bytes import with_pixel_numbers
 from .timing import seconds_of
 
 
@@ -58,7 +59,7 @@ def measure(trainer: RetrievalTrainer) -> LoaderSpeed | None:
         seconds = min(seconds_of(make) for _ in range(2))  # the first one opens files
     except ValueError:
         return None
-    batch = send_to_device(made[-1], args.device)
+    batch = with_pixel_numbers(send_to_device(made[-1], args.device), trainer.pixel_table)
     images = len(batch["image_groups"])
     if not images:
         return None

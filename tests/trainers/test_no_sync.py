@@ -13,9 +13,10 @@ from tiny_trainer import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, FeatureQueue
+from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, FeatureQueue, base_trainer
 from trainers.balancers import BALANCERS
 from trainers.losses import PAIRS
+from trainers.pixel_bytes import pixel_table
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -70,9 +71,16 @@ def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **settings: contextlib.nullcontext())
 
 
+@pytest.fixture(autouse=True)
+def pixels_as_bytes(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(base_trainer, "table_on", lambda device, processor: pixel_table(processor))
+
+
 def to_device(trainer, batch: dict) -> dict:
     """Brings all of a trainer to the device, and a batch, as Trainer does before `begin_step`."""
     trainer.model.to("meta")
+    trainer.pixel_table = trainer.pixel_table.to("meta")
     if isinstance(trainer, DSMDTrainer):
         trainer.balancer.to("meta")
         for name in ("image_queue", "text_queue"):
