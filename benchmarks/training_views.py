@@ -6,6 +6,8 @@ An augmented view is resampled straight from its image to the student's size, an
 needs. Beside it the other way: the whole image decoded, a view of its size, which the processor resamples again; so
 do evaluation, search and export, of the image itself. The icon is a PNG of 64 pixels for a student of 48, as in the
 quickstart, where nothing can be decoded smaller; the JPEGs are made here, for a student of 224.
+
+The last row is the processor alone, on views of its size: as bytes, which become numbers on a GPU, and as numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from transformers import ViTImageProcessorPil
 
 from rows.images import load_rgb
 from trainers.batches import Views, random_view, size_of_all
+from trainers.pixel_bytes import pixel_bytes
 from trainers.timing import seconds_of
 
 from .common import Row, interleaved, print_table, ratio
@@ -28,6 +31,7 @@ from .common import Row, interleaved, print_table, ratio
 
 SHIFT, ZOOM = 0.06, 0.1  # the quickstart's
 IMAGES = (("PNG", (64, 64), 48), ("JPEG", (256, 256), 224), ("JPEG", (500, 375), 224), ("JPEG", (4000, 3000), 224))
+BATCH = (32, 224)  # views, and their sides
 
 
 def stored(file_format: str, size: tuple[int, int]) -> dict:
@@ -78,7 +82,24 @@ def measure(rounds: int = 20) -> list[Row]:
                 "under 1 x",
             )
         )
-    return rows
+    return [*rows, bytes_beside_numbers(rounds)]
+
+
+def bytes_beside_numbers(rounds: int) -> Row:
+    """A row on a batch of views as bytes, see `trainers/pixel_bytes.py`, beside one of numbers."""
+    processor = ViTImageProcessorPil(size={"height": BATCH[1], "width": BATCH[1]})
+    views = [load_rgb(stored("PNG", (BATCH[1], BATCH[1])))] * BATCH[0]
+    sides = (partial(pixel_bytes, processor, views), partial(processor, images=views, return_tensors="pt"))
+    small, plain = interleaved(*(partial(seconds_of, side) for side in sides), rounds=rounds)
+    size, large = sides[0]().nbytes, sides[1]()["pixel_values"].nbytes
+    means = [f"{1000 * sorted(times)[len(times) // 2]:.1f} ms" for times in (small, plain)]
+    return Row(
+        f"{BATCH[0]} views of {BATCH[1]} pixels through the processor as bytes, {size / 1e6:.1f} MB",
+        means[0],
+        f"as numbers: {means[1]}, {large / 1e6:.1f} MB",
+        f"{ratio(small, plain):.2f} x",
+        "under 1 x",
+    )
 
 
 if __name__ == "__main__":

@@ -121,9 +121,11 @@ def test_teacher_features():
 
 def test_training_views(monkeypatch):
     monkeypatch.setattr(training_views, "IMAGES", (("PNG", (20, 16), 12), ("JPEG", (600, 450), 48)))
+    monkeypatch.setattr(training_views, "BATCH", (2, 32))
     rows = training_views.measure(rounds=1)
     check(rows)
-    assert ["PNG of 20 x 16" in rows[0].claim, "JPEG of 600 x 450" in rows[1].claim] == [True, True]
+    words = ("PNG of 20 x 16", "JPEG of 600 x 450", "2 views of 32 pixels through the processor as bytes, 0.0 MB")
+    assert all(word in row.claim for word, row in zip(words, rows, strict=True))
     once, twice = (way(training_views.stored("JPEG", (600, 450)), 1) for way in training_views.ways(48))
     assert once.shape == twice.shape == (3, 48, 48)
     assert 0 < np.abs(once - twice).mean() < 0.1  # the same part of the picture, by other roundings
