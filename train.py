@@ -40,7 +40,7 @@ from rows.columns import Splits
 from rows.files import shown_name
 from rows.teacher_columns import teacher_description, teacher_width
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments, RetrievalTrainingArguments
-from trainers.argument_checks import check_processes, check_student
+from trainers.argument_checks import check_held_out, check_processes, check_student
 from trainers.base_trainer import RetrievalTrainer
 from trainers.batches import RetrievalCollator
 from trainers.dry_run import check_embeds, check_text_pooling, tiny_batch
@@ -72,6 +72,7 @@ MOST_USED = (
     "weight_decay", "warmup_steps", "bf16", "eval_strategy", "save_strategy", "load_best_model_at_end",
     "dataloader_num_workers", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "report_to", "seed",
 )  # fmt: skip
+OF_NEW_TOWERS = ("vision_layers", "vision_layer_indices", "text_layers", "text_layer_indices", "trim_vocabulary")
 OF_TEACHERS = ("teacher_model_name_or_path", "teacher_revision", "teacher_weights")
 NO_PICKLES = (
     "error: a file of weights or of a checkpoint is damaged, or a pickle of more than tensors, which can run any "
@@ -127,6 +128,9 @@ def parse_arguments(argv: list[str]) -> tuple[StudentArguments, DataArguments, R
         raise
     except Exception as error:  # Trainer's own checks of its settings have no common type
         raise ValueError(f"These settings are refused: {type(error).__name__}: {error}") from error
+    named = [f"--{name}" for name in OF_NEW_TOWERS if option(rest, name) is not None]
+    if student.model_name_or_path is not None and training.do_train and named:
+        raise ValueError(f"--model_name_or_path takes a saved student as it is: leave out {', '.join(named)}.")
     return student, data, training
 
 
@@ -190,7 +194,7 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, Data
     rows = load_data(
         data_args,
         trust_remote_code=student_args.trust_remote_code,
-        before_teacher=lambda train: try_student(student_args, args, train, teacher_source(data_args.teachers, None)),
+        before_teacher=lambda rows: try_student(student_args, args, rows, teacher_source(data_args.teachers, None)),
         trains=args.do_train,
         teacher_is_demanded=option(argv, "teacher_model_name_or_path") is not None,
     )
@@ -246,13 +250,13 @@ def prepare(argv: list[str]) -> tuple[RetrievalTrainer, Splits, str | None, Data
 
 
 def try_student(
-    student_args: StudentArguments, args: RetrievalTrainingArguments, train: datasets.Dataset, teacher: Source
+    student_args: StudentArguments, args: RetrievalTrainingArguments, rows: datasets.DatasetDict, teacher: Source
 ) -> int | None:
     """Builds the student that a run will build later, and throws it away: what is wrong with it or its settings is
     better said before a teacher has run for hours.
 
     Args:
-        train: the training split.
+        rows: the splits.
         teacher: the one that is to run, which the student may have a tower of.
 
     Returns:
@@ -261,10 +265,12 @@ def try_student(
     Raises:
         ValueError, OSError: as the run would later.
     """
-    model, processor = build_student(student_args, itertools.islice(training_captions(train), 1000), None, teacher)
+    check_held_out(rows)
+    captions = itertools.islice(training_captions(rows["train"]), 1000)
+    model, processor = build_student(student_args, captions, None, teacher)
     check_student(model)
     set_caption_length(model, processor.tokenizer, args, trains=True)
-    check_processes(len(train), args)
+    check_processes(len(rows["train"]), args)
     batch = tiny_batch(RetrievalCollator(processor, args.max_caption_length), torch.device("cpu"))
     check_embeds(model, batch)
     check_text_pooling(model, batch)

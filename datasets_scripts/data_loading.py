@@ -127,7 +127,7 @@ class DataArguments:
 def load_data(
     args: DataArguments,
     trust_remote_code: bool = False,
-    before_teacher: Callable[[datasets.Dataset], int | None] | None = None,
+    before_teacher: Callable[[datasets.DatasetDict], int | None] | None = None,
     trains: bool = True,
     teacher_is_demanded: bool = False,
 ) -> Splits:
@@ -136,7 +136,7 @@ def load_data(
     A dataset that has features is used as it is: the teacher of the arguments makes them where there are none.
 
     Args:
-        before_teacher: called with the training split before a teacher is loaded to make features; returns the width
+        before_teacher: called with the splits before a teacher is loaded to make features; returns the width
             that the student was told to have, or None.
         trains: the run is a training; an evaluation does with the splits that there are.
         teacher_is_demanded: refuse features of another teacher than that of the arguments.
@@ -264,7 +264,7 @@ def _with_teacher(
     rows: datasets.DatasetDict,
     args: DataArguments,
     trust_remote_code: bool,
-    before_teacher: Callable[[datasets.Dataset], int | None] | None,
+    before_teacher: Callable[[datasets.DatasetDict], int | None] | None,
 ) -> datasets.DatasetDict:
     """The rows with features of the arguments' teachers: kept from an earlier run, or made now."""
     from datasets_scripts.feature_job import cached_teacher_features
@@ -279,7 +279,7 @@ def _with_teacher(
         trust_remote_code=trust_remote_code,
         skip_broken=args.skip_broken,
         max_skipped=args.max_skipped,
-        before_teacher=None if before_teacher is None else partial(before_teacher, rows["train"]),
+        before_teacher=None if before_teacher is None else partial(before_teacher, rows),
     )
     if PartialState().is_main_process:
         print(f"teacher features: {folder}")

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from datasets_scripts.opening import open_dataset
 from datasets_scripts.teacher_identity import without_names
 from rows.columns import partners, text_id
+from rows.files import counted
 from rows.images import load_rgb
 from rows.teacher_columns import TEACHER_COLUMNS, TEACHER_SCALES, teacher_description, teacher_tensors, teacher_width
 from trainers.run import distributed
@@ -28,7 +29,8 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     """The splits, of which `train` has the rows of all splits of another dataset too.
 
     An image of the pool that is in validation or test, and a text that is a caption there, are left out and counted.
-    Where the features are not made yet, see [`without_alike`] too. To be called on every process.
+    An image whose file is in train too has the group of that row. Where the features are not made yet, see
+    [`without_alike`] too. To be called on every process.
 
     Args:
         rows: the run's splits; where its training rows have a teacher's features, the pool must have this teacher's.
@@ -52,10 +54,12 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
     ids = {column: [f"pool/{own}" for own in pool["image_id" if column not in pool.column_names else column][:]]
            for column in ("image_id", "group_id")}  # fmt: skip
     pool = pool.remove_columns([column for column in ids if column in pool.column_names])
-    for column, values in ids.items():
-        pool = pool.add_column(column, values, feature=datasets.Value("string"))
     if "group_id" not in train.column_names:
         train = train.add_column("group_id", train["image_id"][:], feature=datasets.Value("string"))
+    again = distributed.decided_by_first_rank(lambda: _groups_of_train(pool, train))
+    ids["group_id"] = [again.get(row, own) for row, own in enumerate(ids["group_id"])]
+    for column, values in ids.items():
+        pool = pool.add_column(column, values, feature=datasets.Value("string"))
     names = [column for column in OF_ROWS if column in train.column_names]
     train = train.select_columns(names)
     stored = [
@@ -77,6 +81,8 @@ def with_pool(rows: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
             f"the pool {name} adds {int(has_image.sum()):,} images and {int(counts.sum()):,} texts; {images:,} images "
             f"and {texts:,} texts of it are in validation or test too and left out"
         )
+        if again:
+            print(f"{counted(len(again), 'image', 'images')} of it are in train too, and of the same group there")
     return datasets.DatasetDict({**rows, "train": joined})
 
 
@@ -175,6 +181,13 @@ def _held_out(pool: datasets.Dataset, held_out: list[datasets.Dataset]) -> tuple
         dropped += equal
         is_out[row] |= equal > 0
     return np.flatnonzero(is_out).tolist(), images, dropped
+
+
+def _groups_of_train(pool: datasets.Dataset, train: datasets.Dataset) -> dict[int, str]:
+    """Rows of the pool whose image's file is that of a training row, which is then no negative of it: row -> group."""
+    known = dict(zip(_file_digests(train), train["group_id"][:]))
+    known.pop(None, None)
+    return {row: known[digest] for row, digest in enumerate(_file_digests(pool)) if digest in known}
 
 
 def _file_digests(part: datasets.Dataset) -> list[bytes | None]:

@@ -105,8 +105,7 @@ class Source:
                 return self.tables_of_datasets(datasets.load_from_disk(path))
         if files := sorted(file for file in path.rglob("metadata.*") if file.name in METADATA):
             tables = [self._table_of_file(file, path) for file in files]
-            self._say_images_without_rows(path, tables)
-            return tables
+            return tables + self._images_without_rows(path, tables)
         if files := sorted(path.rglob("*.tar")):
             return [self._table_of_file(file, path) for file in files]
         images = list_images(path)
@@ -127,8 +126,7 @@ class Source:
                 raise ValueError(f"{path} has images and several tables ({names}): name the one that has the captions")
             print(f"the captions are taken from {', '.join(str(file.relative_to(path)) for file in found)}")
             tables = [self._table_of_file(file, path) for file in found]
-            self._say_images_without_rows(path, tables)
-            return tables
+            return tables + self._images_without_rows(path, tables)
         if images:
             self._note_folders(images)
             if self.keep_uncaptioned and self.template is None:
@@ -284,16 +282,22 @@ class Source:
             if split is not None:
                 self.decided[decided_by] = split
 
-    def _say_images_without_rows(self, path: Path, tables: list[Table]) -> None:
+    def _images_without_rows(self, path: Path, tables: list[Table]) -> list[Table]:
+        """A table of the folder's images that no row names, where they are wanted without captions."""
         named = set()
         for table in tables:
             if not isinstance(table.rows, list) or self.images is not None:
-                return
+                return []
             named |= {str(row.get(table.columns.image)).replace("\\", "/").rpartition("/")[2] for row in table.rows}
         lost = [image for image in list_images(path) if image.name not in named]
-        if lost:
-            what = counted(len(lost), "image of the folder has", "images of the folder have")
-            print(f"{what} no row and stay out; the first: {lost[0]}")
+        if not lost:
+            return []
+        what = counted(len(lost), "image of the folder has", "images of the folder have")
+        if self.keep_uncaptioned:
+            print(f"{what} no row: taken without a caption; the first: {lost[0]}")
+            return [table_of_images(path, lost)]
+        print(f"{what} no row and stay out (--keep_uncaptioned takes them); the first: {lost[0]}")
+        return []
 
 
 def _is_saved(folder: Path) -> bool:

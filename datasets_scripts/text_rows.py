@@ -58,7 +58,8 @@ def _texts(source: str, column: str | None, encoding: str | None, delimiter: str
         for row in rows:
             yield from captions_of(row.get(column), column)
         return
-    if path.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and suffix_of(path) not in (".txt", *TEXT_SUFFIXES)
+    if path.exists() or is_id:
         with readable(source):
             if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 loaded = datasets.load_from_disk(source)

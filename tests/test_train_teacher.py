@@ -110,6 +110,10 @@ def without_features(folder, data, **broken):
         ({"vision_config": {"model_type": "vitt"}}, "vitt"),
         ({"text_config": None, "text_model_name_or_path": "no/such-tower"}, "no/such-tower"),
         ({"text_config": None}, "Which text tower"),
+        (
+            {"model_name_or_path": "saved", "text_config": None, "text_layers": 1},
+            "takes a saved student as it is: leave out --text_layers",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_student_is_said_before_the_teacher_runs(
@@ -124,7 +128,15 @@ def test_what_is_wrong_with_the_student_is_said_before_the_teacher_runs(
 
     monkeypatch.setattr(feature_job, "load_teacher", counted)
     plain = {"dataset_name": without_features(tmp_path / "plain", data), "teacher_model_name_or_path": str(teacher)}
-    assert message in refused(write_recipe(tmp_path, data, **plain, **settings))
+    typed = [word for name, value in settings.items() if name == "text_layers" for word in (f"--{name}", str(value))]
+    assert message in refused([*write_recipe(tmp_path, data, **plain, **settings), *typed])
+    assert not calls
+    few = {"validation": make_rows(12, seed=1).map(lambda row: {"captions": []})}
+    parts = {**datasets.load_from_disk(plain["dataset_name"]), **few}
+    parts["validation"] = parts["validation"].remove_columns(TEACHER_COLUMNS)
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "few")
+    of_few = write_recipe(tmp_path, data, **plain | {"dataset_name": str(tmp_path / "few")})
+    assert "No row of the validation split is a pair, and it has 12 images and 0 different texts" in refused(of_few)
     assert not calls
     assert "such_a_key" in refused([*write_recipe(tmp_path, data, **plain), "--losses", "such_a_key"])
     assert not calls

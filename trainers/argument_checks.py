@@ -151,6 +151,20 @@ def why_no_agreement(name: str, rows: datasets.Dataset) -> str | None:
             "there are no teacher features to compare with: add the teacher's features "
             "(datasets_scripts.add_teacher_features)."
         )
+    return too_few_rows(rows)
+
+
+def check_held_out(rows: datasets.DatasetDict) -> None:
+    """Refuses the split that a run is evaluated on where no teacher could give it a figure: [`check_evaluated`] later
+    would, after the teacher has run."""
+    name = "validation" if "validation" in rows else "test"
+    few = too_few_rows(rows[name]) if name in rows and not len(pairs_of(rows[name])) else None
+    if few:
+        raise ValueError(f"No row of the {name} split is a pair, and {few} Hold more back, or give pairs.")
+
+
+def too_few_rows(rows: datasets.Dataset) -> str | None:
+    """Why rows are too few for an agreement with a teacher, as the end of a sentence; None where they are enough."""
     has_image, _ = partners(rows)
     images, texts = int(has_image.sum()), len({text for own in rows["captions"] for text in own})
     if images and texts and max(images, texts) >= FEWEST:

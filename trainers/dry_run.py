@@ -53,8 +53,10 @@ def check_embeds(model: nn.Module, batch: dict, autocast: Autocast = nullcontext
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of whatever model there is
-            if "text_buckets" in inspect.signature(model.forward).parameters:  # a DSMDModel says what is wrong itself
-                raise
+            if "text_buckets" in inspect.signature(model.forward).parameters:
+                if isinstance(error, ValueError):  # a DSMDModel says what is wrong itself
+                    raise
+                what_to_do = "take another tower, or more of its layers."
             raise ValueError(
                 f"{name} gives no {field} for {given} alone ({type(error).__name__}: {error}): {what_to_do}"
             ) from error

@@ -22,7 +22,11 @@ def parameters_by_part(model: DSMDModel) -> dict[str, int]:
     """Numbers of parameters of a student's parts, which make up the whole."""
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     vision, text = (sum(of for name, of in counts.items() if name.startswith(f"{tower}_model.")) for tower in TOWERS)
-    words = sum(parameter.numel() for parameter in model.text_model.get_input_embeddings().parameters())
+    try:
+        embeddings = list(model.text_model.get_input_embeddings().parameters())
+    except NotImplementedError:  # CANINE hashes characters: it has no table of words
+        embeddings = []
+    words = sum(parameter.numel() for parameter in embeddings)
     whole = sum(counts.values())
     return {
         "vision tower": vision,

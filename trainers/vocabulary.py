@@ -106,9 +106,15 @@ def trim_embeddings(tower: PreTrainedModel, kept: list[int]) -> None:
     """Leaves a text tower the embeddings of the kept pieces, and gives its configuration their new ids.
 
     Raises:
-        ValueError: the tower counts positions from the id of padding, which is now another.
+        ValueError: the tower counts positions from the id of padding, which is now another, or has no embedding of a
+            kept piece.
     """
     embedding, config = tower.get_input_embeddings(), tower.config
+    if kept and kept[-1] >= len(embedding.weight):
+        raise ValueError(
+            f"The tokenizer has a piece of id {kept[-1]}, and {type(tower).__name__} has embeddings of "
+            f"{len(embedding.weight)} pieces alone: leave trim_vocabulary out, or take the tower's own tokenizer."
+        )
     new = {old: i for i, old in enumerate(kept)}
     for name, module in tower.named_modules():
         start = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None

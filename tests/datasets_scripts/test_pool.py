@@ -123,6 +123,17 @@ def test_where_no_pool_can_be_used(folder, settings, message):
         load(folder, "pool", **settings)
 
 
+def test_a_picture_that_is_in_train_too_is_of_the_same_group(folder, tmp_path, capsys):
+    """Or it would be the hardest negative of itself."""
+    train = datasets.load_from_disk(folder / "data")["train"].select([4, 1])
+    alone = without_partners(train, lambda i: True, lambda i: False)
+    datasets.DatasetDict({"train": alone}).save_to_disk(tmp_path / "pool")
+    rows = load_data(DataArguments(dataset_name=str(folder / "data"), pool=str(tmp_path / "pool")))["train"]
+    groups = dict(zip(rows["image_id"], rows["group_id"]))
+    assert [groups[f"pool/{own}"] for own in train["image_id"]] == train["group_id"][:]
+    assert "2 images of it are in train too" in capsys.readouterr().out
+
+
 def test_what_is_held_out_is_left_out_and_counted():
     """The same file, the same pixels in another file, and the same text; nearly the same pixels stay."""
     held_out, others = make_rows(4, seed=1), make_rows(8, seed=5)
@@ -151,12 +162,14 @@ def test_what_is_held_out_is_left_out_and_counted():
 def test_the_first_process_looks_for_what_is_held_out_and_tells_the_others(folder, monkeypatch, capsys):
     """Another process reads no image, and leaves out what it is told."""
     asked = []
-    monkeypatch.setattr(distributed, "decided_by_first_rank", lambda decide: asked.append(decide) or ([0, 3], 1, 2))
+    told = iter([([0, 3], 1, 2), {1: "0/2"}])
+    monkeypatch.setattr(distributed, "decided_by_first_rank", lambda decide: asked.append(decide) or next(told))
     monkeypatch.setattr(pool, "_file_digests", pytest.fail)
     monkeypatch.setattr(pool, "_pixels", pytest.fail)
     rows = load(folder, "pool")
     assert rows["train"]["image_id"][6:] == [f"pool/3/{i}" for i in range(12) if i not in (0, 3)]
-    assert len(asked) == 1 and "1 images and 2 texts of it are in validation or test" in capsys.readouterr().out
+    assert rows["train"]["group_id"][6:8] == ["pool/3/1", "0/2"]  # the second row that is left
+    assert len(asked) == 2 and "1 images and 2 texts of it are in validation or test" in capsys.readouterr().out
 
 
 def test_an_image_with_many_that_are_alike_is_decoded_once(monkeypatch):

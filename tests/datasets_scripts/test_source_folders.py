@@ -57,6 +57,7 @@ def test_a_table_among_the_images_is_found_and_named(tmp_path, capsys):
     assert rows_of(tmp_path / "data", tmp_path / "out") == {f"{i}.jpg": [f"x {i}"] for i in range(COUNT)}
     said = capsys.readouterr().out
     assert "the captions are taken from captions.txt" in said and "1 image of the folder has no row" in said
+    assert "--keep_uncaptioned takes them" in said
 
 
 def test_several_tables_are_taken_only_where_their_names_are_splits(tmp_path, capsys):

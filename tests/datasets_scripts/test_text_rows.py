@@ -63,6 +63,33 @@ def test_a_folder_of_images_and_a_log_of_queries(tmp_path, capsys):
     assert "null for a text without an image" in card and "none or more strings" in card
 
 
+@pytest.mark.parametrize("table", ["captions.csv", "metadata.jsonl"])
+def test_images_that_no_row_of_the_folders_table_names_are_kept_too(tmp_path, capsys, table):
+    source, named = write_photos(tmp_path / "photos"), {f"{i}.png": f"photo {i}" for i in range(20)}
+    if table == "metadata.jsonl":
+        lines = [json.dumps({"file_name": image, "text": text}) for image, text in named.items()]
+    else:
+        lines = ["file_name,text", *(f"{image},{text}" for image, text in named.items())]
+    (source / table).write_text("\n".join(lines))
+    assert contents(build(source, tmp_path / "data")) == ([], 0, 20)
+    said = capsys.readouterr().out
+    assert "10 images of the folder have no row and stay out (--keep_uncaptioned takes them)" in said
+    kept = build(source, tmp_path / "kept", "--keep_uncaptioned")
+    assert contents(kept) == ([], 10, 20)
+    assert sorted(row for part in kept.values() for row in part["image_id"]) == sorted(
+        f"{i}.png" for i in range(COUNT)
+    )
+    assert "10 images of the folder have no row: taken without a caption" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["queries.txt", "log.csv"])
+def test_a_file_of_texts_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos")
+    with pytest.raises(FileNotFoundError, match=f"--texts {name}: there is no such file"):
+        build("photos", "data", "--keep_uncaptioned", "--texts", name)
+
+
 def test_without_the_option_the_message_names_it_with_the_count(tmp_path):
     source = write_photos(tmp_path / "photos", captioned=range(25))
     with pytest.raises(ValueError, match="5 images have no caption: keep them with --keep_uncaptioned"):

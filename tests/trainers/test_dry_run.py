@@ -23,7 +23,7 @@ from tiny_towers import (
     vit,
 )
 from tiny_trainer import make_trainer
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, DebertaV2Config
 
 from trainers import ContrastiveTrainer, DSMDTrainer, DSMDTrainingArguments
 from trainers.batches import RetrievalCollator
@@ -197,6 +197,15 @@ def test_a_model_without_buckets_is_trained_and_evaluated_as_the_student_is(tmp_
     assert found == pytest.approx(expected, abs=5) and weights.keys() == others.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(others[name], tensor, rtol=0, atol=2e-3)
+
+
+def test_a_tower_that_fails_is_refused_in_a_sentence(tmp_path, rows):
+    """DeBERTa without layers looks for the output of one."""
+    config = DebertaV2Config(vocab_size=60, hidden_size=16, num_hidden_layers=0, num_attention_heads=2)
+    _, processor = make_student()
+    batch = tiny_batch(RetrievalCollator(processor, 32), torch.device("cpu"))
+    with pytest.raises(ValueError, match="DSMDModel gives no text_embeds .*take another tower, or more of its layers"):
+        check_embeds(make(text=lambda: config), {**batch, "input_ids": batch["input_ids"] % 60})
 
 
 def test_rows_of_zeros_are_no_fault_of_the_models():

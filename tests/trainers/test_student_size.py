@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 from conftest import make_student
+from tiny_towers import make
+from transformers import CanineConfig
 
 from trainers.student_arguments import StudentArguments
 from trainers.student_size import FEW, few_pairs_hint, parameters_by_part, size_table
@@ -23,6 +25,14 @@ def test_the_parts_are_those_of_the_student():
     patches = 3 * 16 * 16 * width + width + (4 + 1) * width + width
     assert parts["vision tower"] == 2 * layer + patches + 2 * width
     assert parts["heads"] == 2 * 16 * width + 1
+    assert sum(parts.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_tower_without_a_table_of_words_has_none():
+    words = CanineConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = make(text=lambda: words)
+    parts = parameters_by_part(model)
+    assert parts["word embeddings"] == 0
     assert sum(parts.values()) == sum(parameter.numel() for parameter in model.parameters())
 
 

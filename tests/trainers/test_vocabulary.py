@@ -147,3 +147,9 @@ def test_a_trimmed_tower_embeds_as_the_whole_one(tmp_path, config):
     with torch.no_grad():
         found = loaded.eval()(**small(TRAINING, padding=True, padding_side="right", return_tensors="pt"))
     torch.testing.assert_close(found.last_hidden_state, expected, rtol=0, atol=1e-6)
+
+
+def test_a_piece_that_the_tower_has_no_embedding_of_is_refused():
+    tower = scatter(AutoModel.from_config(bert()))
+    with pytest.raises(ValueError, match="has a piece of id 60, and BertModel has embeddings of 60 pieces alone"):
+        trim_embeddings(tower, [0, 1, 60])
