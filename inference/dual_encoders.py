@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
@@ -38,7 +39,7 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Teacher:
     """
     try:
         return load_teacher(name, device=device)
-    except (OSError, ValueError, RuntimeError, ImportError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, pickle.UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:600] or type(error).__name__
         if "is no dual encoder" not in reason:
             reason = f"{name} is no dual encoder that can be read: {reason}"

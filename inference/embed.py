@@ -31,6 +31,7 @@ from inference.sources import ImageFolder, ImageRows, TextLines, open_images
 from inference.vectors import (
     INDEX,
     LOCK,
+    SHARD,
     embeddings,
     fingerprint,
     projection_of,
@@ -197,7 +198,8 @@ def _take_up(source, output: Path, facts: dict, kind: str, replace: bool) -> tup
     if before is not None and before["complete"] and not changes and pending.keys() <= before["skipped"].keys():
         return list(pending), number
     for left in output.glob("*.part"):  # of a run that was killed
-        left.unlink()
+        if left.stem == INDEX or SHARD.fullmatch(f"{Path(left.stem).stem}.parquet"):
+            left.unlink()
     write_facts(output, {**facts, "complete": False})
     for file, current in changes:
         if kept := [row for row in current if row is not None]:

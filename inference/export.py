@@ -22,6 +22,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import BaseImageProcessor, PreTrainedModel, VisionTextDualEncoderProcessor
 
@@ -39,6 +40,7 @@ from rows.images import load_rgb
 
 
 # Formats and the packages that each needs; each has an extra of its own in pyproject.toml.
+LOWEST_OPSET, HIGHEST_OPSET = 18, 21  # that torch writes, and that the oldest onnxruntime here reads
 FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sentence-transformers": ("sentence_transformers",)}
 
 
@@ -172,7 +174,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the files.")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="What to write (default: %(default)s).")
     parser.add_argument("--push_to_hub", metavar="REPO", help="Also push the folder to this Hub repository.")
-    parser.add_argument("--opset", type=int, help="ONNX opset, for an older runtime (default: what torch prefers).")
+    parser.add_argument("--opset", type=int, help="ONNX opset (default: what torch prefers).")
     parser.add_argument(
         "--dataset_name",
         help="'icons', a folder or a Hub id: also measure the recall of each file, and calibrate int8 convolutions.",
@@ -183,6 +185,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     refuse_what_is_there(parser, options.output_dir)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: expected 1 or more")
+    if options.opset is not None and not LOWEST_OPSET <= options.opset <= HIGHEST_OPSET:
+        parser.error(f"--opset {options.opset}: expected {LOWEST_OPSET} to {HIGHEST_OPSET}")
     for name in ("opset", "dataset_name", "limit"):
         if options.format != "onnx" and getattr(options, name) is not None:
             parser.error(f"--{name} goes with --format onnx alone")
@@ -218,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
                 repo, length = options.push_to_hub or folder.name, longest(processor.tokenizer)
                 readme = sentence_transformers_readme(name, hub_id, repo, length)
             (beside / "README.md").write_text(readme, encoding="utf-8")
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     if options.format == "onnx":
         print(f"\n{table}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
 from PIL import Image
 
 from datasets_scripts.opening import open_dataset
-from inference.image_files import list_images, read_image
+from inference.image_files import SUFFIXES, list_images, read_image
 from rows.images import load_rgb
 
 
@@ -76,17 +77,30 @@ class ImageRows:
         return load_rgb(image)
 
     def columns(self, ids: list[str]) -> dict[str, list]:
-        return {"id": ids}
+        return {"id": ids, "digest": [self._digest(own) for own in ids]}
 
     def current(self, row: dict) -> dict | None:
-        return row if row["id"] in self.where else None
+        """The row, where the image of its id is still the same: ids that are numbers move when a row goes."""
+        return row if row["id"] in self.where and self._digest(row["id"]) == row.get("digest") else None
+
+    def _digest(self, own: str) -> str:
+        split, row = self.where[own]
+        cell = self.parts[split][row]["image"] or {"bytes": b"", "path": None}
+        try:
+            content = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+        except OSError:  # told by `read`
+            content = b""
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class TextLines:
     """The lines of a file, but for empty ones: an id is the line's number, from 1."""
 
     def __init__(self, file: Path):
-        lines = file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from error
         self.lines = {str(i): line for i, line in enumerate(lines, start=1) if line.strip()}
         self.ids, self.skipped = list(self.lines), {}
 
@@ -107,8 +121,10 @@ def open_images(name: str) -> ImageFolder | ImageRows:
         NotADirectoryError, OSError, ValueError: it is neither, or there are no images in it.
     """
     folder = Path(name).expanduser()
-    holds = {path.suffix for path in itertools.chain(folder.glob("*"), folder.glob("*/*"))} if folder.is_dir() else ()
-    if folder.is_dir() and not {".parquet", ".arrow", ".tar"} & set(holds):
+    files = itertools.chain(folder.glob("*"), folder.glob("*/*")) if folder.is_dir() else ()
+    kinds = Counter("image" if path.suffix.lower() in SUFFIXES else path.suffix for path in files)
+    tables = sum(kinds[suffix] for suffix in (".parquet", ".arrow", ".tar"))
+    if folder.is_dir() and (not tables or kinds["image"] > tables):  # a backup among pictures makes no dataset
         source = ImageFolder(folder.resolve())
     else:
         source = ImageRows(open_dataset(name), name)

@@ -159,14 +159,17 @@ def read_facts(folder: Path) -> dict | None:
     """What `index.json` says; None where there is none.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or another program wrote it.
     """
     try:
-        return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / INDEX} cannot be read: {error}") from error
+    if not isinstance(facts, dict) or not {"complete", "fingerprint", "width", "projection"} <= facts.keys():
+        raise ValueError(f"{folder / INDEX} is not of inference.embed: name another folder.")
+    return facts
 
 
 def write_facts(folder: Path, facts: dict) -> None:

@@ -18,6 +18,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from datasets_scripts.building import refuse_what_is_there
 from inference import web_open, web_runtime
 from inference.student import push_folder
@@ -130,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         with write_beside(folder.resolve()) as beside:
             write_site(student, pictures, beside, options.title, options.thumbnail_size)
             compare_with_python(beside, pictures)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     if pictures.left_out:
         print(f"{counted(len(pictures.left_out), 'picture was', 'pictures were')} left out:")

@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.stored / "data" / "site.json").is_file():
         sys.exit(f"error: {options.stored} has no data/site.json: it is no site's data")
+    if options.site.is_dir() and any(options.site.iterdir()) and not (options.site / "data" / "site.json").is_file():
+        sys.exit(f"error: {options.site} holds something else than a site: name another folder")
     complete(options.stored, options.site)
 
 

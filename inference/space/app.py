@@ -17,6 +17,7 @@ import gradio as gr
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from torch.nn.functional import normalize
@@ -219,7 +220,7 @@ def make_demo() -> gr.Blocks:
 if __name__ == "__main__":
     try:
         demo = make_demo()
-    except (OSError, ValueError) as error:  # of the variables: no such student, no such images
+    except (OSError, ValueError, SafetensorError) as error:  # of the variables: no such student, no such images
         sys.exit(f"error: {error}")
     # Fonts of the machine: the default theme asks Google for its own.
     demo.launch(
