@@ -40,7 +40,7 @@ from rows.images import load_rgb
 
 
 # Formats and the packages that each needs; each has an extra of its own in pyproject.toml.
-LOWEST_OPSET, HIGHEST_OPSET = 18, 21  # that torch writes, and that the oldest onnxruntime here reads
+LOWEST_OPSET, HIGHEST_OPSET = 18, 21  # asked for less, torch writes 18 all the same
 FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sentence-transformers": ("sentence_transformers",)}
 
 
