@@ -19,6 +19,7 @@ from .training_args import RetrievalTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+NO_FIGURE = "No row of the {} split is a pair, and {} Hold more back, or give pairs."
 # Arguments of Trainer that would have no effect here, and what to do instead.
 REFUSED = {
     "data_collator": "batches are RetrievalCollator's, made with processing_class",
@@ -127,7 +128,7 @@ def check_evaluated(
             continue
         lacks = why_no_agreement(name, rows)
         if lacks and not pairs:
-            raise ValueError(f"No row of the {name} split is a pair, and {lacks} Hold more back, or give pairs.")
+            raise ValueError(NO_FIGURE.format(name, lacks))
         if lacks:
             logger.warning(f"Recall over the {has} of the {name} split says little, and {lacks} Hold more back.")
         elif not several and args.metric_for_best_model in ("rsum", "eval_rsum"):
@@ -160,7 +161,7 @@ def check_held_out(rows: datasets.DatasetDict) -> None:
     name = "validation" if "validation" in rows else "test"
     few = too_few_rows(rows[name]) if name in rows and not len(pairs_of(rows[name])) else None
     if few:
-        raise ValueError(f"No row of the {name} split is a pair, and {few} Hold more back, or give pairs.")
+        raise ValueError(NO_FIGURE.format(name, few))
 
 
 def too_few_rows(rows: datasets.Dataset) -> str | None:
